@@ -1,0 +1,1 @@
+"""Inside one hospital: the only code that sees patient rows."""

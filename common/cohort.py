@@ -1,0 +1,66 @@
+"""A hospital's checked patients: expression on the canonical scale, and follow-up.
+
+N samples, G genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+CLINICAL_COLUMNS = ("duration", "event", "age", "sex", "cancer_type")
+"""Columns of `Cohort.clinical`, each optional."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Checked samples of one site, and what is known of their patients."""
+
+    patients: tuple[str, ...]
+    """Patient of each sample, length N; a patient may own several samples."""
+    genes: tuple[str, ...]
+    """HGNC symbols of the columns, sorted, length G."""
+    expression: NDArray[np.float32]
+    """Shape (N, G), on the study's canonical scale; NaN where not measured."""
+    clinical: pd.DataFrame
+    """One row a sample, in the order of `patients`; a subset of CLINICAL_COLUMNS:
+    duration (days, float), event (0.0 or 1.0), age (years, float), sex ("female" or
+    "male"), cancer_type (str). NaN or None where unknown."""
+
+    @property
+    def n_patients(self) -> int:
+        """Distinct patients."""
+        return len(set(self.patients))
+
+    def with_survival(self) -> NDArray[np.bool_]:
+        """Mark samples with known event and a duration above zero, shape (N,)."""
+        if not {"duration", "event"} <= set(self.clinical.columns):
+            return np.zeros(len(self.patients), dtype=bool)
+        known = self.clinical["event"].notna() & (self.clinical["duration"] > 0)
+        return known.to_numpy(dtype=bool)
+
+
+def save_cohort(cohort: Cohort, folder: Path) -> None:
+    """Write the neutral format: expression.parquet and clinical.parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    expression = pd.DataFrame(cohort.expression, columns=list(cohort.genes))
+    expression.to_parquet(folder / "expression.parquet")
+    clinical = cohort.clinical.reset_index(drop=True)
+    clinical.insert(0, "patient", list(cohort.patients))
+    clinical.to_parquet(folder / "clinical.parquet")
+
+
+def load_cohort(folder: Path) -> Cohort:
+    """Read what `save_cohort` wrote."""
+    expression = pd.read_parquet(folder / "expression.parquet")
+    clinical = pd.read_parquet(folder / "clinical.parquet")
+    return Cohort(
+        patients=tuple(clinical.pop("patient")),
+        genes=tuple(expression.columns),
+        expression=expression.to_numpy(dtype=np.float32),
+        clinical=clinical,
+    )

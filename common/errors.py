@@ -1,0 +1,71 @@
+"""Every error that fedgex raises on purpose, and the findings some of them carry.
+
+    FedgexError
+    ├── ConfigError       a setting, study or scenario cannot be used
+    ├── DataError         a hospital's file cannot be used; carries all its findings
+    ├── UpdateError       an update from a site cannot be aggregated
+    ├── CheckpointError   a checkpoint is missing, torn, or belongs to something else
+    └── FederationError   a round could not be completed
+
+A message says what was found, what was expected and what to do. It never holds a
+patient's identifier or value, because messages travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+class FedgexError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class ConfigError(FedgexError):
+    """A setting, study or scenario cannot be used."""
+
+
+class UpdateError(FedgexError):
+    """An update from a site cannot be aggregated."""
+
+
+class CheckpointError(FedgexError):
+    """A checkpoint is missing, torn, or belongs to something else."""
+
+
+class FederationError(FedgexError):
+    """A round could not be completed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that a check found in a hospital's data."""
+
+    code: str
+    """Documented code such as `FX-DATA-012`; stable, listed in docs/findings.md."""
+    severity: Literal["error", "warning", "note"]
+    """`error` refuses the data, `warning` wants a look, `note` merely tells."""
+    where: str
+    """File and column or gene, never a patient."""
+    found: str
+    """What is there: counts and names of columns or genes, never values."""
+    expected: str
+    """What should be there."""
+    action: str
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        """Return the finding as one line."""
+        return (
+            f"{self.code} {self.severity}: {self.where}: {self.found}; "
+            f"expected {self.expected}. {self.action}"
+        )
+
+
+class DataError(FedgexError):
+    """A hospital's file cannot be used; `findings` holds every reason at once."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self.findings = tuple(findings)
+        super().__init__("\n".join(str(finding) for finding in self.findings))

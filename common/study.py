@@ -1,0 +1,287 @@
+"""What all sites of a federation agree on before it starts: the study.
+
+A study is written as TOML, checked once, hashed, and sent with every message; a site
+compares the hash with the one that it agreed to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedgex.common.errors import ConfigError
+from fedgex.common.scale import Scale
+
+PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
+"""Names of the phases, which are the tasks that a site permits."""
+
+
+class Settings(BaseModel):
+    """Base of all settings read from files: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], source: str) -> Self:
+        """Check `values`, read from `source`, and name everything wrong at once.
+
+        Raises
+        ------
+        ConfigError
+            If any key is unknown, missing, or holds a value that cannot be used.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [
+                f"{source}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
+                + ("" if e["type"] == "missing" else f" (found {e['input']!r:.80})")
+                for e in error.errors()
+            ]
+            raise ConfigError("\n".join(lines)) from error
+
+
+class VocabularyRule(Settings):
+    """Which genes the study is about."""
+
+    min_share: float = Field(default=0.5, ge=0, le=1)
+    """A gene enters if at least this share of the sites measures it; 1 means all."""
+    min_patient_share: float = Field(default=0.5, gt=0, le=1)
+    """A site measures a gene if at least this share of its samples has a value."""
+
+
+class MaskingRule(Settings):
+    """Which cells are hidden in pretraining."""
+
+    min_rate: float = Field(default=0.1, gt=0, lt=1)
+    """Least share of the measured genes to hide."""
+    max_rate: float = Field(default=0.95, gt=0, lt=1)
+    """Greatest share; the rate is drawn evenly between the two for each batch."""
+    mcar: float = Field(default=0.6, ge=0)
+    """Weight of hiding completely at random, each patient's cells by themselves."""
+    panel: float = Field(default=0.2, ge=0)
+    """Weight of hiding whole genes, the same for every patient of a batch."""
+    mnar: float = Field(default=0.2, ge=0)
+    """Weight of low expression dropping out (missing not at random)."""
+
+    @model_validator(mode="after")
+    def _weights_and_rates(self) -> Self:
+        if self.min_rate > self.max_rate:
+            raise ValueError("min_rate is above max_rate")
+        if self.mcar + self.panel + self.mnar <= 0:
+            raise ValueError("the weights of mcar, panel and mnar are all zero")
+        return self
+
+
+class LocalTraining(Settings):
+    """How each site trains in one round."""
+
+    rounds: int = Field(ge=0)
+    """Rounds of the phase; 0 leaves it out."""
+    local_epochs: int = Field(default=1, ge=1)
+    """Passes over the site's patients in a round."""
+    batch_size: int = Field(default=32, ge=1)
+    """Patients in a batch."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """Peak learning rate of AdamW (or SGD)."""
+    final_learning_rate: float = Field(default=0.1, gt=0, le=1)
+    """Share of the peak that is left in the last round (cosine over the rounds)."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Local optimiser; its state starts anew each round, so a site keeps nothing."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this Euclidean norm."""
+
+
+class Pretraining(LocalTraining):
+    """Masked restoration."""
+
+    rounds: int = Field(default=30, ge=0)
+    """Rounds of restoration pretraining."""
+    masking: MaskingRule = MaskingRule()
+
+
+def _something_travels(backbone: str, head: str) -> None:
+    if backbone == "frozen" and head == "local":
+        raise ValueError(
+            "a frozen backbone and a local head leave nothing to learn together; "
+            'set backbone = "tuned" or head = "shared"'
+        )
+
+
+class Classification(LocalTraining):
+    """Cancer type from expression."""
+
+    rounds: int = Field(default=0, ge=0)
+    """Rounds; 0 leaves classification out."""
+    classes: tuple[str, ...] = ()
+    """Cancer types told apart; named here so that no site needs to reveal its own."""
+    backbone: Literal["frozen", "tuned"] = "tuned"
+    """`tuned`: a copy of the encoder learns the task and travels. `frozen`: the head
+    learns alone, over the pretrained backbone."""
+    head: Literal["shared", "local"] = "shared"
+    """`shared`: the head travels, so that a hospital that never trained can predict.
+    `local`: it stays at its site, and only the backbone travels."""
+    min_genes: int = Field(default=8, ge=1)
+    """Each batch shows a random panel of at least this many genes."""
+
+    @model_validator(mode="after")
+    def _at_least_two_classes(self) -> Self:
+        if self.rounds and len(set(self.classes)) < 2:
+            raise ValueError("classification needs two or more distinct classes")
+        _something_travels(self.backbone, self.head)
+        return self
+
+
+class Survival(LocalTraining):
+    """Time to event within each cancer type."""
+
+    rounds: int = Field(default=0, ge=0)
+    """Rounds; 0 leaves survival out."""
+    cancer_types: tuple[str, ...] = ()
+    """Cancer types, each with a log-hazard of its own over the shared backbone."""
+    loss: Literal["discrete-time", "cox"] = "discrete-time"
+    """`discrete-time`: a sum over patients, fit for any site. `cox`: the partial
+    likelihood, stratified by site and cancer type."""
+    interval_ends: tuple[float, ...] = (182.5, 365.25, 730.5, 1095.75, 1826.25)
+    """Ends of the follow-up intervals, days, for the discrete-time loss; what happens
+    later counts as alive at the last end. Fixed here, so no site reveals its times."""
+    backbone: Literal["frozen", "tuned"] = "frozen"
+    """As for classification."""
+    head: Literal["shared", "local"] = "shared"
+    """As for classification."""
+    clinical: bool = False
+    """Whether age and sex stand beside the expression."""
+
+    @model_validator(mode="after")
+    def _types_and_intervals(self) -> Self:
+        if self.rounds and not self.cancer_types:
+            raise ValueError("survival needs one or more cancer_types")
+        _something_travels(self.backbone, self.head)
+        ends = self.interval_ends
+        if not ends or ends[0] <= 0 or list(ends) != sorted(set(ends)):
+            raise ValueError("interval_ends must be positive and rising")
+        return self
+
+
+class StrategyRule(Settings):
+    """How updates become one model."""
+
+    name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "trimmed-mean", "median"]
+    """Aggregation strategy."""
+    weights: Literal["patients", "loss-terms", "equal"] = "patients"
+    """What a site's update counts by. Order statistics know only `equal`."""
+    per_gene: bool = True
+    """Average a gene's parameters over the sites that measured the gene, only."""
+    proximal_mu: float = Field(default=0.0, ge=0)
+    """FedProx: pull towards the incoming model (Li et al. 2020, eq. 2)."""
+    server_learning_rate: float = Field(default=0.01, gt=0)
+    """FedAdam and FedYogi: eta of Reddi et al. 2021, algorithm 2."""
+    beta_1: float = Field(default=0.9, ge=0, lt=1)
+    """FedAdam and FedYogi: first moment."""
+    beta_2: float = Field(default=0.99, ge=0, lt=1)
+    """FedAdam and FedYogi: second moment."""
+    tau: float = Field(default=1e-3, gt=0)
+    """FedAdam and FedYogi: degree of adaptivity."""
+    trim_share: float = Field(default=0.2, ge=0, lt=0.5)
+    """Trimmed mean: share of the sites cut off at either end, for each number."""
+    update: Literal["parameters", "delta"] = "parameters"
+    """What travels up: the trained parameters, or their change."""
+    precision: Literal["float32", "float16"] = "float32"
+    """Number format of what travels up."""
+
+    @model_validator(mode="after")
+    def _order_statistics_are_unweighted(self) -> Self:
+        if self.name in ("trimmed-mean", "median") and self.weights != "equal":
+            raise ValueError(
+                f'{self.name} takes no weights; set weights = "equal" and say so'
+            )
+        if self.name == "fedprox" and self.proximal_mu == 0:
+            raise ValueError("fedprox needs proximal_mu above 0")
+        if self.name != "fedprox" and self.proximal_mu > 0:
+            raise ValueError("proximal_mu is for fedprox alone")
+        return self
+
+
+class RoundRule(Settings):
+    """When a round counts."""
+
+    quorum: int = Field(default=2, ge=1)
+    """Fewest updates that make a round."""
+    mandatory_sites: tuple[str, ...] = ()
+    """Sites without which no round counts."""
+    deadline_s: float = Field(default=3600, gt=0)
+    """Seconds after which a round closes with the updates that it has."""
+
+
+class Evaluation(Settings):
+    """How restoration is judged on the hold-out, and how often."""
+
+    rates: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
+    """Missing rates, completely at random and low-expression dropout."""
+    panels: tuple[int, ...] = (50, 100, 200)
+    """Whole-gene panels: numbers of genes that are measured."""
+    patients_per_round: int = Field(default=128, ge=1)
+    """Hold-out patients judged after every round; the last round takes all."""
+
+
+class Study(Settings):
+    """Everything that the sites and the server of one federation agree on."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    """Lower-case letters, digits and hyphens."""
+    seed: int = Field(default=1, ge=0)
+    """One seed; every other is derived from it by name."""
+    scale: Scale = Scale.LOG2P1
+    """Canonical expression scale, to which each site converts."""
+    preset: str = "tiny"
+    """Size of the model, see `model.PRESETS`."""
+    minimum_cohort: int = Field(default=10, ge=1)
+    """Sites with fewer patients take no part, and smaller counts do not travel."""
+    cross_products: bool = False
+    """Ask the sites that permit it for cross-products (the linear references)."""
+    vocabulary: VocabularyRule = VocabularyRule()
+    pretraining: Pretraining = Pretraining()
+    classification: Classification = Classification()
+    survival: Survival = Survival()
+    strategy: StrategyRule = StrategyRule(name="fedavg")
+    rounds: RoundRule = RoundRule()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if not self.phases:
+            raise ValueError("no phase has any rounds")
+        return self
+
+    def to_json(self) -> str:
+        """Return the canonical form: sorted keys, no spaces."""
+        values = self.model_dump(mode="json")
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def phases(self) -> dict[str, LocalTraining]:
+        """Phases in their order, those without rounds left out."""
+        phases = {
+            PRETRAINING: self.pretraining,
+            CLASSIFICATION: self.classification,
+            SURVIVAL: self.survival,
+        }
+        return {name: phase for name, phase in phases.items() if phase.rounds}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical form."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Self:
+        """Read the canonical form back."""
+        return cls.read(json.loads(text), source)

@@ -1,0 +1,250 @@
+"""Counts, sums and cross-products that add up across hospitals to the pooled ones.
+
+N patients (rows), V genes of the vocabulary. A cell that was not measured is NaN. All
+arithmetic is float64, so that pooling is exact to rounding, in any order of the sites.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgex.common.errors import UpdateError
+
+Number = TypeVar("Number", bound=np.generic)
+Summable = TypeVar("Summable", "GeneMoments", "CrossProducts")
+
+CONSTANT_BELOW = 1e-6
+"""A gene whose SD is this share of its root mean square or less is constant: float64
+sums of squares cannot tell a smaller spread from rounding."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GeneMoments:
+    """What a site tells of each gene: how many values, their sum and sum of squares.
+
+    A gene that one patient alone has measured reveals that patient's value, so counts
+    below the study's minimum cohort must not leave the site; the client sees to that.
+    """
+
+    count: NDArray[np.int64]
+    """Patients in whom the gene was measured, shape (V,)."""
+    total: NDArray[np.float64]
+    """Sum of the gene's values, shape (V,)."""
+    square_total: NDArray[np.float64]
+    """Sum of their squares, shape (V,)."""
+    n_patients: int
+    """Rows, whether or not everything in them was measured."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no site can have counted."""
+        shapes = {self.count.shape, self.total.shape, self.square_total.shape}
+        if len(shapes) > 1 or self.count.ndim != 1:
+            raise UpdateError(
+                f"moments have shapes {sorted(shapes)}; expected one (V,) for count, "
+                "total and square_total. Check that the site holds this study."
+            )
+        _refuse_non_finite("total", self.total)
+        _refuse_non_finite("square_total", self.square_total)
+        wrong = (self.count < 0) | (self.count > self.n_patients)
+        wrong |= self.square_total < 0
+        if wrong.any():
+            raise UpdateError(
+                f"moments of {wrong.sum()} genes are impossible; expected counts from "
+                f"0 to the {self.n_patients} patients and sums of squares of 0 or more."
+            )
+
+    @classmethod
+    def of(cls, values: NDArray[np.floating[Any]]) -> Self:
+        """Count and sum values of shape (N, V), one row a patient."""
+        present = ~np.isnan(values)
+        x = np.where(present, values, 0).astype(np.float64)
+        return cls(
+            count=present.sum(axis=0),
+            total=x.sum(axis=0),
+            square_total=(x**2).sum(axis=0),
+            n_patients=len(values),
+        )
+
+    def __add__(self, other: Self) -> Self:
+        """Return the moments of both groups of patients together."""
+        _refuse_other_genes(len(self.count), len(other.count))
+        return type(self)(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            square_total=self.square_total + other.square_total,
+            n_patients=self.n_patients + other.n_patients,
+        )
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of each gene, shape (V,); 0 for a gene that was never measured."""
+        return self.total / np.maximum(self.count, 1)
+
+    @property
+    def sd(self) -> NDArray[np.float64]:
+        """Population SD (ddof 0) of each gene, shape (V,).
+
+        1 for a gene that was never measured or is constant, so that dividing by it
+        leaves zeros; see CONSTANT_BELOW.
+        """
+        square_mean = self.square_total / np.maximum(self.count, 1)
+        variance = square_mean - self.mean**2
+        constant = variance <= CONSTANT_BELOW**2 * square_mean
+        return np.sqrt(np.where(constant, 1.0, variance))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Standardisation:
+    """The federation's mean and SD of each gene, the same at every site.
+
+    Global numbers on purpose: centring each site by itself would remove what tells its
+    cancers apart.
+    """
+
+    mean: NDArray[np.float64]
+    """Shape (V,), on the study's canonical scale."""
+    sd: NDArray[np.float64]
+    """Shape (V,), above 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that nothing can be divided by."""
+        _refuse_other_genes(len(self.mean), len(self.sd))
+        _refuse_non_finite("mean", self.mean)
+        _refuse_non_finite("sd", self.sd)
+        if (self.sd <= 0).any():
+            raise UpdateError(
+                f"sd of {(self.sd <= 0).sum()} genes is 0 or less; expected above 0."
+            )
+
+    def apply(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """Return (values - mean) / sd, shape (N, V); NaN stays NaN."""
+        return ((values - self.mean) / self.sd).astype(np.float32)
+
+    def undo(self, standardised: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """Return values of shape (N, V) on the canonical scale; NaN stays NaN."""
+        return (standardised * self.sd + self.mean).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CrossProducts:
+    """Sums of products of every two standardised genes: a covariance that adds up.
+
+    They say more than means do. A site with fewer patients than genes gives away the
+    space that its patients' profiles span, so each profile up to one rotation common to
+    all of them; one patient alone is given away up to sign. So cross-products leave a
+    site only above the minimum cohort and with the site's permission, both of which the
+    client enforces.
+    """
+
+    products: NDArray[np.float64]
+    """Sum over the patients who have both genes of their product, shape (V, V)."""
+    pair_counts: NDArray[np.int64]
+    """Patients who have both genes, shape (V, V)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no site can have summed."""
+        shapes = {self.products.shape, self.pair_counts.shape}
+        if len(shapes) > 1 or self.products.shape != self.products.shape[::-1]:
+            raise UpdateError(
+                f"cross-products have shapes {sorted(shapes)}; expected one (V, V) for "
+                "products and pair_counts."
+            )
+        _refuse_non_finite("products", self.products)
+        if (self.pair_counts < 0).any():
+            raise UpdateError(
+                f"pair_counts holds {(self.pair_counts < 0).sum()} negative numbers; "
+                "expected 0 or more."
+            )
+
+    @classmethod
+    def of(cls, standardised: NDArray[np.floating[Any]]) -> Self:
+        """Sum products of standardised values of shape (N, V)."""
+        present = (~np.isnan(standardised)).astype(np.float64)
+        x = np.where(present, standardised, 0).astype(np.float64)
+        return cls(
+            products=x.T @ x,
+            pair_counts=np.rint(present.T @ present).astype(np.int64),
+        )
+
+    def __add__(self, other: Self) -> Self:
+        """Return the cross-products of both groups of patients together."""
+        _refuse_other_genes(len(self.products), len(other.products))
+        return type(self)(
+            products=self.products + other.products,
+            pair_counts=self.pair_counts + other.pair_counts,
+        )
+
+    def covariance(self) -> NDArray[np.float64]:
+        """Return the pairwise-complete covariance about 0, shape (V, V).
+
+        About 0, because standardised genes have mean 0 over the federation. The
+        diagonal is 1, but for genes that are constant or were never measured (0). Pairs
+        never measured together get 0; where panels differ, the matrix may therefore
+        have negative eigenvalues.
+        """
+        return self.products / np.maximum(self.pair_counts, 1)
+
+
+def pool(sites: Iterable[Summable]) -> Summable:
+    """Return the moments, or the cross-products, of all sites' patients together.
+
+    Raises
+    ------
+    UpdateError
+        If there is no site, or if two disagree in the number of genes.
+    """
+    summands = list(sites)
+    if not summands:
+        raise UpdateError("no site sent statistics; expected one or more.")
+    return functools.reduce(operator.add, summands)
+
+
+def pack(matrix: NDArray[Number]) -> NDArray[Number]:
+    """Return the upper triangle of a symmetric (V, V) matrix, shape (V (V + 1) / 2,).
+
+    Row by row, diagonal included: half the bytes to send.
+    """
+    return matrix[np.triu_indices(len(matrix))]
+
+
+def unpack(triangle: NDArray[Number]) -> NDArray[Number]:
+    """Return the symmetric (V, V) matrix of which `triangle` is the upper part.
+
+    Raises
+    ------
+    UpdateError
+        If no V has a triangle of this length.
+    """
+    size = int(np.sqrt(2 * triangle.size))
+    if triangle.shape != (size * (size + 1) // 2,):
+        raise UpdateError(
+            f"a packed matrix has shape {triangle.shape}; expected (V (V + 1) / 2,)."
+        )
+    matrix = np.empty((size, size), dtype=triangle.dtype)
+    rows, columns = np.triu_indices(size)
+    matrix[rows, columns] = triangle
+    matrix[columns, rows] = triangle
+    return matrix
+
+
+def _refuse_non_finite(name: str, numbers: NDArray[np.float64]) -> None:
+    if not np.isfinite(numbers).all():
+        raise UpdateError(
+            f"{name} holds {(~np.isfinite(numbers)).sum()} numbers that are not "
+            "finite; expected none. Check the site's expression file."
+        )
+
+
+def _refuse_other_genes(one: int, other: int) -> None:
+    if one != other:
+        raise UpdateError(
+            f"statistics of {one} and of {other} genes do not add up; expected one "
+            "vocabulary."
+        )

@@ -1,0 +1,200 @@
+"""Checkpoints: safetensors plus a JSON manifest, written whole or not at all.
+
+The format stands in docs/checkpoint.md. A checkpoint is a folder:
+
+    model.safetensors    parameters, and mean and sd of each gene
+    server.safetensors   what the server's optimiser remembers (absent if nothing)
+    manifest.json        what, from which study, how good; SHA-256 of the other files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from fedgex.common.errors import CheckpointError
+from fedgex.common.statistics import Standardisation
+from fedgex.common.study import Study
+from fedgex.common.vocabulary import Vocabulary
+
+FORMAT = 1
+MEAN, SD = "standardisation.mean", "standardisation.sd"
+PACKAGES = ("fedgex", "flwr", "numpy", "torch")
+CARD = (
+    "Research use only; not a medical device. Restored values and risks are estimates "
+    "of a statistical model, not measurements."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model at one point of its study."""
+
+    study: Study
+    vocabulary: Vocabulary
+    standardisation: Standardisation
+    phase: str
+    """Phase that the last round belongs to."""
+    round: int
+    """Last round of the phase that went into the parameters; 0 before the first."""
+    parameters: Mapping[str, NDArray[np.float32]]
+    """Parameters of backbone and heads by name."""
+    server: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    """State of the server's optimiser."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured in the last round, as in the journal."""
+    trained_on: Mapping[str, Any] = field(default_factory=dict)
+    """Sites and number of patients, for the model card."""
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What every prediction carries: use, origin, hashes."""
+        return {
+            "use": CARD,
+            "study": self.study.name,
+            "study_hash": self.study.hash,
+            "vocabulary_hash": self.vocabulary.hash,
+            "phase": self.phase,
+            "round": self.round,
+            "scale": self.study.scale.value,
+            "trained_on": dict(self.trained_on),
+        }
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a checkpoint so that `folder` either holds all of it or does not exist.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder exists already.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; a checkpoint is written once.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors: dict[str, NDArray[np.generic]] = dict(checkpoint.parameters)
+    tensors[MEAN] = checkpoint.standardisation.mean
+    tensors[SD] = checkpoint.standardisation.sd
+    save_file(_contiguous(tensors), partial / "model.safetensors")
+    if checkpoint.server:
+        save_file(_contiguous(checkpoint.server), partial / "server.safetensors")
+    manifest = {
+        "format": FORMAT,
+        "card": checkpoint.card,
+        "study": json.loads(checkpoint.study.to_json()),
+        "vocabulary": list(checkpoint.vocabulary.genes),
+        "phase": checkpoint.phase,
+        "round": checkpoint.round,
+        "metrics": checkpoint.metrics,
+        "trained_on": checkpoint.trained_on,
+        "versions": {name: version(name) for name in PACKAGES},
+        "files": {path.name: digest(path) for path in sorted(partial.iterdir())},
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    (partial / "manifest.json").write_text(text)
+    for path in partial.iterdir():
+        _sync(path)
+    _sync(partial)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint and verify every file against the manifest.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing or differs from its hash, or the format is unknown.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds no readable manifest.json; expected a checkpoint's folder."
+        ) from error
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{folder} is of format {manifest['format']}; this fedgex reads {FORMAT}."
+        )
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or digest(path) != expected:
+            raise CheckpointError(
+                f"{path} is missing or differs from its SHA-256 in manifest.json; "
+                "fetch the checkpoint again."
+            )
+    tensors = load_file(folder / "model.safetensors")
+    mean, sd = tensors.pop(MEAN), tensors.pop(SD)
+    server = folder / "server.safetensors"
+    return Checkpoint(
+        study=Study.read(manifest["study"], str(folder / "manifest.json")),
+        vocabulary=Vocabulary(tuple(manifest["vocabulary"])),
+        standardisation=Standardisation(mean=mean, sd=sd),
+        phase=manifest["phase"],
+        round=manifest["round"],
+        parameters=tensors,
+        server=load_file(server) if server.exists() else {},
+        metrics=manifest["metrics"],
+        trained_on=manifest["trained_on"],
+    )
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the last checkpoint in a run's folder of checkpoints, or None.
+
+    Their names begin with a rising number; partial ones begin with a dot.
+    """
+    done = sorted(p for p in folder.glob("[0-9]*") if (p / "manifest.json").is_file())
+    return done[-1] if done else None
+
+
+def find(path: Path) -> Path:
+    """Return the checkpoint that `path` is, or the last one of the run that it is.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    found = latest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"{path} is neither a checkpoint (no manifest.json) nor a run (no "
+            "checkpoints/); name the folder that `fedgex-sim run --out` wrote."
+        )
+    return found
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _contiguous(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+
+
+def _sync(path: Path) -> None:
+    """Make a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,150 @@
+"""What a model does with partly visible patients: restore, embed; and its loss.
+
+B or N patients, V genes, D width.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedgex.common import masking
+from fedgex.common.harmonise import Patients
+from fedgex.common.imputers import Float
+from fedgex.common.model import Encoder, GexBert, select
+from fedgex.common.study import MaskingRule
+
+
+def restore(model: GexBert, values: Tensor, visible: Tensor, asked: Tensor) -> Tensor:
+    """Restore the cells asked for from the visible ones.
+
+    Parameters
+    ----------
+    values
+        Standardised expression, shape (B, V); anything (NaN too) where not visible.
+    visible, asked
+        Bool masks, shape (B, V).
+
+    Returns
+    -------
+    Tensor
+        Shape (B, V): restored values where asked, zero elsewhere.
+    """
+    genes, given, keep = _tokens(values, visible)
+    wanted, wanted_keep = select(asked)
+    restored = model(genes, given, keep, wanted).float()
+    if wanted_keep is not None:
+        restored = torch.where(wanted_keep, restored, 0.0)
+    return torch.zeros_like(values).scatter(1, wanted, restored)
+
+
+def embed(encoder: Encoder, values: Tensor, visible: Tensor) -> Tensor:
+    """Return one vector a patient from the visible genes, shape (B, D)."""
+    device = next(encoder.parameters()).device
+    genes, given, keep = _tokens(values.to(device), visible.to(device))
+    return encoder.embed(genes, given, keep)
+
+
+@torch.no_grad()
+def embed_all(encoder: Encoder, patients: Patients, batch_size: int = 64) -> Tensor:
+    """Return one vector a patient from all measured genes, shape (N, D), float32."""
+    device = next(encoder.parameters()).device
+    with mixed_precision(device):
+        parts = [
+            embed(encoder, values, measured).float()
+            for values, measured in zip(
+                patients.values.split(batch_size),
+                patients.measured.split(batch_size),
+                strict=True,
+            )
+        ]
+    return torch.cat(parts)
+
+
+class ModelImputer:
+    """A backbone as an imputer, beside those of `imputers`."""
+
+    def __init__(self, backbone: GexBert, batch_size: int = 64) -> None:
+        self.backbone = backbone.eval()
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def impute(self, values: NDArray[Float]) -> NDArray[Float]:
+        """Fill the NaN cells of standardised values (N, V); the others stay as is."""
+        device = next(self.backbone.parameters()).device
+        filled = values.copy()
+        for start in range(0, len(values), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            batch = torch.as_tensor(values[rows], dtype=torch.float32, device=device)
+            missing = batch.isnan()
+            if missing.any():
+                with mixed_precision(device):
+                    restored = restore(self.backbone, batch, ~missing, missing)
+                hidden = missing.cpu().numpy()
+                filled[rows][hidden] = restored.cpu().numpy()[hidden]
+        return filled
+
+
+def restoration_loss(
+    model: GexBert, values: Tensor, measured: Tensor, hidden: Tensor
+) -> tuple[Tensor, int]:
+    """Return the mean squared error over hidden cells, and how many there are.
+
+    Parameters
+    ----------
+    values
+        Standardised expression, shape (B, V); NaN where not measured.
+    measured
+        Cells with a value, shape (B, V).
+    hidden
+        Measured cells to be restored from the rest, shape (B, V).
+    """
+    restored = restore(model, values, measured & ~hidden, hidden)
+    error = torch.where(hidden, restored - values, 0.0)
+    n_terms = int(hidden.sum())
+    return error.square().sum() / max(n_terms, 1), n_terms
+
+
+def draw_hidden(
+    values: Tensor, measured: Tensor, rule: MaskingRule, generator: torch.Generator
+) -> Tensor:
+    """Draw one missingness pattern and one rate, and hide cells by them.
+
+    Parameters
+    ----------
+    values, measured
+        As in `restoration_loss`, shape (B, V).
+
+    Returns
+    -------
+    Tensor
+        Hidden cells, all of them measured, shape (B, V), bool.
+    """
+    weights = torch.tensor([rule.mcar, rule.panel, rule.mnar])
+    pattern = int(torch.multinomial(weights, 1, generator=generator))
+    share = float(torch.rand((), generator=generator))
+    rate = rule.min_rate + (rule.max_rate - rule.min_rate) * share
+    if pattern == 0:
+        return masking.mcar(measured, rate, generator)
+    if pattern == 1:
+        return masking.whole_gene(measured, rate, generator)
+    return masking.low_expression(values, measured, rate, generator)
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Use bfloat16 on a GPU; float32 on a CPU, where it is the faster one."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _tokens(values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return genes, values and keep of the visible cells, each (B, T)."""
+    genes, keep = select(visible)
+    given = values.gather(1, genes)
+    if keep is not None:
+        given = torch.where(keep, given, 0.0)
+    return genes, given, keep

@@ -1,0 +1,105 @@
+"""State dicts and settings to Flower records and back, checked on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedgex.common.errors import UpdateError
+
+Arrays = Mapping[str, NDArray[np.generic]]
+"""Named arrays."""
+
+
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Return the arrays as a record, in order of name."""
+    return ArrayRecord({name: Array(arrays[name]) for name in sorted(arrays)})
+
+
+def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
+    """Return the record's arrays."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def floats(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
+    """Return the arrays as float32, the type of every parameter."""
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def parameters(modules: Mapping[str, nn.Module]) -> dict[str, NDArray[np.float32]]:
+    """Return all parameters of the modules, each named `module.parameter`."""
+    return {
+        f"{prefix}.{name}": tensor.detach().cpu().numpy().astype(np.float32)
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def load_parameters(modules: Mapping[str, nn.Module], arrays: Arrays) -> None:
+    """Put arrays named `module.parameter` into the modules.
+
+    Raises
+    ------
+    UpdateError
+        If a parameter is missing or of another shape. Names of other modules are left
+        alone, so that a phase can take what it needs from a whole model.
+    """
+    for prefix, module in modules.items():
+        state: dict[str, Tensor] = module.state_dict()
+        check({f"{prefix}.{name}": tuple(t.shape) for name, t in state.items()}, arrays)
+        module.load_state_dict(
+            {name: torch.tensor(arrays[f"{prefix}.{name}"]) for name in state}
+        )
+
+
+def check(
+    expected: Mapping[str, tuple[int, ...]], arrays: Arrays, *, exact: bool = False
+) -> None:
+    """Refuse arrays that are missing, misshapen, not numbers, or not finite.
+
+    Parameters
+    ----------
+    expected
+        Shape of each array that must be there.
+    exact
+        Whether other names are refused too.
+
+    Raises
+    ------
+    UpdateError
+        With everything wrong at once, by parameter.
+    """
+    wrong = [f"{name} is missing" for name in expected if name not in arrays]
+    if exact:
+        wrong += [f"{name} is not asked for" for name in arrays if name not in expected]
+    for name, shape in expected.items():
+        if name not in arrays:
+            continue
+        array = arrays[name]
+        if array.shape != shape:
+            wrong.append(f"{name} has shape {array.shape}, expected {shape}")
+        elif array.dtype.kind != "f":
+            wrong.append(f"{name} is of type {array.dtype}, expected floating point")
+        elif not np.isfinite(array).all():
+            wrong.append(f"{name} holds NaN or infinity")
+    if wrong:
+        raise UpdateError("; ".join(wrong))
+
+
+def text(record: ConfigRecord, key: str) -> str:
+    """Return a string from a record.
+
+    Raises
+    ------
+    UpdateError
+        If it is missing or no string.
+    """
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise UpdateError(f'the record\'s "{key}" is {type(value).__name__}, not text')
+    return value

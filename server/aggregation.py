@@ -1,0 +1,100 @@
+"""How the sites' parameters become one: pure functions on NumPy arrays.
+
+S sites, always in order of name, so that the order of arrival changes no bit; V genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import trim_mean
+
+Array = NDArray[np.floating]
+Weight = NDArray[np.float64]
+"""A site's weight: shape () for a whole array, or (V,) for an array of gene rows."""
+
+
+def weighted_mean(
+    arrays: Iterable[Array], weights: Sequence[Weight], incoming: Array
+) -> Array:
+    """Average one parameter over the sites, holding one site's array at a time.
+
+    With weights of shape (V,), each gene's row is averaged over the sites whose weight
+    for it is above zero (those that measured the gene); a row that nobody measured
+    keeps its incoming value:
+
+        new[g] = sum_s w_s[g] x_s[g] / sum_s w_s[g]
+
+    Parameters
+    ----------
+    arrays
+        The parameter at each site, S arrays of the shape of `incoming`.
+    weights
+        Weight of each site, in the same order, at least zero.
+    incoming
+        The parameter that the round began with; its dtype is kept.
+    """
+    total = np.zeros(incoming.shape, dtype=np.float64)
+    for array, weight in zip(arrays, weights, strict=True):
+        total += _along_rows(weight, incoming) * array
+    sums = _along_rows(np.sum(np.stack(weights), axis=0), incoming)
+    mean = np.divide(total, sums, out=incoming.astype(np.float64), where=sums > 0)
+    return mean.astype(incoming.dtype)
+
+
+def median(
+    arrays: Iterable[Array], weights: Sequence[Weight], incoming: Array
+) -> Array:
+    """Return the median over the sites of each number (Yin et al. 2018).
+
+    Weights say only who takes part: sites with weight zero do not.
+    """
+    return _order_statistic(
+        arrays, weights, incoming, lambda x: np.asarray(np.median(x, axis=0))
+    )
+
+
+def trimmed_mean(
+    arrays: Iterable[Array],
+    weights: Sequence[Weight],
+    incoming: Array,
+    trim_share: float,
+) -> Array:
+    """Return the mean over the sites after cutting off a share at either end.
+
+    The share is rounded down to whole sites (Yin et al. 2018, definition 2). Weights
+    say only who takes part.
+    """
+    return _order_statistic(
+        arrays,
+        weights,
+        incoming,
+        lambda x: np.asarray(trim_mean(x, trim_share, axis=0)),
+    )
+
+
+def _order_statistic(
+    arrays: Iterable[Array],
+    weights: Sequence[Weight],
+    incoming: Array,
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+) -> Array:
+    """Apply a statistic over sites, to groups of rows that the same sites measured."""
+    stacked = np.stack([array.astype(np.float64) for array in arrays])  # (S, ...)
+    takes_part = np.stack(weights) > 0  # (S,) or (S, V)
+    if takes_part.ndim == 1:
+        return statistic(stacked[takes_part]).astype(incoming.dtype)
+    result = incoming.copy()
+    patterns, rows_of = np.unique(takes_part, axis=1, return_inverse=True)
+    for i, sites in enumerate(patterns.T):
+        if sites.any():
+            rows = rows_of == i
+            result[rows] = statistic(stacked[sites][:, rows]).astype(incoming.dtype)
+    return result
+
+
+def _along_rows(weight: Weight, like: Array) -> NDArray[np.float64]:
+    """Shape a weight () or (V,) so that it multiplies the rows of an array."""
+    return np.asarray(weight).reshape(weight.shape + (1,) * (like.ndim - weight.ndim))

@@ -1,0 +1,254 @@
+"""The global model on the public hold-out: imputation, cancer type, survival.
+
+N hold-out patients, V genes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedgex.common import masking, tasks
+from fedgex.common.harmonise import Patients
+from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer, ppca
+from fedgex.common.masking import Pattern
+from fedgex.common.metrics import RestorationScore, restoration
+from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
+from fedgex.common.objectives import ModelImputer, embed, embed_all
+from fedgex.common.seeds import generator
+from fedgex.common.study import (
+    CLASSIFICATION,
+    PRETRAINING,
+    SURVIVAL,
+    Evaluation,
+    Study,
+)
+from fedgex.common.survival_metrics import c_index_with_se
+from fedgex.common.tasks import BACKBONE, Parameters
+
+Scores = dict[str, dict[str, RestorationScore]]
+"""Pattern, then key (the rate as "0.1", or the number of measured genes), to score."""
+PPCA_RANK = 128
+MIN_EVENTS = 5
+"""Fewer deaths than this and a C-index is not estimated."""
+
+
+def hidden_cells(
+    patients: Patients, rule: Evaluation, seed: int, patterns: tuple[Pattern, ...]
+) -> Iterator[tuple[Pattern, str, Tensor]]:
+    """Yield every setting of the evaluation: pattern, key, hidden cells (N, V).
+
+    The cells depend on the seed, the setting and the patients alone, so that every
+    method is judged on the same ones. Panels that leave nothing to restore are skipped.
+    """
+    measured = patients.measured
+    n_genes = int(measured.any(dim=0).sum())
+    for pattern in patterns:
+        if pattern == "panel":
+            for size in rule.panels:
+                if size < n_genes:
+                    rng = generator(seed, "hold-out", pattern)
+                    yield pattern, str(size), masking.panel(measured, size, rng)
+            continue
+        for rate in rule.rates:
+            rng = generator(seed, "hold-out", pattern, str(rate))
+            if pattern == "mcar":
+                hidden = masking.mcar(measured, rate, rng)
+            else:
+                hidden = masking.low_expression(patients.values, measured, rate, rng)
+            yield pattern, f"{rate:g}", hidden
+
+
+def judge_imputer(
+    imputer: Imputer,
+    patients: Patients,
+    rule: Evaluation,
+    seed: int,
+    patterns: tuple[Pattern, ...] = ("mcar", "panel", "mnar"),
+) -> Scores:
+    """Judge an imputer at every setting of the evaluation."""
+    scores: Scores = {}
+    true = patients.values.numpy()
+    for pattern, key, hidden in hidden_cells(patients, rule, seed, patterns):
+        gone = hidden.numpy()
+        restored = imputer.impute(np.where(gone, np.float32(np.nan), true))
+        scores.setdefault(pattern, {})[key] = restoration(true, restored, gone)
+    return scores
+
+
+def linear_references(
+    covariance: NDArray[np.float64] | None, n_genes: int
+) -> dict[str, Imputer]:
+    """Return the imputers that federated statistics suffice for.
+
+    Parameters
+    ----------
+    covariance
+        Of standardised genes, shape (V, V); None where sites kept cross-products.
+    """
+    references: dict[str, Imputer] = {"mean": MeanImputer()}
+    if covariance is not None:
+        references["ppca"] = ppca(covariance, min(PPCA_RANK, n_genes - 1))
+        references["gaussian"] = GaussianImputer(covariance)
+    return references
+
+
+def judge_round(
+    study: Study, phase: str, whole: Parameters, patients: Patients
+) -> dict[str, Any]:
+    """Judge the model after a round, by what the phase is about.
+
+    Pretraining: error of imputation at every rate and panel, on the first patients of a
+    fixed shuffle. Classification: accuracy from all genes. Survival: C-index within
+    each cancer type. Empty where the head stays at the sites.
+    """
+    if phase == PRETRAINING:
+        chosen = torch.randperm(len(patients), generator=generator(study.seed, "judge"))
+        some = patients.take(chosen[: study.evaluation.patients_per_round])
+        scores = judge_imputer(
+            model_imputer(study, whole, patients.values.shape[1]),
+            some,
+            study.evaluation,
+            study.seed,
+            ("mcar", "panel"),
+        )
+        return as_numbers(scores)
+    if f"{phase}.head" not in tasks.travelling(study, phase):
+        return {}
+    if phase == CLASSIFICATION:
+        everything = torch.ones(patients.values.shape[1], dtype=torch.bool)
+        return {"accuracy": judge_classes(study, whole, patients, everything)[0]}
+    return judge_survival(study, whole, patients)
+
+
+def model_imputer(study: Study, whole: Parameters, n_genes: int) -> ModelImputer:
+    """Return the model's backbone as an imputer."""
+    backbone = tasks.load(study, n_genes, PRETRAINING, whole)[BACKBONE]
+    assert isinstance(backbone, GexBert)
+    return ModelImputer(backbone)
+
+
+@torch.no_grad()
+def judge_classes(
+    study: Study, whole: Parameters, patients: Patients, panel: Tensor
+) -> tuple[float, float]:
+    """Return accuracy and macro-F1 of the cancer type from a panel's genes.
+
+    Parameters
+    ----------
+    panel
+        Genes that the model may see, shape (V,), bool.
+    """
+    classes = study.classification.classes
+    target = patients.type_index(classes)
+    known = (target >= 0).nonzero().squeeze(1)
+    if len(known) == 0:
+        return math.nan, math.nan
+    some, target = patients.take(known), target[known]
+    modules = tasks.load(study, patients.values.shape[1], CLASSIFICATION, whole)
+    encoder, head = (
+        modules[f"{CLASSIFICATION}.{part}"] for part in ("encoder", "head")
+    )
+    assert isinstance(encoder, Encoder)
+    assert isinstance(head, ClassificationHead)
+    predicted = torch.cat(
+        [
+            head(embed(encoder, values, ~values.isnan() & panel)).argmax(dim=1)
+            for values in some.values.split(64)
+        ]
+    )
+    return class_scores(target.numpy(), predicted.numpy())
+
+
+def class_scores(
+    target: NDArray[np.generic], predicted: NDArray[np.generic]
+) -> tuple[float, float]:
+    """Return accuracy, and F1 averaged over the classes that occur in the target."""
+    f1 = []
+    for name in np.unique(target):
+        hit = int(((predicted == name) & (target == name)).sum())
+        said, true = int((predicted == name).sum()), int((target == name).sum())
+        f1.append(2 * hit / (said + true))
+    return float((target == predicted).mean()), float(np.mean(f1))
+
+
+@torch.no_grad()
+def predict_risk(
+    study: Study, whole: Parameters, patients: Patients
+) -> NDArray[np.float32]:
+    """Return each patient's log-hazard, shape (N,); NaN for types not in the study."""
+    modules = tasks.load(study, patients.values.shape[1], SURVIVAL, whole)
+    encoder, head = (modules[f"{SURVIVAL}.{part}"] for part in ("encoder", "head"))
+    assert isinstance(encoder, Encoder)
+    assert isinstance(head, SurvivalHead)
+    types = patients.type_index(study.survival.cancer_types)
+    clinical = patients.clinical if study.survival.clinical else 0 * patients.clinical
+    risk = head.log_hazard(embed_all(encoder, patients), clinical, types.clamp(min=0))
+    return torch.where(types >= 0, risk, torch.nan).numpy()
+
+
+def judge_survival(
+    study: Study, whole: Parameters, patients: Patients
+) -> dict[str, dict[str, Any]]:
+    """Return the C-index within each cancer type of the study."""
+    risk = predict_risk(study, whole, patients)
+    return {
+        name: judge_risk(patients, name, risk) for name in study.survival.cancer_types
+    }
+
+
+def judge_risk(
+    patients: Patients, cancer_type: str, risk: NDArray[np.floating]
+) -> dict[str, Any]:
+    """Return the C-index of a risk within one cancer type, with its standard error.
+
+    Parameters
+    ----------
+    risk
+        Higher means an earlier death, shape (N,).
+
+    Returns
+    -------
+    dict
+        c_index and sd (None where there are fewer than MIN_EVENTS deaths), patients,
+        events, reason.
+    """
+    of_type = np.array([name == cancer_type for name in patients.cancer_type])
+    rows = of_type & (patients.duration > 0).numpy() & ~patients.event.isnan().numpy()
+    duration, event = patients.duration.numpy()[rows], patients.event.numpy()[rows]
+    result: dict[str, Any] = {
+        "patients": int(rows.sum()),
+        "events": int(event.sum()),
+        "c_index": None,
+        "sd": None,
+        "reason": None,
+    }
+    if result["events"] < MIN_EVENTS:
+        result["reason"] = f"fewer than {MIN_EVENTS} events"
+    elif np.isnan(risk[rows]).any():
+        result["reason"] = "no risk predicted"
+    else:
+        result["c_index"], result["sd"] = c_index_with_se(duration, event, risk[rows])
+    return result
+
+
+def as_numbers(scores: Scores) -> dict[str, dict[str, dict[str, float | int]]]:
+    """Return the scores as plain numbers, without those of single genes."""
+    return {
+        pattern: {key: score.as_dict() for key, score in of_pattern.items()}
+        for pattern, of_pattern in scores.items()
+    }
+
+
+def mse_only(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return pattern -> key -> mse of what `as_numbers` returned."""
+    return {
+        pattern: {key: score["mse"] for key, score in of_pattern.items()}
+        for pattern, of_pattern in metrics.items()
+    }

@@ -1,0 +1,140 @@
+"""The journal of a run: what happened, one JSON line an event, only ever added to.
+
+The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
+
+- `run-started`: study, study_hash, sites, plan (phase and rounds of each)
+- `phase-started`: phase, rounds
+- `round`: phase, round, rounds, seconds, train_loss, judged_loss, sites (name → state,
+  reason, num_examples, train_loss, judged_loss, seconds), holdout (null where the round
+  was not judged centrally), bytes_up, bytes_down
+- `phase-finished`: phase
+- `run-finished`: checkpoint
+- `run-failed`: reason
+
+A line counts once its newline is on the disk. Whatever follows the last newline was
+torn off by a crash: readers drop it, and the next writer cuts it away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedgex.common.errors import FedgexError
+
+logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """The writing end of a journal; one writer at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Continue the journal at `path`, or begin it with the first event."""
+        self.path = path
+        if path.exists():
+            _cut_torn_end(path)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Add one event and return once it is on the disk.
+
+        NaN and infinity, for which JSON has no word, become null.
+        """
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps(
+            _without_nan({"time": now, "event": event} | fields), allow_nan=False
+        )
+        with self.path.open("ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return all events, oldest first; a torn last line is dropped with a warning.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no journal at `path`.
+    FedgexError
+        If a line before the end is not an event.
+    """
+    content = path.read_bytes()
+    events, offset = _events(content, path, start=0)
+    if offset < len(content):
+        logger.warning(
+            "%s: dropped %d bytes of a torn last line", path, len(content) - offset
+        )
+    return events
+
+
+def tail(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the events after byte `offset`, and the offset to go on from.
+
+    Begin with offset 0. A journal that does not exist yet has no events; a line that is
+    still being written waits for the next call.
+
+    Raises
+    ------
+    FedgexError
+        If a finished line is not an event.
+    """
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    events, length = _events(content, path, start=offset)
+    return events, offset + length
+
+
+def _events(content: bytes, path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """Parse the finished lines; return them and the number of bytes they take."""
+    length = content.rfind(b"\n") + 1
+    events = []
+    position = start
+    for line in content[:length].splitlines(keepends=True):
+        try:
+            event = json.loads(line)
+        except ValueError as error:  # also what is not UTF-8
+            raise _not_an_event(path, position) from error
+        if not isinstance(event, dict) or "event" not in event:
+            raise _not_an_event(path, position)
+        events.append(event)
+        position += len(line)
+    return events, length
+
+
+def _not_an_event(path: Path, position: int) -> FedgexError:
+    return FedgexError(
+        f"{path}: the line at byte {position} is not a journal event; expected one "
+        'JSON object with the key "event". The file was changed or damaged after it '
+        "was written: restore it from a copy, or move it away to begin a new journal."
+    )
+
+
+def _cut_torn_end(path: Path) -> None:
+    content = path.read_bytes()
+    length = content.rfind(b"\n") + 1
+    if length < len(content):
+        logger.warning(
+            "%s: cut %d bytes of a torn last line", path, len(content) - length
+        )
+        os.truncate(path, length)
+
+
+def _without_nan(value: Any) -> Any:
+    """Return `value` with plain containers, and None for NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

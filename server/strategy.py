@@ -1,0 +1,158 @@
+"""From a round's accepted updates to the next model.
+
+Means and order statistics are ours (per gene, streamed from disk, in order of site
+name); the adaptive server optimisers are Flower's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedYogi
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from fedgex.common import keys
+from fedgex.common.model import PER_GENE
+from fedgex.common.records import Arrays, to_arrays, to_record
+from fedgex.common.study import StrategyRule
+from fedgex.server import aggregation
+from fedgex.server.aggregation import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One site's accepted update, its arrays on disk."""
+
+    site: str
+    path: Path
+    """Safetensors file of the arrays that travelled."""
+    num_examples: int
+    num_loss_terms: int
+    measured: NDArray[np.bool_]
+    """Genes of the vocabulary that the site measures, shape (V,)."""
+
+    def read(self, name: str) -> Array:
+        """Read one array."""
+        with safe_open(self.path, framework="numpy") as file:
+            array: Array = file.get_tensor(name)
+        return array
+
+
+def spool(arrays: Arrays, path: Path) -> None:
+    """Write an update to disk, so that memory does not grow with the sites."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path)
+
+
+def combine(
+    rule: StrategyRule,
+    incoming: Mapping[str, Array],
+    updates: list[Update],
+    server_round: int,
+    server_state: Arrays,
+) -> tuple[dict[str, Array], dict[str, NDArray[np.generic]]]:
+    """Return the next parameters and the server optimiser's next state.
+
+    Parameters
+    ----------
+    incoming
+        Parameters that the round began with: exactly those that travel.
+    updates
+        Accepted updates, one or more; their order does not matter.
+    server_round
+        Number of the round in its phase, from 1.
+    server_state
+        What this function returned for the round before; empty at first.
+    """
+    updates = sorted(updates, key=lambda update: update.site)
+    mean = {
+        name: _combine_one(rule, name, array, updates)
+        for name, array in sorted(incoming.items())
+    }
+    if rule.name in ("fedadam", "fedyogi"):
+        return _adapt(rule, incoming, mean, server_round, server_state)
+    return mean, {}
+
+
+def _combine_one(
+    rule: StrategyRule, name: str, incoming: Array, updates: list[Update]
+) -> Array:
+    by_gene = rule.per_gene and name.endswith(PER_GENE)
+    weights = [
+        np.asarray(_weight(rule, update) * (update.measured if by_gene else 1.0))
+        for update in updates
+    ]
+
+    def arrays() -> Iterator[Array]:
+        for update in updates:
+            array = update.read(name)
+            yield incoming + array if rule.update == "delta" else array
+
+    if rule.name == "median":
+        return aggregation.median(arrays(), weights, incoming)
+    if rule.name == "trimmed-mean":
+        return aggregation.trimmed_mean(arrays(), weights, incoming, rule.trim_share)
+    return aggregation.weighted_mean(arrays(), weights, incoming)
+
+
+def _weight(rule: StrategyRule, update: Update) -> float:
+    if rule.weights == "patients":
+        return float(update.num_examples)
+    if rule.weights == "loss-terms":
+        return float(update.num_loss_terms)
+    return 1.0
+
+
+def _adapt(
+    rule: StrategyRule,
+    incoming: Mapping[str, Array],
+    mean: Mapping[str, Array],
+    server_round: int,
+    server_state: Arrays,
+) -> tuple[dict[str, Array], dict[str, NDArray[np.generic]]]:
+    """Take one step of FedAdam or FedYogi (Reddi et al. 2021) towards the mean.
+
+    Flower's class does the step; it is handed the mean as its only reply, and its
+    float64 result is cast back to the parameters' own type.
+    """
+    chosen = FedAdam if rule.name == "fedadam" else FedYogi
+    strategy = chosen(
+        eta=rule.server_learning_rate,
+        beta_1=rule.beta_1,
+        beta_2=rule.beta_2,
+        tau=rule.tau,
+    )
+    strategy.current_arrays = dict(incoming)
+    strategy.m_t = _part("first", server_state)
+    strategy.v_t = _part("second", server_state)
+    content = RecordDict(
+        {
+            keys.MODEL: to_record(mean),
+            keys.METRICS: MetricRecord({keys.NUM_EXAMPLES: 1}),
+        }
+    )
+    reply = Message(content, dst_node_id=1, message_type=keys.TRAIN)
+    arrays, _ = strategy.aggregate_train(server_round, [reply])
+    if arrays is None or strategy.m_t is None or strategy.v_t is None:
+        raise AssertionError("Flower aggregates one valid reply")
+    stepped = to_arrays(arrays)
+    new = {name: stepped[name].astype(incoming[name].dtype) for name in incoming}
+    state: dict[str, NDArray[np.generic]] = {}
+    for prefix, moments in (("first", strategy.m_t), ("second", strategy.v_t)):
+        state |= {f"{prefix}/{name}": array for name, array in moments.items()}
+    return new, state
+
+
+def _part(prefix: str, state: Arrays) -> dict[str, NDArray[np.generic]] | None:
+    part = {
+        name.removeprefix(f"{prefix}/"): array
+        for name, array in state.items()
+        if name.startswith(f"{prefix}/")
+    }
+    return part or None

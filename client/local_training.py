@@ -1,0 +1,176 @@
+"""One round at one hospital: load the phase's modules, judge, train, say what changed.
+
+Shared by the ClientApp and by whoever trains without a federation for comparison.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedgex.client import state
+from fedgex.client.training import (
+    FitReport,
+    Loss,
+    classification_loss,
+    fit,
+    judge,
+    pretraining_loss,
+    round_learning_rate,
+    survival_loss,
+)
+from fedgex.common import tasks
+from fedgex.common.errors import DataError, Finding
+from fedgex.common.harmonise import Patients
+from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
+from fedgex.common.records import load_parameters, parameters
+from fedgex.common.seeds import derive
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
+from fedgex.common.tasks import BACKBONE, Modules, Parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """What a site answers to a round."""
+
+    update: dict[str, NDArray[np.generic]]
+    """What travels up: parameters or their change, in the study's precision."""
+    report: FitReport
+    judged_loss: float
+    """Loss of the incoming model on the site's own patients, before training."""
+
+
+def train_round(
+    study: Study,
+    phase: str,
+    number: int,
+    patients: Patients,
+    incoming: Parameters,
+    *,
+    site: str,
+    floor: int,
+    state_dir: Path,
+) -> RoundResult:
+    """Judge and train a phase's modules for one round.
+
+    Parameters
+    ----------
+    number
+        Number of the round in its phase, from 1.
+    incoming
+        Parameters sent by the server, see `tasks.sent`.
+    floor
+        Fewest patients that may take part in anything that leaves the site.
+    state_dir
+        Where a local head is kept between rounds.
+
+    Raises
+    ------
+    DataError
+        If fewer patients than the floor can take part.
+    UpdateError
+        If the incoming parameters do not fit the study's model.
+    """
+    settings = study.phases[phase]
+    fitting = take_part(study, phase, patients)
+    if len(fitting) < floor:
+        raise DataError([_too_few(phase, floor)])
+    modules = tasks.build(study, patients.values.shape[1], phase)
+    travelling = tasks.travelling(study, phase)
+    head = f"{phase}.head"
+    local = {head: modules[head]} if head in modules and head not in travelling else {}
+    load_parameters({k: m for k, m in modules.items() if k not in local}, incoming)
+    state.load_head(local, state_dir, phase, number - 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for module in modules.values():
+        module.to(device)
+    loss = phase_loss(study, phase, modules, fitting)
+    seed = derive(study.seed, site, phase, number)
+    judged = judge(loss, len(fitting), settings.batch_size, seed)
+    report = fit(
+        trained_parameters(study, phase, modules),
+        loss,
+        len(fitting),
+        settings,
+        learning_rate=round_learning_rate(settings, number),
+        proximal_mu=study.strategy.proximal_mu,
+        seed=seed,
+    )
+    state.save_head(local, state_dir, phase, number)
+    trained = parameters({name: modules[name] for name in travelling})
+    return RoundResult(
+        update={k: _travel_form(study, v, incoming[k]) for k, v in trained.items()},
+        report=report,
+        judged_loss=judged,
+    )
+
+
+def take_part(study: Study, phase: str, patients: Patients) -> Patients:
+    """Return the patients that a phase can learn from.
+
+    All for pretraining; those of the named cancer types for fine-tuning; for survival
+    moreover those with known follow-up above zero days.
+    """
+    if phase == PRETRAINING:
+        return patients
+    if phase == CLASSIFICATION:
+        fit_for = patients.type_index(study.classification.classes) >= 0
+    else:
+        fit_for = patients.type_index(study.survival.cancer_types) >= 0
+        fit_for &= (patients.duration > 0) & ~patients.event.isnan()
+    return patients.take(fit_for.nonzero().squeeze(1))
+
+
+def phase_loss(study: Study, phase: str, modules: Modules, patients: Patients) -> Loss:
+    """Return the loss of a phase for patients that take part in it."""
+    if phase == PRETRAINING:
+        backbone = modules[BACKBONE]
+        assert isinstance(backbone, GexBert)
+        return pretraining_loss(backbone, patients, study.pretraining)
+    encoder, head = modules[f"{phase}.encoder"], modules[f"{phase}.head"]
+    assert isinstance(encoder, Encoder)
+    if phase == CLASSIFICATION:
+        assert isinstance(head, ClassificationHead)
+        return classification_loss(encoder, head, patients, study.classification)
+    assert isinstance(head, SurvivalHead)
+    return survival_loss(encoder, head, patients, study.survival)
+
+
+def trained_parameters(
+    study: Study, phase: str, modules: Modules
+) -> list[nn.Parameter]:
+    """Return what a phase trains: the backbone, or the head and a tuned encoder."""
+    settings = {
+        CLASSIFICATION: study.classification.backbone,
+        SURVIVAL: study.survival.backbone,
+    }
+    frozen = settings.get(phase) == "frozen"
+    return [
+        parameter
+        for name, module in modules.items()
+        if not (frozen and name.endswith(".encoder"))
+        for parameter in module.parameters()
+    ]
+
+
+def _travel_form(
+    study: Study, trained: NDArray[np.float32], incoming: NDArray[np.float32]
+) -> NDArray[np.generic]:
+    change = trained - incoming if study.strategy.update == "delta" else trained
+    return np.asarray(change, dtype=study.strategy.precision)
+
+
+def _too_few(phase: str, floor: int) -> Finding:
+    return Finding(
+        code="FX-DATA-090",
+        severity="error",
+        where=phase,
+        found=f"fewer than {floor} patients that this phase can learn from",
+        expected=f"{floor} or more, with the cancer types and follow-up of the study",
+        action="The site takes no part in this phase; nothing is to be done.",
+    )

@@ -1,0 +1,225 @@
+"""Names of genes: labels of a file onto current HGNC symbols, one column each.
+
+N samples, L labels in the file, G genes kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fedgex.common.errors import ConfigError
+
+TABLE_COLUMNS = ("symbol", "status", "alias_symbol", "prev_symbol", "ensembl_gene_id")
+"""Columns of HGNC's complete set that are read."""
+
+_ENSEMBL = re.compile(r"(ENSG\d{11})(\.\d+)?")
+_SYMBOL = re.compile(r"[A-Za-z][A-Za-z0-9._@-]*")
+_DATE = re.compile(r"(Mar|Sep|Dec|Oct)-\d+")  # MARCH1 and SEPT2 after a spreadsheet
+
+_WELL_KNOWN = """
+    ACTB ACTG1 AKT1 ALK APC AR ATM B2M BAX BCL2 BRAF BRCA1 BRCA2 CASP3 CCND1 CCNE1
+    CD19 CD274 CD3E CD4 CD44 CD68 CD8A CDH1 CDK1 CDK4 CDKN1A CDKN2A COL1A1 CTLA4
+    CTNNB1 CXCL8 EGFR EPCAM ERBB2 ESR1 FGFR1 FOS FOXP3 GAPDH GATA3 GZMB HIF1A HRAS
+    IDH1 IFNG IL2 IL6 JAK2 JUN KIT KRAS KRT18 KRT5 MAPK1 MDM2 MET MKI67 MLH1 MSH2
+    MTOR MYC NF1 NFKB1 NOTCH1 NRAS PCNA PDCD1 PGR PIK3CA PTEN PTPRC RB1 RPL13A RPLP0
+    SMAD4 SRC STAT1 STAT3 TGFB1 TNF TOP2A TP53 TUBB VEGFA VIM
+"""
+"""Genes of which most panels hold a few: they tell the gene axis from the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneTable:
+    """What HGNC says of names, from a file that the user downloaded."""
+
+    symbols: frozenset[str]
+    """Approved symbols."""
+    by_ensembl: Mapping[str, str]
+    """Approved symbol of each Ensembl gene id without version."""
+    by_previous: Mapping[str, frozenset[str]]
+    """Approved symbols that once had this symbol."""
+    by_alias: Mapping[str, frozenset[str]]
+    """Approved symbols that are also called so."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a table in the format of HGNC's complete set (tab-separated).
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read or lacks one of `TABLE_COLUMNS`.
+        """
+        try:
+            table = pd.read_csv(
+                path,
+                sep="\t",
+                dtype=str,
+                keep_default_na=False,
+                usecols=list(TABLE_COLUMNS),
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path.name}: cannot be read as a gene table; expected HGNC's "
+                f"complete set, tab-separated, with columns {', '.join(TABLE_COLUMNS)}."
+            ) from error
+        table = table[table["status"] == "Approved"]
+        return cls(
+            symbols=frozenset(table["symbol"]),
+            by_ensembl={
+                i: s
+                for i, s in zip(table["ensembl_gene_id"], table["symbol"], strict=True)
+                if i
+            },
+            by_previous=_owners(table["prev_symbol"], table["symbol"]),
+            by_alias=_owners(table["alias_symbol"], table["symbol"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneNames:
+    """Current symbols of the labels of a file."""
+
+    symbols: tuple[str | None, ...]
+    """Symbol of each label, length L; None where the label names no single gene."""
+    updated: tuple[str, ...]
+    """Labels that are retired symbols or aliases and were replaced."""
+    ambiguous: tuple[str, ...]
+    """Labels that several genes had or have."""
+    unmapped: tuple[str, ...]
+    """Labels that name no gene, or whose gene nothing here tells."""
+
+
+def current_symbols(labels: Sequence[str], table: GeneTable | None) -> GeneNames:
+    """Find the current symbol of each label.
+
+    An approved symbol stays; then come Ensembl id, previous symbol and alias, the last
+    two only where one gene had it. Without a table, symbols stay as they are and
+    Ensembl ids remain unmapped.
+    """
+    symbols: list[str | None] = []
+    updated, ambiguous, unmapped = [], [], []
+    for label in labels:
+        owners = _candidates(label, table)
+        symbol = next(iter(owners)) if len(owners) == 1 else None
+        symbols.append(symbol)
+        if len(owners) > 1:
+            ambiguous.append(label)
+        elif symbol is None:
+            unmapped.append(label)
+        elif symbol != label and not _ENSEMBL.fullmatch(label):
+            updated.append(label)
+    return GeneNames(
+        symbols=tuple(symbols),
+        updated=tuple(updated),
+        ambiguous=tuple(ambiguous),
+        unmapped=tuple(unmapped),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneColumns:
+    """One column for each gene."""
+
+    genes: tuple[str, ...]
+    """Symbols, sorted, length G."""
+    columns: tuple[int, ...]
+    """Position of each gene's column in the file, length G."""
+    repeated: tuple[str, ...]
+    """Genes that had several columns, of which one was kept."""
+    contradictory: tuple[str, ...]
+    """Genes that had several columns, none of which could be preferred: left out."""
+
+
+def one_column_each(
+    labels: Sequence[str],
+    symbols: Sequence[str | None],
+    values: NDArray[np.floating],
+) -> GeneColumns:
+    """Choose one column for each symbol.
+
+    Of several, the only one labelled with the current symbol itself is kept; otherwise
+    the first, if all hold the same values; otherwise none. Columns are never averaged
+    or added up, which would be right on some scales and wrong on others.
+
+    Parameters
+    ----------
+    labels, symbols
+        Label in the file and current symbol of each column, length L; columns whose
+        symbol is None are left out.
+    values
+        Expression, shape (N, L).
+    """
+    places: dict[str, list[int]] = {}
+    for place, symbol in enumerate(symbols):
+        if symbol is not None:
+            places.setdefault(symbol, []).append(place)
+    kept: dict[str, int] = {}
+    repeated, contradictory = [], []
+    for symbol, columns in sorted(places.items()):
+        exact = [i for i in columns if labels[i] == symbol] or columns
+        same = values[:, exact] if len(exact) > 1 else None
+        if same is not None and not _all_equal(same):
+            contradictory.append(symbol)
+            continue
+        kept[symbol] = exact[0]
+        if len(columns) > 1:
+            repeated.append(symbol)
+    return GeneColumns(
+        genes=tuple(kept),
+        columns=tuple(kept.values()),
+        repeated=tuple(repeated),
+        contradictory=tuple(contradictory),
+    )
+
+
+def is_gene_like(label: str) -> bool:
+    """Return whether a label has the shape of a symbol or an Ensembl gene id."""
+    return bool(_SYMBOL.fullmatch(label)) and not _DATE.fullmatch(label)
+
+
+def count_genes(labels: Sequence[str], table: GeneTable | None) -> int:
+    """Return how many labels are surely genes: Ensembl ids or known symbols."""
+    known = set(_WELL_KNOWN.split()) | (table.symbols if table else set())
+    return sum(label in known or bool(_ENSEMBL.fullmatch(label)) for label in labels)
+
+
+def _owners(
+    names: pd.Series[str], symbols: pd.Series[str]
+) -> dict[str, frozenset[str]]:
+    owners: dict[str, set[str]] = {}
+    for joined, symbol in zip(names, symbols, strict=True):
+        for name in joined.split("|"):
+            owners.setdefault(name, set()).add(symbol)
+    owners.pop("", None)
+    return {name: frozenset(those) for name, those in owners.items()}
+
+
+def _candidates(label: str, table: GeneTable | None) -> frozenset[str]:
+    """Return the symbols of all genes that a label may mean."""
+    ensembl = _ENSEMBL.fullmatch(label)
+    nothing: frozenset[str] = frozenset()
+    if table is None:
+        named = not ensembl and not label.startswith("ENSG") and is_gene_like(label)
+        return frozenset({label}) if named else nothing
+    if label in table.symbols:
+        return frozenset({label})
+    if ensembl:
+        symbol = table.by_ensembl.get(ensembl[1])
+        return nothing if symbol is None else frozenset({symbol})
+    return table.by_previous.get(label) or table.by_alias.get(label, nothing)
+
+
+def _all_equal(values: NDArray[np.floating]) -> bool:
+    """Return whether all columns are the same, NaN included."""
+    return all(
+        np.array_equal(values[:, 0], values[:, i], equal_nan=True)
+        for i in range(1, values.shape[1])
+    )

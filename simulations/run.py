@@ -1,0 +1,311 @@
+"""A whole simulated federation: split, run, compare, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from fedgex.client.settings import SiteSettings
+from fedgex.client.validation import load_cohort as check_cohort
+from fedgex.common import checkpoint
+from fedgex.common.cohort import load_cohort, save_cohort
+from fedgex.common.errors import CheckpointError, ConfigError, FederationError
+from fedgex.common.harmonise import to_patients
+from fedgex.server.evaluation import mse_only
+from fedgex.server.journal import read
+from fedgex.simulations import comparisons, engine, progress
+from fedgex.simulations.comparisons import Federation, cached
+from fedgex.simulations.report import summary, write_report
+from fedgex.simulations.scenario import Scenario
+from fedgex.simulations.split import Split, split
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = ("fedgex", "flwr", "torch", "numpy", "pandas", "lifelines", "scikit-learn")
+
+
+def run(scenario: Scenario, data_dir: Path, out: Path, console: Console) -> list[str]:
+    """Run a scenario to its report, going on from what `out` already holds.
+
+    Returns
+    -------
+    list of str
+        Ten-line summary for a terminal.
+
+    Raises
+    ------
+    ConfigError
+        If the data do not fit, or `out` holds another scenario's run.
+    FederationError
+        If the federation stopped; what it said is in `out/engine.log`.
+    """
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(scenario, out)
+    parts = split(scenario, data_dir, out)
+    for note in parts.notes:
+        console.print(note, highlight=False)
+    holdout = out / "holdout" / "checked"
+    if not (holdout / "clinical.parquet").exists():
+        settings = SiteSettings.load(out / "holdout" / "site.toml")
+        cohort, _ = check_cohort(
+            settings, scenario.study.scale, tuple(scenario.study.phases)
+        )
+        save_cohort(cohort, holdout)
+    federate(scenario, parts, out, console)
+    federation = _open(parts, out)
+    report = _report(scenario, parts, federation, out, console, started)
+    write_report(report, out)
+    return summary(report)
+
+
+def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> None:
+    """Run the federation in Flower's engine until it has finished.
+
+    Raises
+    ------
+    FederationError
+        If it stopped before its end.
+    """
+    journal = out / "run" / "journal.jsonl"
+    if _ended(journal):
+        return
+    study = out / "study.json"
+    study.write_text(scenario.study.to_json())
+    log = out / "engine.log"
+    process = engine.start(
+        study=study,
+        sites=out / "sites",
+        n_sites=len(parts.sites),
+        holdout=out / "holdout" / "checked",
+        run_dir=out / "run",
+        workers=scenario.run.workers,
+        log=log,
+    )
+    try:
+        progress.watch(journal, lambda: process.poll() is not None, console)
+    finally:
+        _stop(process)
+    if not _ended(journal):
+        raise FederationError(_why(journal, log, out))
+
+
+def _claim(scenario: Scenario, out: Path) -> None:
+    """Write the scenario into `out`, or refuse if another one is there."""
+    path, text = out / "scenario.json", scenario.model_dump_json(indent=1)
+    if path.exists() and path.read_text() != text:
+        raise ConfigError(
+            f"{out} holds the run of another scenario ({path.name} differs); choose "
+            "another --out, or delete this one."
+        )
+    path.write_text(text)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the engine; it goes on from its last checkpoint when started again."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _ended(journal: Path) -> bool:
+    return journal.exists() and any(e["event"] == "run-finished" for e in read(journal))
+
+
+def _why(journal: Path, log: Path, out: Path) -> str:
+    """Return why a federation stopped: its own word, or the end of its log."""
+    reasons = []
+    if journal.exists():
+        reasons = [e["reason"] for e in read(journal) if e["event"] == "run-failed"]
+    if reasons:
+        said = reasons[-1]
+    else:
+        with log.open(errors="replace") as file:
+            said = "".join(deque(file, maxlen=5)).strip()
+    return (
+        f"the federation stopped: {said}\nSee {log}. The same command goes on from the "
+        f"last checkpoint in {out / 'run' / 'checkpoints'}."
+    )
+
+
+def _open(parts: Split, out: Path) -> Federation:
+    found = checkpoint.latest(out / "run" / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{out / 'run' / 'checkpoints'} holds no checkpoint.")
+    final = checkpoint.load(found)
+    holdout = to_patients(
+        load_cohort(out / "holdout" / "checked"),
+        final.vocabulary,
+        final.standardisation,
+    )
+    took_part = [name for name in parts.sites if name in final.trained_on["sites"]]
+    return comparisons.open_federation(final, out / "sites", took_part, holdout)
+
+
+def _report(
+    scenario: Scenario,
+    parts: Split,
+    federation: Federation,
+    out: Path,
+    console: Console,
+    started: float,
+) -> dict[str, Any]:
+    """Compute every comparison that is not there yet, and gather the report."""
+    kinds = {kind for kind, on in scenario.reference.model_dump().items() if on}
+    folder = out / "comparisons"
+    folder.mkdir(exist_ok=True)
+    with _bars(console) as bars:
+
+        def told(step: str, done: int, total: int) -> None:
+            names = {task.description: task.id for task in bars.tasks}
+            task = names[step] if step in names else bars.add_task(step, total=total)
+            bars.update(task, completed=done, total=total)
+            if not console.is_terminal:
+                console.print(f"{step} {done}/{total}", highlight=False)
+
+        models = comparisons.train_all(
+            federation, kinds, folder / "models", scenario.run.workers, told
+        )
+        imputers = cached(
+            folder / "imputation.json", lambda: comparisons.imputation(federation, told)
+        )
+        survival, curves = cached(
+            folder / "survival.json",
+            lambda: comparisons.survival(federation, models, told),
+        )
+        classes = cached(
+            folder / "classification.json",
+            lambda: comparisons.classification(federation, models, told),
+        )
+    judged = json.loads((out / "run" / "judgement.json").read_text())
+    events = read(out / "run" / "journal.jsonl")
+    return {
+        "schema": 1,
+        "study": _study_facts(scenario, parts, federation, started),
+        "rounds": [_round_facts(e) for e in events if e["event"] == "round"],
+        "imputation": judged["imputation"] | imputers,
+        "imputation_per_gene": _per_gene(federation, judged["per_gene"]),
+        "survival": survival,
+        "kaplan_meier": curves,
+        "classification": classes,
+        "cost": _cost(events, scenario.run.workers),
+    }
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _study_facts(
+    scenario: Scenario, parts: Split, federation: Federation, started: float
+) -> dict[str, Any]:
+    final, study = federation.final, federation.study
+    backbone = [v for k, v in final.parameters.items() if k.startswith("backbone.")]
+    return {
+        "name": study.name,
+        "hash": study.hash,
+        "seed": study.seed,
+        "scale": study.scale.value,
+        "preset": study.preset,
+        "parameters": sum(array.size for array in backbone),
+        "vocabulary": {"genes": len(final.vocabulary), "hash": final.vocabulary.hash},
+        "sites": [
+            {
+                "name": name,
+                "patients": len(rows),
+                "genes": int(rows.measured.any(dim=0).sum()),
+            }
+            for name, rows in sorted(federation.sites.items())
+        ],
+        "holdout": {
+            "patients": len(federation.holdout),
+            "institutions": list(scenario.holdout.institutions),
+        },
+        "versions": {name: version(name) for name in VERSIONS},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seconds": time.monotonic() - started,
+        "notes": list(parts.notes),
+    }
+
+
+def _round_facts(event: Mapping[str, Any]) -> dict[str, Any]:
+    states = [site["state"] for site in event["sites"].values()]
+    pretraining = event["phase"] == "pretraining" and event["holdout"]
+    return {
+        "phase": event["phase"],
+        "round": event["round"],
+        "train_loss": event["train_loss"],
+        "judged_loss": event["judged_loss"],
+        "holdout_mse": mse_only(event["holdout"]) if pretraining else None,
+        "seconds": event["seconds"],
+        "sites_contributed": states.count("contributed"),
+        "sites_total": len(states),
+    }
+
+
+def _per_gene(
+    federation: Federation, per_gene: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    key = "0.5"
+    if key not in per_gene["model"] or "gaussian" not in per_gene:
+        return None
+    return {
+        "rate": key,
+        "genes": list(federation.final.vocabulary.genes),
+        "model_mse": per_gene["model"][key]["mse"],
+        "gaussian_mse": per_gene["gaussian"][key]["mse"],
+        "model_r": per_gene["model"][key]["pearson"],
+    }
+
+
+def _cost(events: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """Return what pretraining cost, over its rounds after the first.
+
+    The overhead of a round is its time less that of training, were the sites' own
+    seconds spread evenly over the workers.
+    """
+    timed = [
+        e
+        for e in events
+        if e["event"] == "round" and e["phase"] == "pretraining" and e["seconds"]
+    ][1:]
+    every = [e for e in events if e["event"] == "round"]
+    sizes = {key: sum(e[key] for e in every) for key in ("bytes_up", "bytes_down")}
+    peaks = [e["peak_rss_mb"] for e in events if e["event"] == "run-finished"]
+    cost: dict[str, Any] = {**sizes, "peak_rss_mb": peaks[-1]}
+    if timed:
+        there = [
+            [s for s in e["sites"].values() if s["state"] == "contributed"]
+            for e in timed
+        ]
+        seconds = np.array([sum(s["seconds"] for s in sites) for sites in there])
+        examples = np.array([sum(s["num_examples"] for s in sites) for sites in there])
+        walls = np.array([e["seconds_sites"] for e in timed])
+        cost["samples_per_s"] = float(examples.sum() / walls.sum())
+        cost["round_overhead_s"] = float((walls - seconds / workers).mean())
+    return cost

@@ -1,0 +1,520 @@
+"""Split real data by institution into the folders that simulated hospitals hold.
+
+    raw files ─read→ samples with patient and institution ─assign→ site of each
+    institution ─write→ sites/<slug>/ and holdout/, each with expression.parquet,
+    clinical.csv and site.toml, as at a hospital
+
+Whole institutions go to one place, so no patient is in two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import unicodedata
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+
+from fedgex.common.cohort import CLINICAL_COLUMNS
+from fedgex.common.errors import ConfigError
+from fedgex.simulations.scenario import Columns, Data, Scenario, Sites
+
+REGION = "region"
+"""Site of all patients whose institutions are small."""
+HOLDOUT = "holdout"
+"""Folder and name of the hold-out."""
+RECORD = "split.json"
+"""Moved to its place last: a folder without it holds no finished split."""
+PARTIAL = "split.partial"
+"""Where a split is written before it moves to its place; gone when it is finished."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What was written, without a single patient."""
+
+    sites: tuple[str, ...]
+    """Names of the sites' folders, sorted."""
+    sizes: Mapping[str, int]
+    """Patients of each site."""
+    holdout_size: int
+    """Patients of the hold-out."""
+    notes: tuple[str, ...]
+    """Lines for the log: who was pooled or left out, and why."""
+    digest: str
+    """SHA-256 of all files written."""
+
+
+def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
+    """Write what each simulated hospital holds to `out/sites` and `out/holdout`.
+
+    The same scenario and data give the same bytes. A finished split of the same
+    scenario and data is used again; one that was interrupted starts anew.
+
+    Parameters
+    ----------
+    scenario
+        Names the files, the site column and the hold-out.
+    data_dir
+        Folder to which the scenario's paths are relative.
+    out
+        Folder for the split; it may hold other things.
+
+    Raises
+    ------
+    ConfigError
+        If the data do not fit the scenario, with everything that does not; or if `out`
+        holds the split of another scenario or other data, or files changed since.
+    """
+    expression_files, clinical_file = _find_files(scenario.data, data_dir)
+    inputs = _digest(
+        data_dir,
+        [*expression_files, clinical_file],
+        scenario.model_dump_json(include={"study", "data", "sites", "holdout"}),
+    )
+    finished = _finished(out, inputs)
+    if finished is not None:
+        return finished
+
+    raw = _read(scenario, expression_files, clinical_file)
+    _refuse_unknown_names(scenario, raw.clinical)
+    assignment = _assign(scenario, raw.clinical)
+    return _write(scenario, raw, assignment, out, inputs)
+
+
+def slugs(names: Iterable[str], reserved: Collection[str] = ()) -> dict[str, str]:
+    """Return a distinct folder name for each of `names`.
+
+    Parameters
+    ----------
+    names
+        Distinct names of institutions; their order does not matter.
+    reserved
+        Folder names that none of them gets.
+
+    Returns
+    -------
+    dict
+        Lower-case letters, digits and single hyphens, at most about 60; names that
+        would collide are numbered in sorted order.
+    """
+    given: dict[str, str] = {}
+    used = set(reserved)
+    for name in sorted(names):
+        ascii_name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore")
+        words = re.findall(r"[a-z0-9]+", ascii_name.decode().lower())
+        stem = "-".join(words)[:56].strip("-") or "site"
+        slug, number = stem, 2
+        while slug in used:
+            slug, number = f"{stem}-{number}", number + 1
+        given[name] = slug
+        used.add(slug)
+    return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Raw:
+    """All samples whose patient and institution are known, sorted by sample."""
+
+    expression: pd.DataFrame
+    """Samples x genes (sorted), float32."""
+    clinical: pd.DataFrame
+    """Samples x (patient, institution, and those of CLINICAL_COLUMNS that exist)."""
+    notes: tuple[str, ...]
+
+
+def _find_files(data: Data, data_dir: Path) -> tuple[list[Path], Path]:
+    expression = sorted(p for p in data_dir.glob(data.expression) if p.is_file())
+    clinical = data_dir / data.clinical
+    problems = []
+    if not expression:
+        problems.append(f"{data.expression}: data.expression matches no file")
+    if not clinical.is_file():
+        problems.append(f"{data.clinical}: data.clinical is not a file")
+    if problems:
+        raise ConfigError(
+            "\n".join(
+                f"{problem} in {data_dir}. Correct the scenario, or the data folder."
+                for problem in problems
+            )
+        )
+    return expression, clinical
+
+
+def _read(
+    scenario: Scenario, expression_files: Sequence[Path], clinical_file: Path
+) -> _Raw:
+    tables = [_read_expression(path) for path in expression_files]
+    expression = pd.concat(tables).sort_index().sort_index(axis=1)
+    repeated = int(expression.index.duplicated().sum())
+    if repeated:
+        raise ConfigError(
+            f"{scenario.data.expression}: {repeated} samples occur more than once; "
+            "expected each sample in one row of one file. Correct the files."
+        )
+
+    patients, notes = _read_clinical(scenario, clinical_file)
+    patient = expression.index.str.slice(stop=scenario.data.patient_from_sample)
+    clinical = patients.reindex(patient).set_axis(expression.index)
+    clinical.insert(0, "patient", patient)
+    if scenario.data.cancer_type_from == "file":
+        stems = [
+            pd.Series(path.stem, index=table.index)
+            for path, table in zip(expression_files, tables, strict=True)
+        ]
+        clinical["cancer_type"] = pd.concat(stems).reindex(expression.index)
+
+    known = clinical["institution"].notna()
+    homeless = clinical["patient"][~known].nunique()
+    if homeless:
+        notes.append(
+            f"left out: {homeless} patients who have expression, but no row or no "
+            f"{scenario.sites.column} in {scenario.data.clinical}"
+        )
+    if not known.any():
+        raise ConfigError(
+            f"{scenario.data.clinical}: none of {patient.nunique()} patients with "
+            f"expression has a row with a {scenario.sites.column}; expected identifiers"
+            " that are equal in both. Check data.columns.patient and "
+            "data.patient_from_sample."
+        )
+    return _Raw(
+        expression=expression[known], clinical=clinical[known], notes=tuple(notes)
+    )
+
+
+def _read_expression(path: Path) -> pd.DataFrame:
+    """Read samples x genes from any supported format, as float32."""
+    if path.suffix == ".h5ad":
+        import anndata  # takes seconds, and few scenarios need it
+
+        table: pd.DataFrame = anndata.read_h5ad(path).to_df()
+    else:
+        table = _read_table(path)
+        if isinstance(table.index, pd.RangeIndex):
+            table = table.set_index(table.columns[0])
+    text = [str(c) for c, d in table.dtypes.items() if not is_numeric_dtype(d)]
+    if text:
+        raise ConfigError(
+            f"{path.name}: {len(text)} columns are not numeric, such as {text[0]!r}; "
+            "expected samples in rows and nothing but genes in columns."
+        )
+    if not table.columns.is_unique:
+        twice = int(table.columns.duplicated().sum())
+        raise ConfigError(
+            f"{path.name}: {twice} columns repeat a gene; expected each gene once."
+        )
+    table.index = table.index.astype(str).rename("sample")
+    table.columns = table.columns.astype(str).rename(None)
+    return table.astype(np.float32)
+
+
+def _read_clinical(scenario: Scenario, path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Return institution and clinical columns by patient, in our names, and notes."""
+    data, site_column = scenario.data, scenario.sites.column
+    table = _read_table(path, as_text=(data.columns.patient, site_column))
+    if not isinstance(table.index, pd.RangeIndex):
+        table = table.reset_index()
+
+    wanted = {getattr(data.columns, ours): ours for ours in _columns_of(data)}
+    needed = {data.columns.patient, site_column, *_columns_needed(scenario)}
+    absent = [name for name in (site_column, *wanted) if name not in table.columns]
+    refused = [name for name in absent if name in needed]
+    if refused:
+        raise ConfigError(
+            "\n".join(
+                f"{data.clinical}: there is no column {name!r}; the scenario names it "
+                f"or its study needs it. Columns are {', '.join(map(str, table))}."
+                for name in refused
+            )
+        )
+    repeated = int(table[data.columns.patient].duplicated().sum())
+    if repeated:
+        raise ConfigError(
+            f"{data.clinical}: {repeated} rows repeat a patient; expected one row for "
+            "each patient. Correct the table."
+        )
+    patients = table[[name for name in wanted if name not in absent]]
+    patients = patients.rename(columns=wanted)
+    patients["institution"] = table[site_column].dropna().astype(str)
+    patients.index = pd.Index(patients.pop("patient").astype(str))
+    notes = [f"no site holds {wanted[name]}: the table has none" for name in absent]
+    return patients, notes
+
+
+def _columns_of(data: Data) -> list[str]:
+    """Return the keys of `data.columns` that are read from the clinical table."""
+    from_file = data.cancer_type_from == "file"
+    return [k for k in Columns.model_fields if not (from_file and k == "cancer_type")]
+
+
+def _columns_needed(scenario: Scenario) -> set[str]:
+    """Return the clinical columns that the scenario names or its study needs."""
+    data, study = scenario.data, scenario.study
+    ours = set(data.columns.model_fields_set)
+    if study.survival.rounds:
+        ours |= {"duration", "event", "cancer_type"}
+    if study.classification.rounds:
+        ours |= {"cancer_type"}
+    return {getattr(data.columns, key) for key in ours & set(_columns_of(data))}
+
+
+def _read_table(path: Path, as_text: Collection[str] = ()) -> pd.DataFrame:
+    """Read Parquet, CSV or TSV; the columns `as_text`, and the first, stay text."""
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    if path.suffix not in (".csv", ".tsv"):
+        raise ConfigError(
+            f"{path.name}: cannot be read; expected .parquet, .csv, .tsv or, for "
+            "expression, .h5ad."
+        )
+    separator = "," if path.suffix == ".csv" else "\t"
+    first = pd.read_csv(path, sep=separator, nrows=0).columns[:1]
+    text: dict[Hashable, type[str]] = dict.fromkeys((*first, *as_text), str)
+    return pd.read_csv(path, sep=separator, dtype=text, low_memory=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Assignment:
+    site_of: Mapping[str, str]
+    """Site's name by institution; institutions that are left out are absent."""
+    notes: tuple[str, ...]
+
+
+def _refuse_unknown_names(scenario: Scenario, clinical: pd.DataFrame) -> None:
+    """Refuse hold-outs and cancer types that no patient has; a typo would be silent."""
+    study = scenario.study
+    institutions = sorted(clinical["institution"].unique())
+    types = (
+        sorted(clinical["cancer_type"].dropna().astype(str).unique())
+        if "cancer_type" in clinical
+        else []
+    )
+    checks = [
+        ("holdout.institutions", scenario.holdout.institutions, institutions),
+        ("study.classification.classes", study.classification.classes, types),
+        ("study.survival.cancer_types", study.survival.cancer_types, types),
+    ]
+    _refuse(
+        f'{key}: no patient with expression has "{name}"{_near(name, known)}'
+        for key, names, known in checks
+        for name in names
+        if name not in known
+    )
+
+
+def _assign(scenario: Scenario, clinical: pd.DataFrame) -> _Assignment:
+    rule: Sites = scenario.sites
+    sizes = clinical.groupby("institution")["patient"].nunique()
+    held_out = list(scenario.holdout.institutions)
+    rest = sizes.drop(held_out)
+    small = sorted(rest.index[rest < rule.minimum_patients])
+    large = rest.drop(small)
+    notes = [f"hold-out: {sizes[held_out].sum()} patients of {_listed(held_out)}"]
+
+    site_of = slugs(large.index, reserved=(REGION, HOLDOUT))
+    below = f"each below {rule.minimum_patients} patients"
+    if small and rule.small == "region":
+        site_of |= dict.fromkeys(small, REGION)
+        pooled = rest[small].sum()
+        notes.append(f"{REGION}: {pooled} patients of {_listed(small)}, {below}")
+    elif small:
+        notes.append(f"left out: {_listed(small)}, {below}")
+
+    site_sizes = rest[list(site_of)].groupby(pd.Series(site_of)).sum()
+    if rule.max_sites is not None and len(site_sizes) > rule.max_sites:
+        ranked = sorted(site_sizes.index, key=lambda site: (-site_sizes[site], site))
+        dropped = sorted(ranked[rule.max_sites :])
+        site_of = {i: site for i, site in site_of.items() if site not in dropped}
+        site_sizes = site_sizes.drop(dropped)
+        notes.append(
+            f"left out: {', '.join(dropped)}, beyond the {rule.max_sites} sites with "
+            "the most patients"
+        )
+    if site_sizes.empty:
+        raise ConfigError(
+            f"no site is left: {len(sizes)} institutions, of which {len(held_out)} are "
+            f"held out and {len(small)} have fewer than {rule.minimum_patients} "
+            "patients. Lower sites.minimum_patients, or hold out fewer."
+        )
+    _refuse(
+        f'study.rounds.mandatory_sites: there is no site "{name}"'
+        f"{_near(name, list(site_sizes.index))}"
+        for name in scenario.study.rounds.mandatory_sites
+        if name not in site_sizes.index
+    )
+    minimum = scenario.study.minimum_cohort
+    too_small = sorted(site_sizes.index[site_sizes < minimum])
+    if too_small:
+        notes.append(
+            f"will take no part: {', '.join(too_small)}, below the study's minimum "
+            f"cohort of {minimum} patients"
+        )
+    return _Assignment(
+        site_of=site_of | dict.fromkeys(held_out, HOLDOUT), notes=tuple(notes)
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    noun = "institution" if len(names) == 1 else "institutions"
+    return f"{len(names)} {noun} ({'; '.join(names)})"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """Return a question that offers up to three known names, if any are like `name`."""
+    by_lower_case = {k.lower(): k for k in known}
+    near = [k for k in by_lower_case if name.lower() in k][:3]
+    near = near or get_close_matches(name.lower(), by_lower_case, n=3)
+    if not near:
+        return ""
+    return "; did you mean " + " or ".join(f'"{by_lower_case[n]}"' for n in near) + "?"
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    lines = list(problems)
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _finished(out: Path, inputs: str) -> Split | None:
+    """Return the split that `out` holds already, if it is finished."""
+    if not (out / RECORD).is_file():
+        return None
+    record = json.loads((out / RECORD).read_text())
+    if record.pop("inputs") != inputs:
+        raise ConfigError(
+            f"{out} holds the split of another scenario or of other data. Choose "
+            "another folder, or delete this one."
+        )
+    done = Split(**record | {key: tuple(record[key]) for key in ("sites", "notes")})
+    if _digest(out, _written(out, done.sites)) != done.digest:
+        raise ConfigError(
+            f"{out}: the split's files are not as they were written. Choose another "
+            "folder, or delete this one."
+        )
+    logger.info("%s holds this split already", out)
+    return done
+
+
+def _write(
+    scenario: Scenario, raw: _Raw, assignment: _Assignment, out: Path, inputs: str
+) -> Split:
+    _clear_interrupted(out)
+    partial = out / PARTIAL
+    partial.mkdir(parents=True)
+
+    site = raw.clinical["institution"].map(assignment.site_of)
+    sizes = {}
+    for name, samples in site.groupby(site).groups.items():
+        clinical = raw.clinical.loc[samples]
+        expression = raw.expression.loc[samples].dropna(axis=1, how="all")
+        if name != HOLDOUT:
+            expression = _panel(expression, scenario, str(name))
+        _write_site(
+            _folder(partial, str(name)), str(name), expression, clinical, scenario
+        )
+        sizes[str(name)] = int(clinical["patient"].nunique())
+    holdout_size = sizes.pop(HOLDOUT)
+    sites = tuple(sorted(sizes))
+    done = Split(
+        sites=sites,
+        sizes={name: sizes[name] for name in sites},
+        holdout_size=holdout_size,
+        notes=raw.notes + assignment.notes,
+        digest=_digest(partial, _written(partial, sites)),
+    )
+    record = json.dumps({"inputs": inputs, **asdict(done)}, indent=1)
+    (partial / RECORD).write_text(record + "\n")
+
+    for name in (HOLDOUT, "sites", RECORD):
+        (partial / name).rename(out / name)
+    partial.rmdir()
+    return done
+
+
+def _clear_interrupted(out: Path) -> None:
+    """Remove what an interrupted split left, and nothing that is not its own."""
+    ours = [folder for folder in (out / HOLDOUT, out / "sites") if folder.exists()]
+    if (out / PARTIAL).exists():
+        logger.warning("%s: an earlier split was interrupted; it starts anew", out)
+        for folder in (*ours, out / PARTIAL):
+            shutil.rmtree(folder)
+    elif ours:
+        raise ConfigError(
+            f"{out} holds {' and '.join(f.name for f in ours)} that no split wrote. "
+            "Choose another folder, or move them away."
+        )
+
+
+def _panel(expression: pd.DataFrame, scenario: Scenario, site: str) -> pd.DataFrame:
+    """Keep the site's own random share of the genes."""
+    share = scenario.sites.panel_share
+    if share == 1:
+        return expression
+    rng = np.random.default_rng([scenario.study.seed, *f"panel/{site}".encode()])
+    n_genes = expression.shape[1]
+    kept = rng.choice(n_genes, max(1, round(share * n_genes)), replace=False)
+    return expression.iloc[:, np.sort(kept)]
+
+
+def _write_site(
+    folder: Path,
+    name: str,
+    expression: pd.DataFrame,
+    clinical: pd.DataFrame,
+    scenario: Scenario,
+) -> None:
+    folder.mkdir(parents=True)
+    expression.to_parquet(folder / "expression.parquet")
+    columns = ["patient", *(c for c in CLINICAL_COLUMNS if c in clinical)]
+    clinical = clinical[columns]
+    if scenario.data.patient_from_sample is not None:
+        clinical = clinical.reset_index()  # a column "sample"
+    clinical.to_csv(folder / "clinical.csv", index=False)
+    lines = [
+        f'name = "{name}"',
+        f"minimum_cohort = {scenario.study.minimum_cohort}",
+        'tasks = ["pretraining", "classification", "survival"]',
+        f"share_cross_products = {str(scenario.sites.share_cross_products).lower()}",
+        "",
+        "[data]",
+        'expression = "expression.parquet"',
+        'clinical = "clinical.csv"',
+        f'scale = "{scenario.data.scale}"',
+        'orientation = "samples-by-genes"',
+        f'time_unit = "{scenario.data.time_unit}"',
+    ]
+    (folder / "site.toml").write_text("\n".join(lines) + "\n")
+
+
+def _folder(out: Path, name: str) -> Path:
+    return out / HOLDOUT if name == HOLDOUT else out / "sites" / name
+
+
+def _written(out: Path, sites: Iterable[str]) -> list[Path]:
+    return [
+        _folder(out, name) / file
+        for name in (HOLDOUT, *sites)
+        for file in ("clinical.csv", "expression.parquet", "site.toml")
+    ]
+
+
+def _digest(root: Path, files: Iterable[Path], text: str = "") -> str:
+    """Return the SHA-256 of a text, and of files and their paths below `root`."""
+    total = hashlib.sha256(text.encode())
+    for path in files:
+        content = path.read_bytes() if path.is_file() else b"absent"
+        line = f"\n{path.relative_to(root).as_posix()} "
+        total.update(line.encode() + hashlib.sha256(content).digest())
+    return total.hexdigest()

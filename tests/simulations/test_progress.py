@@ -1,0 +1,237 @@
+import io
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedgex.server.journal import Journal
+from fedgex.simulations.progress import (
+    MISSING_SHOWN,
+    RunState,
+    display,
+    round_line,
+    watch,
+)
+
+START = datetime(2026, 1, 5, 9, 0, 0, tzinfo=UTC)
+CONTRIBUTED = {"state": "contributed", "reason": None}
+
+
+def started(after_s: float = 0.0) -> dict[str, Any]:
+    return {
+        "time": (START + timedelta(seconds=after_s)).isoformat(),
+        "event": "run-started",
+        "study": "pan-cancer",
+        "study_hash": "ab12",
+        "sites": ["h1", "h2"],
+        "plan": [
+            {"phase": "pretraining", "rounds": 4},
+            {"phase": "survival", "rounds": 2},
+        ],
+    }
+
+
+def round_event(
+    number: int,
+    *,
+    after_s: float = 0.0,
+    seconds: float = 10.0,
+    mse: float | None = 0.5123,
+    train_loss: float | None = 0.6834,
+    sites: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    return {
+        "time": (START + timedelta(seconds=after_s)).isoformat(),
+        "event": "round",
+        "phase": "pretraining",
+        "round": number,
+        "rounds": 4,
+        "seconds": seconds,
+        "train_loss": train_loss,
+        "judged_loss": None,
+        "sites": sites or {"h1": CONTRIBUTED, "h2": CONTRIBUTED},
+        "holdout": None if mse is None else {"mcar": {"0.5": {"mse": mse}}},
+        "bytes_up": 1,
+        "bytes_down": 1,
+    }
+
+
+def state_after(*events: dict[str, Any]) -> RunState:
+    state = RunState()
+    for event in events:
+        state.apply(event)
+    return state
+
+
+def drawn(state: RunState, after_s: float = 0.0) -> str:
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    console.print(display(state, START + timedelta(seconds=after_s)))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def watched(path: Path, finished: Callable[[], bool], *, terminal: bool) -> str:
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=terminal)
+    watch(path, finished, console)
+    return file.getvalue()
+
+
+def test_a_round_is_one_line_with_elapsed_and_remaining_time() -> None:
+    state = state_after(
+        started(),
+        round_event(1, seconds=10, after_s=12),
+        round_event(2, seconds=20, after_s=83),
+    )
+
+    assert round_line(state) == (
+        "round=2/4 phase=pretraining sites=2/2 train_loss=0.683 holdout_mse=0.512 "
+        "elapsed=1:23 left=1:00"  # 4 of 6 rounds left, 15 s each
+    )
+
+
+def test_what_was_not_measured_is_left_out_of_the_line() -> None:
+    state = state_after(started(), round_event(1, mse=None, train_loss=None))
+
+    line = round_line(state)
+
+    assert line == "round=1/4 phase=pretraining sites=2/2 elapsed=0:00 left=0:50"
+
+
+def test_hospitals_that_did_not_contribute_are_named_with_their_reason() -> None:
+    sites = {
+        "h1": CONTRIBUTED,
+        "h3": {"state": "refused", "reason": "NaN in encoder.read"},
+        "h2": {"state": "late", "reason": None},
+    }
+    state = state_after(started(), round_event(1, sites=sites))
+
+    line, display_text = round_line(state), drawn(state)
+
+    assert "sites=1/3" in line
+    assert line.endswith('missing="h2 late; h3 refused (NaN in encoder.read)"')
+    assert "1 of 3 contributed" in display_text
+    assert "h2 late" in display_text
+    assert "h3 refused (NaN in encoder.read)" in display_text
+
+
+def test_a_hospital_cannot_break_the_line_or_steer_the_terminal() -> None:
+    sites = {"h1": {"state": "failed", "reason": "a\nb\x1b[31mc\rround=9/9"}}
+    state = state_after(started(), round_event(1, sites=sites))
+
+    assert 'missing="h1 failed (a b [31mc round=9/9)"' in round_line(state)
+    assert "\x1b" not in drawn(state)
+
+
+def test_names_with_square_brackets_are_shown_as_they_are() -> None:
+    sites = {"[red]h1": {"state": "late", "reason": "[/] 60 s"}}
+    state = state_after(started() | {"study": "[b]x"}, round_event(1, sites=sites))
+
+    text = drawn(state)
+
+    assert "[red]h1 late ([/] 60 s)" in text
+    assert "[b]x" in text
+
+
+def test_the_display_shows_phase_rounds_losses_and_times() -> None:
+    state = state_after(
+        started(),
+        {"event": "phase-started", "phase": "pretraining", "rounds": 4},
+        round_event(1, mse=0.9),
+        round_event(2, mse=0.5),
+    )
+
+    text = drawn(state, after_s=83)
+
+    assert "pan-cancer" in text
+    assert "round 2 of 6" in text
+    assert "round 2 of 4" in text
+    assert "2 of 2 contributed" in text
+    assert "0.683" in text
+    assert "0.500  █▁" in text
+    assert "elapsed 1:23, left 0:40" in text
+
+
+def test_a_new_phase_begins_with_no_rounds_done() -> None:
+    state = state_after(
+        started(),
+        round_event(1),
+        {"event": "phase-started", "phase": "survival", "rounds": 2},
+    )
+
+    text = drawn(state)
+
+    assert "survival" in text
+    assert "round 0 of 2" in text
+
+
+def test_the_display_has_something_to_say_before_the_run_starts() -> None:
+    assert "waiting for the run to start" in drawn(RunState())
+
+
+def test_of_many_missing_hospitals_the_display_names_some_and_counts_the_rest() -> None:
+    late = {"state": "late", "reason": None}
+    sites = {f"h{i:02}": late for i in range(MISSING_SHOWN + 5)}
+    state = state_after(started(), round_event(1, sites=sites))
+
+    text = drawn(state)
+
+    assert text.count(" late") == MISSING_SHOWN
+    assert "and 5 more" in text
+    assert round_line(state).count(" late") == MISSING_SHOWN + 5
+
+
+def test_outside_a_terminal_there_is_one_line_a_round_and_one_for_the_end(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    writer = Journal(path)
+    for number in (1, 2):
+        fields = round_event(number)
+        writer.write(fields.pop("event"), **fields)
+    writer.write("run-failed", reason="no quorum:\n1 of 2 hospitals")
+
+    lines = watched(path, lambda: False, terminal=False).splitlines()
+
+    assert [line.split()[0] for line in lines] == ["round=1/4", "round=2/4", "failed:"]
+    assert lines[-1] == "failed: no quorum: 1 of 2 hospitals"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_watching_ends_with_the_run_even_when_the_journal_does_not(
+    tmp_path: Path, terminal: bool
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    looks = iter([False, True])
+
+    def finished() -> bool:
+        done = next(looks)
+        if done:  # the last event comes between two looks at the journal
+            fields = round_event(1)
+            Journal(path).write(fields.pop("event"), **fields)
+        return done
+
+    begin = time.monotonic()
+    text = watched(path, finished, terminal=terminal)
+
+    assert "0.683" in text
+    assert time.monotonic() - begin < 5
+
+
+def test_in_a_terminal_the_last_display_stays_and_says_how_the_run_ended(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    writer = Journal(path)
+    for fields in (started(), round_event(1)):
+        writer.write(fields.pop("event"), **fields)
+    writer.write("run-finished", checkpoint="runs/model.safetensors")
+
+    text = watched(path, lambda: False, terminal=True)
+
+    assert "finished; checkpoint runs/model.safetensors" in text
+    assert ", left" not in text.rsplit("pan-cancer", 1)[1]

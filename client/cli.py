@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from fedgex.client import predict_cli
 from fedgex.client.settings import SiteSettings
 from fedgex.client.sources import Code
 from fedgex.client.validation import load_cohort
@@ -21,6 +22,7 @@ from fedgex.common.scale import Scale
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False
 )
+app.add_typer(predict_cli.predict, name="predict")
 
 SiteToml = Annotated[Path, typer.Argument(help="The hospital's site.toml.")]
 
@@ -34,7 +36,7 @@ class Format(StrEnum):
 
 @app.callback()
 def main() -> None:
-    """Serve a hospital's operator: check the data, before any study sees them."""
+    """Serve a hospital's operator: check the data, use a finished model."""
 
 
 @app.command()
@@ -67,16 +69,21 @@ def check_data(
 
 def _as_text(cohort: Cohort | None, findings: Sequence[Finding]) -> str:
     """Return one line a finding and one for all."""
+    severities = [finding.severity for finding in findings]
     tally = ", ".join(
-        f"{sum(finding.severity == severity for finding in findings)} {severity}s"
+        _count(severities.count(severity), severity)
         for severity in ("error", "warning", "note")
     )
-    summary = (
-        f"refused: {tally}"
-        if cohort is None
-        else f"ok: {cohort.n_patients} patients, {len(cohort.genes)} genes; {tally}"
-    )
+    summary = f"refused: {tally}"
+    if cohort is not None:
+        patients, genes = cohort.n_patients, len(cohort.genes)
+        sizes = f"{_count(patients, 'patient')}, {_count(genes, 'gene')}"
+        summary = f"ok: {sizes}; {tally}"
     return "\n".join([*map(str, findings), summary])
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _as_json(cohort: Cohort | None, findings: Sequence[Finding], floor: int) -> str:

@@ -165,6 +165,9 @@ def latest(folder: Path) -> Path | None:
 def find(path: Path) -> Path:
     """Return the checkpoint that `path` is, or the last one of the run that it is.
 
+    A run is the folder with `checkpoints`, or the one above it, where `fedgex-sim`
+    writes the run as `run`.
+
     Raises
     ------
     CheckpointError
@@ -172,13 +175,14 @@ def find(path: Path) -> Path:
     """
     if (path / "manifest.json").is_file():
         return path
-    found = latest(path / "checkpoints")
-    if found is None:
-        raise CheckpointError(
-            f"{path} is neither a checkpoint (no manifest.json) nor a run (no "
-            "checkpoints/); name the folder that `fedgex-sim run --out` wrote."
-        )
-    return found
+    for run in (path, path / "run"):
+        found = latest(run / "checkpoints")
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{path} is neither a checkpoint (no manifest.json) nor a run (no "
+        "checkpoints/); name the folder that `fedgex-sim run --out` wrote."
+    )
 
 
 def digest(path: Path) -> str:

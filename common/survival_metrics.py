@@ -2,9 +2,8 @@
 
 N patients, K times, M steps. Durations are in days and above zero; an event is 1 for an
 observed death and 0 for a censored patient; a higher risk means an earlier death. What
-cannot be estimated is NaN, never 0 or 0.5. Written in NumPy, because `lifelines` has
-neither strata nor standard error for the C-index nor a Brier score, and takes seconds
-to import; where it has the same number, the tests compare.
+cannot be estimated is NaN, never 0 or 0.5. Estimates come from `lifelines`; ours is
+what it lacks: the C-index within strata, its standard error, and the Brier score.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from lifelines import KaplanMeierFitter
+from lifelines.statistics import multivariate_logrank_test
+from lifelines.utils import concordance_index
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import chi2
 
 Floats = NDArray[np.float64]
 
@@ -34,13 +35,19 @@ def c_index(duration: ArrayLike, event: ArrayLike, risk: ArrayLike) -> float:
     -------
     float
         From 0 to 1, with 0.5 for a risk that says nothing; NaN if no pair is
-        comparable, or if a risk in a comparable pair is NaN.
+        comparable, or if a risk is NaN.
 
     References
     ----------
     Harrell, Lee and Mark (1996), Stat. Med. 15:361-387.
     """
-    return c_index_with_se(duration, event, risk)[0]
+    risk = np.asarray(risk, dtype=float)
+    if np.isnan(risk).any():
+        return float("nan")
+    try:  # lifelines scores predicted survival, which falls as the risk rises
+        return float(concordance_index(duration, -risk, event))
+    except ZeroDivisionError:  # it found no comparable pair
+        return float("nan")
 
 
 def stratified_c_index(
@@ -64,6 +71,8 @@ def c_index_with_se(
 
     The standard error is that of the jackknife: C is computed without each patient in
     turn. It covers the choice of these patients, not of those the model was trained on.
+    Pairs are counted per patient, so that leaving one out costs a subtraction, not
+    another pass over all pairs.
 
     Parameters
     ----------
@@ -82,10 +91,11 @@ def c_index_with_se(
     Efron and Stein (1981), Ann. Stat. 9:586-596.
     """
     time, died = _arrays(duration, event)
+    risk = np.asarray(risk, dtype=float)
     stratum = np.zeros(len(time)) if strata is None else np.asarray(strata)
-    ordered, comparable = _pairs(time, died, np.asarray(risk), stratum)
+    ordered, comparable = _pairs(time, died, risk, stratum)
     pairs = comparable.sum() / 2  # both patients of a pair have counted it
-    if pairs == 0:
+    if pairs == 0 or np.isnan(risk).any():
         return float("nan"), float("nan")
     value = float(ordered.sum() / comparable.sum())
     if (pairs - comparable).min() == 0:
@@ -124,14 +134,18 @@ def brier_score(
     Graf, Schmoor, Sauerbrei and Schumacher (1999), Stat. Med. 18:2529-2545.
     """
     time, died = _arrays(duration, event)
+    if len(time) == 0:
+        return float("nan")
     survival = np.asarray(survival_at_t)
-    days, uncensored = _censoring(time, died)
-    observed_at_t = uncensored[np.searchsorted(days, t, side="right") - 1]
+    # Who dies leaves just before those censored on the same day.
+    leaving = np.where(died, np.nextafter(time, 0), time)
+    observed = KaplanMeierFitter().fit(leaving, ~died)
+    observed_at_t = float(observed.predict(t))
     if observed_at_t == 0:
         return float("nan")
     dead, alive = died & (time <= t), time > t
-    just_before = np.searchsorted(days, time[dead], side="left") - 1
-    error_dead = np.sum(survival[dead] ** 2 / uncensored[just_before])
+    weight = 1 / observed.survival_function_at_times(leaving[dead]).to_numpy()
+    error_dead = np.sum(survival[dead] ** 2 * weight)
     error_alive = np.sum((1 - survival[alive]) ** 2) / observed_at_t
     return float((error_dead + error_alive) / len(time))
 
@@ -175,7 +189,8 @@ def logrank_p(duration: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
     Returns
     -------
     float
-        NaN if no death was observed while two groups were at risk.
+        NaN if fewer than two groups were there on the day of the first death, or if
+        all who were there died on that day.
 
     References
     ----------
@@ -184,22 +199,12 @@ def logrank_p(duration: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
     time, died = _arrays(duration, event)
     if not died.any():
         return float("nan")
-    days = np.unique(time[died])
-    stayed = time >= days[0]  # who left before the first death tells nothing
-    names, code = np.unique(np.asarray(group)[stayed], return_inverse=True)
-    member = (code == np.arange(len(names))[:, None]).astype(float)  # (groups, N)
-    at_risk = member @ (time[stayed, None] >= days)  # (groups, M)
-    deaths = member @ (died[stayed, None] & (time[stayed, None] == days))
-    n, d = at_risk.sum(0), deaths.sum(0)  # each (M,)
-    share = at_risk / n
-    excess = (deaths - share * d).sum(1)  # observed less expected, (groups,)
-    spread = d * (n - d) / np.maximum(n - 1, 1)  # hypergeometric
-    if len(names) < 2 or not spread.any():
+    first = time[died].min()
+    there = time >= first  # who left before the first death tells nothing
+    time, died, names = time[there], died[there], np.asarray(group)[there]
+    if len(np.unique(names)) < 2 or (died & (time == first)).all():
         return float("nan")
-    covariance = np.diag(share @ spread) - (share * spread) @ share.T
-    free, freedom = excess[1:], len(names) - 1  # the excesses sum to zero
-    statistic = free @ np.linalg.solve(covariance[1:, 1:], free)
-    return float(chi2.sf(statistic, freedom))
+    return float(multivariate_logrank_test(time, names, died).p_value)
 
 
 def kaplan_meier(duration: ArrayLike, event: ArrayLike) -> tuple[Floats, Floats]:
@@ -221,22 +226,22 @@ def kaplan_meier(duration: ArrayLike, event: ArrayLike) -> tuple[Floats, Floats]
     Kaplan and Meier (1958), JASA 53:457-481.
     """
     time, died = _arrays(duration, event)
-    days, deaths = np.unique(time[died], return_counts=True)
-    at_risk = (time >= days[:, None]).sum(1)
-    return _product_limit(days, deaths, at_risk)
+    if not died.any():
+        return np.zeros(1), np.ones(1)
+    curve = KaplanMeierFitter().fit(time, died).survival_function_.iloc[:, 0]
+    days = np.append(0.0, np.unique(time[died]))
+    return days, curve.loc[days].to_numpy()
 
 
-def _arrays(
-    duration: ArrayLike, event: ArrayLike
-) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _arrays(duration: ArrayLike, event: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
     """Return both as arrays, the event as a truth value."""
-    return np.asarray(duration), np.asarray(event, dtype=bool)
+    return np.asarray(duration, dtype=float), np.asarray(event, dtype=bool)
 
 
 def _pairs(
-    time: NDArray[Any],
+    time: Floats,
     died: NDArray[np.bool_],
-    risk: NDArray[Any],
+    risk: Floats,
     stratum: NDArray[Any],
 ) -> tuple[Floats, Floats]:
     """Return each patient's correctly ordered and comparable pairs, each (N,)."""
@@ -250,17 +255,3 @@ def _pairs(
         comparable[i] += len(others)
         comparable[others] += 1
     return ordered, comparable
-
-
-def _censoring(time: NDArray[Any], died: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Return the Kaplan-Meier steps of not being censored; who dies leaves first."""
-    days, censored = np.unique(time[~died], return_counts=True)
-    at_risk = ((time > days[:, None]) | (~died & (time == days[:, None]))).sum(1)
-    return _product_limit(days, censored, at_risk)
-
-
-def _product_limit(
-    days: NDArray[Any], leaving: NDArray[Any], at_risk: NDArray[Any]
-) -> tuple[Floats, Floats]:
-    """Return days and the product of the shares that stay, starting with (0, 1)."""
-    return np.append(0.0, days), np.append(1.0, np.cumprod(1 - leaving / at_risk))

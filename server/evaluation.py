@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedgex.common import masking, tasks
+from fedgex.common import masking, predictions, tasks
 from fedgex.common.harmonise import Patients
 from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer, ppca
 from fedgex.common.masking import Pattern
 from fedgex.common.metrics import RestorationScore, restoration
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
-from fedgex.common.objectives import ModelImputer, embed, embed_all
+from fedgex.common.model import ClassificationHead, Encoder, GexBert
+from fedgex.common.objectives import ModelImputer, embed
 from fedgex.common.seeds import generator
 from fedgex.common.study import (
     CLASSIFICATION,
@@ -178,19 +178,12 @@ def class_scores(
     return float((target == predicted).mean()), float(np.mean(f1))
 
 
-@torch.no_grad()
 def predict_risk(
     study: Study, whole: Parameters, patients: Patients
 ) -> NDArray[np.float32]:
     """Return each patient's log-hazard, shape (N,); NaN for types not in the study."""
     modules = tasks.load(study, patients.values.shape[1], SURVIVAL, whole)
-    encoder, head = (modules[f"{SURVIVAL}.{part}"] for part in ("encoder", "head"))
-    assert isinstance(encoder, Encoder)
-    assert isinstance(head, SurvivalHead)
-    types = patients.type_index(study.survival.cancer_types)
-    clinical = patients.clinical if study.survival.clinical else 0 * patients.clinical
-    risk = head.log_hazard(embed_all(encoder, patients), clinical, types.clamp(min=0))
-    return torch.where(types >= 0, risk, torch.nan).numpy()
+    return predictions.log_hazard(study, modules, patients).numpy()
 
 
 def judge_survival(

@@ -5,7 +5,8 @@ runs them. N training rows, T test rows, G genes.
 
 Every model standardises the genes with the mean and standard deviation of its training
 rows. A missing value (NaN) becomes the gene's training mean; a gene that the training
-rows lack, or that never varies in them, has no influence.
+rows lack, or that never varies in them, has no influence. The models are those of
+scikit-learn and lifelines, but for one that lifelines fits too slowly.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from lifelines import CoxPHFitter
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -45,6 +49,11 @@ def cox_ridge(
     The strength of the ridge is the one of `PENALTIES` with the best C-index in a
     cross-validation on the training rows, over pairs within a fold; the strongest on a
     tie, or if no fold holds a comparable pair.
+
+    The solver is our own. `CoxPHFitter(penalizer=...)` finds the same weights
+    (correlation above 0.9999), but with 300 patients and 698 genes of kidney cancer and
+    ridges of 300, 30 and 3 it took 2.7 to 3.5 s a fit on one core, where this one takes
+    less than 0.1 s; to choose the ridge takes 36 fits.
 
     Parameters
     ----------
@@ -108,13 +117,21 @@ def pca_cox(
     NDArray
         Log-hazards up to a constant, shape (T,); all zero if no event was observed.
     """
+    if not event.any():
+        return np.zeros(len(test))
     train, test = _standardise(train, test)
-    _, size, axes = np.linalg.svd(train, full_matrices=False)
-    kept = min(n_components, int((size > 1e-8 * size[0]).sum()))
-    turn = axes[:kept].T / size[:kept] * np.sqrt(len(train))  # (G, kept), unit variance
-    weight = _fit_cox(train @ turn, duration, event, PCA_PENALTY, np.zeros(kept))
-    risk: Floats = test @ turn @ weight
-    return risk
+    pca = PCA(min(n_components, *train.shape), svd_solver="full").fit(train)
+    kept = pca.singular_values_ > 1e-8 * pca.singular_values_[0]
+    if not kept.any():
+        return np.zeros(len(test))
+    frame = pd.DataFrame(pca.transform(train)[:, kept])
+    frame = frame.assign(duration=duration, event=event)
+    # lifelines averages its loss over patients, not events.
+    model = CoxPHFitter(penalizer=PCA_PENALTY * event.mean())
+    model.fit(frame, "duration", "event")
+    risk = model.predict_log_partial_hazard(pd.DataFrame(pca.transform(test)[:, kept]))
+    log_hazard: Floats = risk.to_numpy()
+    return log_hazard
 
 
 def logistic(train: Floats, labels: NDArray[Any], test: Floats) -> NDArray[Any]:

@@ -345,8 +345,8 @@ def _classification(report: Report) -> str:
         )
     figure = _figure(
         "Cancer type from panels of different size.",
-        "Accuracy: share of patients whose cancer type is named correctly. Macro-F1: F1 "
-        "of each type, averaged with equal weight.",
+        "Accuracy: share of patients whose cancer type is named correctly. Macro-F1: "
+        "F1 of each type, averaged with equal weight.",
         "Line charts of accuracy and macro-F1 against the number of genes. "
         f"{_sentence(headlines.classification_verdict(scores))}",
         charts.classification(scores),

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lifelines import KaplanMeierFitter
-from lifelines.statistics import multivariate_logrank_test
 from lifelines.utils import concordance_index
+from scipy.stats import CensoredData, chi2, ecdf, logrank
 
 from fedgex.common.survival_metrics import (
     brier_score,
@@ -23,6 +22,20 @@ patient = st.tuples(
     st.integers(1, 5), st.booleans(), st.integers(0, 3), st.sampled_from("xyz")
 )
 cohorts = st.lists(patient, min_size=2, max_size=15)
+
+
+def concordance_by_definition(
+    patients: list[tuple[int, bool, int, str]], stratified: bool
+) -> float:
+    """Ask of every pair who died first; NaN if that can be said of none."""
+    score = pairs = 0.0
+    for t_i, e_i, r_i, s_i in patients:
+        for t_j, e_j, r_j, s_j in patients:
+            same = s_i == s_j or not stratified
+            if same and e_i and (t_i < t_j or (t_i == t_j and not e_j)):
+                pairs += 1
+                score += 1.0 if r_i > r_j else 0.5 if r_i == r_j else 0.0
+    return score / pairs if pairs else math.nan
 
 
 # ---- concordance ----
@@ -51,16 +64,30 @@ def test_without_a_comparable_pair_the_c_index_is_not_a_number() -> None:
 
 
 def test_a_risk_that_is_not_a_number_does_not_pass_for_a_wrong_order() -> None:
-    assert math.isnan(c_index([1, 2, 3], [1, 1, 1], [9.0, math.nan, 1.0]))
+    cohort = [1, 2, 3], [1, 1, 1], [9.0, math.nan, 1.0]
+
+    assert math.isnan(c_index(*cohort))
+    assert all(math.isnan(number) for number in c_index_with_se(*cohort))
 
 
 @settings(deadline=None, max_examples=50)
 @given(cohorts)
-def test_the_c_index_is_that_of_lifelines(
+def test_the_c_index_counts_comparable_pairs(
+    cohort: list[tuple[int, bool, int, str]],
+) -> None:
+    duration, event, risk, _ = zip(*cohort, strict=True)
+
+    expected = concordance_by_definition(cohort, stratified=False)
+    assert c_index(duration, event, risk) == pytest.approx(expected, nan_ok=True)
+
+
+@settings(deadline=None, max_examples=50)
+@given(cohorts)
+def test_the_value_that_has_a_standard_error_is_that_of_lifelines(
     cohort: list[tuple[int, bool, int, str]],
 ) -> None:
     duration, event, risk, _ = map(np.array, zip(*cohort, strict=True))
-    value = c_index(duration, event, risk)
+    value, _ = c_index_with_se(duration, event, risk)
     assume(not math.isnan(value))
 
     assert value == pytest.approx(concordance_index(duration, -risk, event))
@@ -71,18 +98,12 @@ def test_the_c_index_is_that_of_lifelines(
 def test_the_stratified_c_index_compares_only_within_strata(
     cohort: list[tuple[int, bool, int, str]],
 ) -> None:
-    score = pairs = 0.0
-    for t_i, e_i, r_i, s_i in cohort:
-        for t_j, e_j, r_j, s_j in cohort:
-            if s_i == s_j and e_i and (t_i < t_j or (t_i == t_j and not e_j)):
-                pairs += 1
-                score += 1.0 if r_i > r_j else 0.5 if r_i == r_j else 0.0
-    assume(pairs > 0)
     duration, event, risk, strata = zip(*cohort, strict=True)
 
     value = stratified_c_index(duration, event, risk, strata)
 
-    assert value == pytest.approx(score / pairs)
+    expected = concordance_by_definition(cohort, stratified=True)
+    assert value == pytest.approx(expected, nan_ok=True)
 
 
 def test_what_the_stratum_alone_predicts_does_not_count() -> None:
@@ -154,6 +175,7 @@ def test_a_death_comes_before_a_censoring_on_the_same_day() -> None:
 
 def test_the_brier_score_is_not_a_number_where_nobody_can_be_seen() -> None:
     assert math.isnan(brier_score([1, 2], [1, 0], [0.5, 0.5], t=3))
+    assert math.isnan(brier_score([], [], [], t=3))
 
 
 def test_predicting_a_half_for_all_scores_about_a_quarter_despite_censoring() -> None:
@@ -207,19 +229,46 @@ def test_the_log_rank_test_of_two_groups_agrees_with_a_hand_calculation() -> Non
     assert p == pytest.approx(math.erfc(math.sqrt(chi / 2)))
 
 
-@pytest.mark.parametrize("n_groups", [2, 3, 4])
-def test_the_log_rank_test_is_that_of_lifelines_with_ties_and_censoring(
-    n_groups: int,
-) -> None:
+def groups(n_groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Days with ties, events, and groups of which later ones live longer."""
     rng = np.random.default_rng(n_groups)
     group = rng.integers(0, n_groups, 90)
     duration = np.ceil(10 * rng.exponential(1 + 0.2 * group))
-    event = rng.random(90) < 0.7
+    return duration, rng.random(90) < 0.7, group
+
+
+def test_the_log_rank_test_of_two_groups_is_that_of_scipy() -> None:
+    duration, event, group = groups(2)
 
     p = logrank_p(duration, event, group)
 
-    expected = multivariate_logrank_test(duration, group, event).p_value
-    assert p == pytest.approx(expected)
+    samples = [
+        CensoredData.right_censored(duration[group == g], ~event[group == g])
+        for g in (0, 1)
+    ]
+    assert p == pytest.approx(logrank(samples[0], samples[1]).pvalue)
+    assert 0.001 < p < 0.999
+
+
+@pytest.mark.parametrize("n_groups", [3, 4])
+def test_the_log_rank_test_of_more_groups_sums_over_days_of_death(
+    n_groups: int,
+) -> None:
+    duration, event, group = groups(n_groups)
+
+    p = logrank_p(duration, event, group)
+
+    excess, covariance = np.zeros(n_groups), np.zeros((n_groups, n_groups))
+    for day in np.unique(duration[event]):
+        at_risk, dead = duration >= day, event & (duration == day)
+        n, d = at_risk.sum(), dead.sum()
+        share = np.bincount(group[at_risk], minlength=n_groups) / n
+        excess += np.bincount(group[dead], minlength=n_groups) - d * share
+        if n > 1:
+            spread = d * (n - d) / (n - 1)
+            covariance += spread * (np.diag(share) - np.outer(share, share))
+    statistic = excess @ np.linalg.pinv(covariance) @ excess
+    assert p == pytest.approx(chi2.sf(statistic, n_groups - 1))
     assert 0.001 < p < 0.999
 
 
@@ -244,15 +293,23 @@ def test_survival_starts_at_one_and_steps_down_at_each_death() -> None:
     assert survival.tolist() == pytest.approx([1, 1 / 2, 0])
 
 
+def test_without_deaths_survival_stays_at_one() -> None:
+    for duration, event in (([5, 3], [0, 0]), ([], [])):
+        days, survival = kaplan_meier(duration, event)
+
+        assert days.tolist() == [0]
+        assert survival.tolist() == [1]
+
+
 @settings(deadline=None, max_examples=50)
 @given(cohorts)
-def test_the_survival_curve_is_that_of_lifelines(
+def test_the_survival_curve_is_that_of_scipy(
     cohort: list[tuple[int, bool, int, str]],
 ) -> None:
     duration, event, *_ = map(np.array, zip(*cohort, strict=True))
 
     days, survival = kaplan_meier(duration, event)
 
-    fitted = KaplanMeierFitter().fit(duration, event)
-    assert survival == pytest.approx(fitted.survival_function_at_times(days).to_numpy())
-    assert survival[-1] == pytest.approx(fitted.survival_function_.iloc[-1, 0])
+    curve = ecdf(CensoredData.right_censored(duration, ~event)).sf
+    assert days.tolist() == [0, *sorted(set(duration[event]))]
+    assert survival == pytest.approx(curve.evaluate(days))

@@ -102,7 +102,7 @@ def train_round(
         seed=seed,
     )
     state.save_head(local, state_dir, phase, number)
-    trained = parameters({name: modules[name] for name in travelling})
+    trained = tasks.updated(study, phase, parameters(modules))
     return RoundResult(
         update={k: _travel_form(study, v, incoming[k]) for k, v in trained.items()},
         report=report,

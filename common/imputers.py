@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.special import softmax
 from sklearn.impute import KNNImputer
 
@@ -155,7 +155,8 @@ def ppca(covariance: NDArray[np.float64], rank: int) -> GaussianImputer:
     """Return the imputer of probabilistic PCA: W W' + s2 I in place of the covariance.
 
     s2 is the mean of the V - rank smallest eigenvalues, and W = U (lambda - s2)^(1/2)
-    comes from the `rank` largest.
+    comes from the `rank` largest. Fewer patients than the rank, or panels that differ,
+    can leave nothing for s2; it is then RIDGE, for want of an inverse.
 
     Raises
     ------
@@ -172,8 +173,36 @@ def ppca(covariance: NDArray[np.float64], rank: int) -> GaussianImputer:
     variances, axes = np.linalg.eigh(covariance)  # ascending
     variances = np.maximum(variances, 0)
     noise = variances[:-rank].mean()
-    W = axes[:, -rank:] * np.sqrt(variances[-rank:] - noise)  # (V, rank)
+    if noise <= 1e-9 * variances[-1]:  # nothing but rounding
+        noise = RIDGE
+    W = axes[:, -rank:] * np.sqrt(np.maximum(variances[-rank:] - noise, 0))  # (V, rank)
     return GaussianImputer(W @ W.T + noise * np.eye(V), ridge=0.0)
+
+
+def factor_analysis(
+    covariance: NDArray[np.float64], rank: int, n_steps: int = 30
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return loadings (V, R) and noise variance (V,) of the best factor model.
+
+    Alternates the two conditions of maximum likelihood: principal axes of the noise-
+    scaled covariance, and a noise that makes up each gene's variance (Joereskog 1967);
+    no noise falls below `RIDGE`. Ranks beyond what the data tell are loaded with zero.
+    """
+    variance = np.diag(covariance).copy()
+    noise = np.maximum(variance / 2, RIDGE)
+    size = len(covariance)
+    rank_known = min(rank, size - 1)
+    loadings = np.zeros((size, rank))
+    for _ in range(n_steps):
+        scale = np.sqrt(noise)
+        values, vectors = eigh(
+            covariance / np.outer(scale, scale),
+            subset_by_index=(size - rank_known, size - 1),
+        )
+        axes = vectors * np.sqrt(np.maximum(values - 1, 0))
+        loadings[:, :rank_known] = scale[:, None] * axes
+        noise = np.maximum(variance - (loadings**2).sum(axis=1), RIDGE)
+    return loadings.astype(np.float32), noise.astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -33,11 +33,13 @@ class ModelConfig:
     """Self-attention blocks over the latents."""
     n_heads: int
     """Attention heads, H; divides the width."""
+    linear_rank: int = 0
+    """Factors of the linear start, R; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
         for name, value in asdict(self).items():
-            if value < 1:
+            if value < (name != "linear_rank"):
                 raise ConfigError(f"model.{name} is {value}; expected 1 or more.")
         if self.width % self.n_heads:
             raise ConfigError(
@@ -53,7 +55,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def preset(name: str, n_genes: int) -> ModelConfig:
+def preset(name: str, n_genes: int, linear_rank: int = 0) -> ModelConfig:
     """Return the named size for a vocabulary of `n_genes`.
 
     Raises
@@ -65,7 +67,7 @@ def preset(name: str, n_genes: int) -> ModelConfig:
         raise ConfigError(
             f'model.preset is "{name}"; expected one of {", ".join(PRESETS)}.'
         )
-    return ModelConfig(n_genes=n_genes, **PRESETS[name])
+    return ModelConfig(n_genes=n_genes, linear_rank=linear_rank, **PRESETS[name])
 
 
 class Attention(nn.Module):
@@ -169,6 +171,43 @@ class GeneTokens(nn.Module):
         return tokens
 
 
+class LinearStart(nn.Module):
+    """What a factor model knows of a patient: x = loadings z + noise, z ~ N(0, I).
+
+    The factors come from the federation's pooled cross-products before the first round
+    and are never trained, so that the network learns only what is not linear. Given the
+    measured genes, z has the mean (Bishop 2006, eq. 12.42, with a noise for each gene)
+
+        (I + sum_g w_g w_g' / noise_g)^-1  sum_g w_g x_g / noise_g
+    """
+
+    loadings: Tensor
+    noise: Tensor
+
+    def __init__(self, n_genes: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("loadings", torch.zeros(n_genes, rank))
+        self.register_buffer("noise", torch.ones(n_genes))
+
+    @torch.no_grad()
+    def forward(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
+        """Map genes, values and keep (B, T) to posterior means of factors (B, R)."""
+        with torch.autocast(values.device.type, enabled=False):
+            w = self.loadings[genes]  # (B, T, R)
+            precise = 1 / self.noise[genes]  # (B, T)
+            if keep is not None:
+                precise = precise * keep
+            weighted = (w * precise.unsqueeze(-1)).mT  # (B, R, T)
+            one = torch.eye(w.shape[-1], device=w.device)
+            target = weighted @ values.float().unsqueeze(-1)  # (B, R, 1)
+            factors: Tensor = torch.linalg.solve(one + weighted @ w, target)
+            return factors.squeeze(-1)
+
+    def restore(self, factors: Tensor, genes: Tensor) -> Tensor:
+        """Return the linear prediction of the genes asked for, (B, Q)."""
+        return (self.loadings[genes] @ factors.unsqueeze(-1)).squeeze(-1)
+
+
 class Encoder(nn.Module):
     """Measured genes in, latents out: what is known about the patient."""
 
@@ -180,21 +219,32 @@ class Encoder(nn.Module):
         self.read = CrossBlock(D, H, 4)
         self.blocks = nn.ModuleList(SelfBlock(D, H, 4) for _ in range(config.n_blocks))
         self.norm = nn.LayerNorm(D)
+        self.linear: LinearStart | None = None
+        if config.linear_rank:
+            self.linear = LinearStart(config.n_genes, config.linear_rank)
+            self.summary = nn.Linear(config.linear_rank, D)
 
-    def forward(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
-        """Map genes, values and keep (B, T) to latents (B, L, D)."""
+    def forward(
+        self, genes: Tensor, values: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map genes, values and keep (B, T) to latents (B, L, D) and factors (B, R)."""
         ids = torch.arange(self.latents.num_embeddings, device=values.device)
         x = self.latents(ids.expand(len(values), -1))  # (B, L, D)
+        factors = None
+        if self.linear is not None:
+            factors = self.linear(genes, values, keep)
+            x = x + self.summary(factors).unsqueeze(1)
         x = self.read(x, self.tokens(genes, values), keep)
         for block in self.blocks:
             x = block(x)
-        normed: Tensor = self.norm(x)
-        return normed
+        x = self.norm(x)
+        return x, factors
 
     def embed(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
-        """Return one vector a patient, the mean of the latents, shape (B, D)."""
-        latents: Tensor = self(genes, values, keep)
-        return latents.mean(dim=1)
+        """Return one vector a patient: mean latent and factors, shape (B, D + R)."""
+        latents, factors = self(genes, values, keep)
+        embedding: Tensor = latents.mean(dim=1)
+        return embedding if factors is None else torch.cat([embedding, factors], dim=1)
 
 
 class Decoder(nn.Module):
@@ -248,7 +298,10 @@ class GexBert(nn.Module):
         Tensor
             Standardised expression of the genes asked for, shape (B, Q).
         """
-        restored: Tensor = self.decoder(self.encoder(genes, values, keep), asked)
+        latents, factors = self.encoder(genes, values, keep)
+        restored: Tensor = self.decoder(latents, asked)
+        if self.encoder.linear is not None:
+            restored = restored + self.encoder.linear.restore(factors, asked)
         return restored
 
     def _initialise(self) -> None:
@@ -266,7 +319,7 @@ class GexBert(nn.Module):
             self.decoder.question,
         ):
             nn.init.normal_(table.weight)
-        nn.init.normal_(self.decoder.weight.weight, std=0.05)
+        nn.init.normal_(self.decoder.weight.weight, std=0.02)
         nn.init.zeros_(self.decoder.bias.weight)
         for attention in (self.encoder.read.attention, self.decoder.read.attention):
             nn.init.orthogonal_(attention.query.weight)

@@ -247,6 +247,8 @@ class Study(Settings):
     """Sites with fewer patients take no part, and smaller counts do not travel."""
     cross_products: bool = False
     """Ask the sites that permit it for cross-products (the linear references)."""
+    linear_rank: int = Field(default=0, ge=0)
+    """Factors of the linear start, from the pooled cross-products; 0 leaves it out."""
     vocabulary: VocabularyRule = VocabularyRule()
     pretraining: Pretraining = Pretraining()
     classification: Classification = Classification()
@@ -259,6 +261,8 @@ class Study(Settings):
     def _something_to_do(self) -> Self:
         if not self.phases:
             raise ValueError("no phase has any rounds")
+        if self.linear_rank and not self.cross_products:
+            raise ValueError("linear_rank above 0 needs cross_products = true")
         return self
 
     def to_json(self) -> str:

@@ -12,12 +12,14 @@ that no task spoils restoration or another task.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from fedgex.common import model
+from fedgex.common.imputers import factor_analysis
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.records import load_parameters, parameters
 from fedgex.common.seeds import seeded
@@ -32,24 +34,27 @@ from fedgex.common.study import (
 )
 
 BACKBONE = "backbone"
+FIXED = (".linear.loadings", ".linear.noise")
+"""Ends of the names of what is computed once and never trained: the linear start."""
 Modules = dict[str, nn.Module]
 Parameters = Mapping[str, NDArray[np.float32]]
 
 
 def build(study: Study, n_genes: int, phase: str) -> Modules:
     """Return the modules of a phase, initialised by the study's seed alone."""
-    config = model.preset(study.preset, n_genes)
+    config = model.preset(study.preset, n_genes, study.linear_rank)
+    width = config.width + config.linear_rank
     with seeded(study.seed, "initial", phase):
         if phase == PRETRAINING:
             return {BACKBONE: GexBert(config)}
         encoder = Encoder(config)
         if phase == CLASSIFICATION:
             head: nn.Module = ClassificationHead(
-                config.width, len(study.classification.classes)
+                width, len(study.classification.classes)
             )
         else:
             head = SurvivalHead(
-                config.width,
+                width,
                 len(study.survival.cancer_types),
                 len(study.survival.interval_ends),
             )
@@ -104,6 +109,35 @@ def travelling(study: Study, phase: str) -> tuple[str, ...]:
     if phase == PRETRAINING:
         return (BACKBONE,)
     return tuple(f"{phase}.{part}" for part in _shared(study.phases[phase]))
+
+
+def updated(
+    study: Study, phase: str, arrays: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Return those of `arrays` that a site sends back: trained, and not local."""
+    up = tuple(f"{name}." for name in travelling(study, phase))
+    return {
+        name: array
+        for name, array in arrays.items()
+        if name.startswith(up) and not name.endswith(FIXED)
+    }
+
+
+def linear_start(
+    study: Study, covariance: NDArray[np.float64]
+) -> dict[str, NDArray[np.float32]]:
+    """Return the linear start's parameters; empty if the study leaves it out.
+
+    Parameters
+    ----------
+    covariance
+        Of standardised genes, shape (V, V), pooled over the sites.
+    """
+    if not study.linear_rank:
+        return {}
+    loadings, noise = factor_analysis(covariance, study.linear_rank)
+    start = f"{BACKBONE}.encoder"
+    return {f"{start}{FIXED[0]}": loadings, f"{start}{FIXED[1]}": noise}
 
 
 def load(study: Study, n_genes: int, phase: str, whole: Parameters) -> Modules:

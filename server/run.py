@@ -175,15 +175,17 @@ class _Run:
             )
         pooled = pool(moments[name] for name in sorted(moments))
         standardisation = Standardisation(mean=pooled.mean, sd=pooled.sd)
+        parameters = tasks.initial(self.study, len(vocabulary))
         if self.study.cross_products:
-            self._cross_products(sites, vocabulary, standardisation)
+            covariance = self._cross_products(sites, vocabulary, standardisation)
+            parameters |= tasks.linear_start(self.study, covariance)
         start = Checkpoint(
             study=self.study,
             vocabulary=vocabulary,
             standardisation=standardisation,
             phase=next(iter(self.study.phases)),
             round=0,
-            parameters=tasks.initial(self.study, len(vocabulary)),
+            parameters=parameters,
             trained_on={
                 "sites": [site.name for site in sites],
                 "patients": sum(site.n_patients for site in sites),
@@ -194,8 +196,14 @@ class _Run:
 
     def _cross_products(
         self, sites: list[Site], vocabulary: Vocabulary, scale: Standardisation
-    ) -> None:
-        """Pool the cross-products of the sites that permit it; keep the covariance."""
+    ) -> NDArray[np.float64]:
+        """Pool the cross-products of the sites that permit it; keep the covariance.
+
+        Raises
+        ------
+        FederationError
+            If no site permits them.
+        """
         content = RecordDict(
             {
                 keys.VOCABULARY: _vocabulary_record(vocabulary),
@@ -217,9 +225,16 @@ class _Run:
             )
             total = products if total is None else total + products
         shutil.rmtree(spool)
-        if total is not None:
-            path = self.settings.run_dir / "covariance.safetensors"
-            save_file({"covariance": total.covariance()}, path)
+        if total is None:
+            raise FederationError(
+                "the study asks for cross-products and no site permits them; set "
+                "share_cross_products = true at a site, or cross_products = false in "
+                "the study."
+            )
+        covariance = total.covariance()
+        path = self.settings.run_dir / "covariance.safetensors"
+        save_file({"covariance": covariance}, path)
+        return covariance
 
     # ---- rounds ----
 
@@ -231,8 +246,7 @@ class _Run:
         study = self.study
         whole = tasks.begin(study, phase, last.parameters)
         sent = tasks.sent(study, phase, whole)
-        up = tuple(f"{name}." for name in tasks.travelling(study, phase))
-        incoming = {k: v for k, v in sent.items() if k.startswith(up)}
+        incoming = tasks.updated(study, phase, sent)
         content = RecordDict(
             {
                 keys.STUDY: _study_record(study),

@@ -29,6 +29,7 @@ from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.imputers import Imputer, NearestNeighbours, fit_mixture
 from fedgex.common.records import parameters
 from fedgex.common.seeds import derive
+from fedgex.common.statistics import CrossProducts
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.survival_metrics import kaplan_meier, logrank_p
 from fedgex.server import evaluation
@@ -121,6 +122,9 @@ def train(
     """
     n_genes = patients.values.shape[1]
     whole = tasks.initial(study, n_genes)
+    if study.linear_rank:
+        own = CrossProducts.of(patients.values.numpy()).covariance()
+        whole |= tasks.linear_start(study, own)
     for phase, training in study.phases.items():
         rows = take_part(study, phase, patients)
         if len(rows) == 0:

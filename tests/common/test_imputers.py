@@ -154,6 +154,19 @@ def test_the_ppca_covariance_is_scikit_learns(rank):
     np.testing.assert_allclose(imputer.covariance, expected, atol=1e-10)
 
 
+def test_ppca_of_a_covariance_without_variance_to_spare_still_imputes():
+    # As in the test above, of panels; and of fewer patients than the rank.
+    panels = np.array([[1.0, 0.9, 0.9], [0.9, 1.0, -0.9], [0.9, -0.9, 1.0]])
+    few = np.cov(patients(4, 12), rowvar=False)
+
+    for covariance in (panels, few):
+        V = len(covariance)
+        filled = ppca(covariance, V - 1).impute(np.array([[np.nan] + (V - 1) * [1.0]]))
+
+        assert np.isfinite(filled).all()
+        assert abs(filled[0, 0]) < 3
+
+
 @pytest.mark.parametrize("rank", [0, 8])
 def test_a_ppca_rank_out_of_range_is_refused(rank):
     with pytest.raises(ConfigError, match="expected 1 to 7"):

@@ -1,0 +1,274 @@
+"""GexBERT: any genes in, any genes out, at a cost that grows linearly with them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedgex.common.errors import ConfigError
+from fedgex.common.model import (
+    PER_GENE,
+    PRESETS,
+    Attention,
+    ClassificationHead,
+    GeneTokens,
+    GexBert,
+    ModelConfig,
+    SurvivalHead,
+    n_parameters,
+    preset,
+    select,
+)
+
+V = 23
+"""Genes; no other dimension of the model below is of this size."""
+
+
+def tiny() -> GexBert:
+    torch.manual_seed(0)
+    return GexBert(
+        ModelConfig(n_genes=V, width=8, n_latents=3, n_blocks=2, n_heads=2)
+    ).eval()
+
+
+def drawn(n_patients: int, n_given: int, n_asked: int) -> tuple[Tensor, ...]:
+    """Return genes (B, T), values (B, T) and asked (B, Q), each row without repeats."""
+    rng = torch.Generator().manual_seed(n_given + 100 * n_asked)
+    order = torch.stack([torch.randperm(V, generator=rng) for _ in range(n_patients)])
+    values = torch.randn(n_patients, n_given, generator=rng)
+    return order[:, :n_given], values, order.flip(1)[:, :n_asked]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, V), st.integers(1, V))
+def test_any_subset_of_genes_goes_in_and_any_genes_are_restored(n_given, n_asked):
+    genes, values, asked = drawn(4, n_given, n_asked)
+
+    restored = tiny()(genes, values, None, asked)
+
+    assert restored.shape == (4, n_asked)
+    assert restored.isfinite().all()
+
+
+def test_what_is_restored_depends_on_what_is_given():
+    genes, values, asked = drawn(1, 5, 5)
+    model = tiny()
+
+    here, there = model(genes, values, None, asked), model(genes, -values, None, asked)
+
+    assert not torch.allclose(here, there, atol=1e-3)
+
+
+def test_the_order_of_the_given_genes_changes_nothing():
+    genes, values, asked = drawn(3, 11, 6)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
+    model = tiny()
+
+    there = model(genes[:, order], values[:, order], None, asked)
+
+    torch.testing.assert_close(there, model(genes, values, None, asked))
+
+
+def test_genes_asked_for_together_are_restored_as_if_asked_for_alone():
+    genes, values, asked = drawn(3, 11, 6)
+    model = tiny()
+
+    together = model(genes, values, None, asked)
+    alone = [model(genes, values, None, asked[:, [i]]) for i in range(6)]
+
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
+
+
+def test_padding_changes_nothing_whatever_it_holds():
+    genes, values, asked = drawn(2, 11, 6)
+    keep = torch.arange(11) < 7
+    model = tiny()
+    values[:, 7:] = 1e3
+
+    padded = model(genes, values, keep.expand(2, -1), asked)
+
+    torch.testing.assert_close(
+        padded, model(genes[:, :7], values[:, :7], None, asked)
+    )
+
+
+def test_a_patient_without_any_visible_gene_gets_finite_values_and_gradients():
+    genes, values, asked = drawn(2, 4, 6)
+    keep = torch.tensor([[True] * 4, [False] * 4])
+    model = tiny()
+
+    restored = model(genes, values, keep, asked)
+    restored.sum().backward()
+
+    assert restored.isfinite().all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_patients_of_a_batch_do_not_see_one_another():
+    genes, values, asked = drawn(3, 9, 4)
+    model = tiny()
+
+    alone = [
+        model(genes[i : i + 1], values[i : i + 1], None, asked[i : i + 1])
+        for i in range(3)
+    ]
+
+    torch.testing.assert_close(model(genes, values, None, asked), torch.cat(alone))
+
+
+@pytest.mark.parametrize("side", ["given", "asked"])
+def test_twice_the_genes_cost_at_most_twice_the_operations(side):
+    n_genes = 2048
+    model = GexBert(preset("tiny", n_genes))
+
+    def operations(n: int) -> int:
+        many, few = torch.arange(n)[None], torch.arange(8)[None]
+        given, asked = (many, few) if side == "given" else (few, many)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(given, torch.zeros(given.shape), None, asked)
+        return counter.get_total_flops()
+
+    ratio = operations(n_genes) / operations(n_genes // 2)
+
+    assert 1.0 < ratio < 2.1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_builds_and_restores(name):
+    model = GexBert(preset(name, V))
+
+    restored = model(
+        torch.tensor([[0, 3]]), torch.zeros(1, 2), None, torch.tensor([[1, 2, 22]])
+    )
+
+    assert restored.shape == (1, 3)
+    assert model.config.n_genes == V
+
+
+def test_an_unknown_preset_is_refused_with_the_names_that_exist():
+    with pytest.raises(ConfigError, match=r'"huge".*tiny, small, base'):
+        preset("huge", V)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_genes": 0}, "model.n_genes is 0; expected 1 or more"),
+        ({"n_blocks": -1}, "model.n_blocks is -1"),
+        ({"n_heads": 3}, "model.width is 8 and model.n_heads 3"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_refused(change, message):
+    sizes = {"n_genes": V, "width": 8, "n_latents": 3, "n_blocks": 1, "n_heads": 2}
+
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**sizes | change)
+
+
+def test_per_gene_names_exactly_the_parameters_with_a_row_for_each_gene():
+    rows = {name for name, p in tiny().named_parameters() if len(p) == V}
+
+    named = {
+        name for name, _ in tiny().named_parameters() if name.endswith(tuple(PER_GENE))
+    }
+    assert named == rows
+    assert len(rows) == len(PER_GENE)
+
+
+def test_attention_is_that_of_pytorch():
+    torch.manual_seed(0)
+    ours, theirs = Attention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    parts = (ours.query, ours.key, ours.value)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    theirs.out_proj.load_state_dict(ours.out.state_dict())
+    x, context = torch.randn(3, 4, 8), torch.randn(3, 6, 8)
+    keep = torch.arange(6)[None, :] < torch.tensor([[6], [3], [1]])
+
+    expected, _ = theirs(x, context, context, key_padding_mask=~keep)
+
+    torch.testing.assert_close(ours(x, context, keep), expected)
+
+
+def test_a_token_is_identity_plus_value_times_direction_plus_a_shared_curve():
+    torch.manual_seed(0)
+    tokens = GeneTokens(V, 4)
+    genes, values = torch.tensor([[5, 2]]), torch.tensor([[1.5, -2.0]])
+
+    found = tokens(genes, values)
+
+    def curve(value: float) -> Tensor:
+        x = tokens.curve_in.weight[:, 0] * value + tokens.curve_in.bias
+        phi = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        return tokens.curve_out.weight @ (x * phi) + tokens.curve_out.bias
+
+    identity, direction = tokens.identity.weight, tokens.direction.weight
+    torch.testing.assert_close(found[0, 0], identity[5] + 1.5 * direction[5] + curve(1.5))
+    torch.testing.assert_close(found[0, 1], identity[2] - 2 * direction[2] + curve(-2.0))
+
+
+def test_a_patients_vector_is_the_mean_of_the_latents():
+    genes, values, _ = drawn(3, 5, 1)
+    encoder = tiny().encoder
+
+    found = encoder.embed(genes, values, None)
+
+    torch.testing.assert_close(found, encoder(genes, values, None).sum(1) / 3)
+
+
+def test_the_classification_head_gives_a_logit_for_each_class():
+    assert ClassificationHead(8, 5)(torch.randn(2, 8)).shape == (2, 5)
+
+
+def test_a_new_survival_head_gives_everyone_a_hazard_of_one_in_eight():
+    head = SurvivalHead(8, n_types=3, n_intervals=4)
+    types = torch.tensor([0, 2])
+
+    logits = head(torch.randn(2, 8), torch.randn(2, 2), types)
+
+    torch.testing.assert_close(logits.sigmoid(), torch.full((2, 4), 0.1192029))
+
+
+def test_the_survival_head_adds_the_log_hazard_of_the_patients_own_type():
+    torch.manual_seed(0)
+    head = SurvivalHead(8, n_types=3, n_intervals=2)
+    torch.nn.init.normal_(head.linear.weight)
+    torch.nn.init.normal_(head.baseline.weight)
+    embedding, clinical = torch.randn(8), torch.tensor([0.5, 1.0])
+
+    logits = head(embedding[None], clinical[None], torch.tensor([2]))
+
+    normed = (embedding - embedding.mean()) / (embedding.var(correction=0) + 1e-5).sqrt()
+    weight = head.linear.weight[2]
+    log_hazard = weight[:8] @ normed + 0.5 * weight[8] + 1.0 * weight[9]
+    torch.testing.assert_close(logits[0], head.baseline.weight[2] + log_hazard)
+
+
+def test_select_lists_the_genes_of_each_row_and_marks_the_padding():
+    mask = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0]]).bool()
+
+    genes, keep = select(mask)
+
+    assert keep is not None
+    assert keep.tolist() == [[True, True, True], [True, False, False]]
+    assert genes[0].tolist() == [1, 3, 4]
+    assert genes[1, 0] == 0
+    assert not mask[1, genes[1, 1:]].any()
+
+
+def test_select_without_padding_says_so():
+    genes, keep = select(torch.tensor([[0, 1, 1], [1, 0, 1]]).bool())
+
+    assert keep is None
+    assert genes.tolist() == [[1, 2], [0, 2]]
+
+
+def test_parameters_are_counted_by_hand():
+    assert n_parameters(torch.nn.Linear(3, 2)) == 3 * 2 + 2

@@ -1,0 +1,362 @@
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
+
+from fedgex.common import keys
+from fedgex.common.errors import FederationError
+from fedgex.common.records import to_record
+from fedgex.common.study import RoundRule
+from fedgex.server.rounds import RoundOutcome, Site, ask, train_round
+
+EXPECTED = {"bias": (2,), "weight": (2, 3)}
+NAMES = ("h1", "h2", "h3")
+GOOD_METRICS: dict[str, float] = {
+    keys.NUM_EXAMPLES: 40,
+    keys.NUM_LOSS_TERMS: 400,
+    keys.TRAIN_LOSS: 0.5,
+    keys.JUDGED_LOSS: 0.75,
+    keys.SECONDS: 2.5,
+}
+
+Reply = RecordDict | Error | None
+"""What a node answers: content, an error from Flower, or nothing at all."""
+
+
+class FakeGrid:
+    """Delivers what each node is to answer; node numbers are 1, 2, 3 for NAMES."""
+
+    def __init__(self, replies: dict[int, Reply], deaf: frozenset[int]) -> None:
+        self.replies = replies
+        self.deaf = deaf
+        self.sent: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            if message.metadata.dst_node_id not in self.deaf:
+                ids.append(f"message-{len(self.sent)}")
+                self.sent[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        pulled = []
+        for message_id in message_ids:
+            message = self.sent[message_id]
+            reply = self.replies.pop(message.metadata.dst_node_id, None)
+            if reply is not None:
+                pulled.append(Message(reply, reply_to=message))
+        return pulled
+
+
+@pytest.fixture(autouse=True)
+def _flower_knows_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def good_arrays() -> dict[str, NDArray[np.generic]]:
+    return {
+        "bias": np.array([1, 2], dtype=np.float32),
+        "weight": np.ones((2, 3), dtype=np.float32),
+    }
+
+
+def reply(
+    arrays: dict[str, NDArray[np.generic]] | None = None, **metrics: Any
+) -> RecordDict:
+    """Return an acceptable reply, but for what is given; None drops a metric."""
+    numbers = GOOD_METRICS | {k.replace("_", "-"): v for k, v in metrics.items()}
+    return RecordDict(
+        {
+            keys.UPDATE: to_record(good_arrays() if arrays is None else arrays),
+            keys.METRICS: MetricRecord(
+                {k: v for k, v in numbers.items() if v is not None}
+            ),
+        }
+    )
+
+
+def refusal(code: str) -> RecordDict:
+    return RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: code})})
+
+
+def without(record: str) -> RecordDict:
+    content = reply()
+    del content[record]
+    return content
+
+
+def changed(name: str, array: NDArray[np.generic]) -> RecordDict:
+    return reply(good_arrays() | {name: array})
+
+
+def unreadable() -> RecordDict:
+    content = reply()
+    torn = Array("float32", (2,), "numpy.ndarray", b"\x93NUMPY\x01\x00torn")
+    content.array_records[keys.UPDATE]["bias"] = torn
+    return content
+
+
+def holding(value: float) -> NDArray[np.float32]:
+    weight = np.ones((2, 3), dtype=np.float32)
+    weight[1, 2] = value
+    return weight
+
+
+Run = Callable[..., RoundOutcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run a round of NAMES whose nodes all answer well, but for what is given."""
+
+    def run(
+        *, deaf: frozenset[int] = frozenset(), floor: int = 10, **replies: Reply
+    ) -> RoundOutcome:
+        rule = cast(RoundRule, replies.pop("rule", RoundRule(deadline_s=0.05)))
+        answers: dict[int, Reply] = {
+            i: replies.get(name, reply()) for i, name in enumerate(NAMES, start=1)
+        }
+        return train_round(
+            cast(Grid, FakeGrid(answers, deaf)),
+            [
+                Site(
+                    name=name,
+                    node=i,
+                    measured=np.array([True, i > 1, False]),
+                    n_patients=100,
+                )
+                for i, name in enumerate(NAMES, start=1)
+            ],
+            RecordDict({keys.MODEL: to_record(good_arrays())}),
+            EXPECTED,
+            rule,
+            floor=floor,
+            group="pretraining-1",
+            spool_dir=tmp_path,
+            poll_s=0.01,
+        )
+
+    return run
+
+
+def test_every_good_update_is_taken_with_its_numbers(run: Run) -> None:
+    outcome = run(h3=reply(num_examples=70, num_loss_terms=5))
+
+    assert [update.site for update in outcome.updates] == ["h1", "h2", "h3"]
+    assert [update.num_examples for update in outcome.updates] == [40, 40, 70]
+    assert [update.num_loss_terms for update in outcome.updates] == [400, 400, 5]
+    assert outcome.updates[0].measured.tolist() == [True, False, False]
+    assert outcome.updates[1].measured.tolist() == [True, True, False]
+    assert outcome.updates[2].read("bias").tolist() == [1.0, 2.0]
+    assert outcome.sites["h3"] == {
+        "state": "contributed",
+        "reason": None,
+        "num_examples": 70,
+        "num_loss_terms": 5,
+        "train_loss": 0.5,
+        "judged_loss": 0.75,
+        "seconds": 2.5,
+    }
+
+
+def test_half_precision_is_as_good_as_single(run: Run) -> None:
+    halves = {k: v.astype(np.float16) for k, v in good_arrays().items()}
+
+    outcome = run(h2=reply(halves))
+
+    assert outcome.sites["h2"]["state"] == "contributed"
+
+
+CANNOT_BE_AGGREGATED: dict[str, tuple[RecordDict, str]] = {
+    "NaN": (changed("weight", holding(np.nan)), "weight holds NaN or infinity"),
+    "infinity": (changed("weight", holding(-np.inf)), "weight holds NaN or infinity"),
+    "an extra name": (changed("gate", np.ones(1, np.float32)), "gate is not asked for"),
+    "a missing name": (reply({"bias": good_arrays()["bias"]}), "weight is missing"),
+    "another name": (
+        reply({"bias": good_arrays()["bias"], "Weight": np.ones((2, 3), np.float32)}),
+        "weight is missing; Weight is not asked for",
+    ),
+    "another shape": (
+        changed("weight", np.ones((3, 2), np.float32)),
+        "weight has shape (3, 2), expected (2, 3)",
+    ),
+    "integers": (
+        changed("bias", np.array([1, 2])),
+        "bias is of type int64, expected floating point",
+    ),
+    "everything at once": (
+        reply({"bias": np.array([np.nan, 0], np.float32), "weight": np.ones(4)}),
+        "bias holds NaN or infinity; weight has shape (4,), expected (2, 3)",
+    ),
+    "an unreadable array": (unreadable(), "bias cannot be read"),
+    "no arrays": (without(keys.UPDATE), 'the reply has no "update"'),
+    "no metrics": (without(keys.METRICS), 'the reply has no "metrics"'),
+    "no number of patients": (
+        reply(num_examples=None),
+        '"num-examples" is not a number of 0 or more',
+    ),
+    "no loss": (reply(train_loss=None), '"train-loss" is not a number of 0 or more'),
+    "a loss that is not a number": (
+        reply(train_loss=float("nan")),
+        '"train-loss" is not a number of 0 or more',
+    ),
+    "an infinite number of patients": (
+        reply(num_examples=float("inf")),
+        '"num-examples" is not a number of 0 or more',
+    ),
+    "a negative number of loss terms": (
+        reply(num_loss_terms=-1),
+        '"num-loss-terms" is not a number of 0 or more',
+    ),
+    "several numbers for one": (
+        reply(num_examples=[40, 40]),
+        '"num-examples" is not a number of 0 or more',
+    ),
+    "too few patients": (reply(num_examples=9), "trained on fewer than 10 patients"),
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    CANNOT_BE_AGGREGATED.values(),
+    ids=CANNOT_BE_AGGREGATED.keys(),
+)
+def test_a_reply_that_cannot_be_aggregated_is_quarantined_and_says_why(
+    run: Run,
+    content: RecordDict,
+    reason: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="fedgex"):
+        outcome = run(h2=content)
+
+    assert outcome.sites["h2"] == {"state": "quarantined", "reason": reason}
+    assert [update.site for update in outcome.updates] == ["h1", "h3"]
+    assert not (tmp_path / "h2.safetensors").exists()
+    [warning] = caplog.messages
+    assert warning == f"pretraining-1 site=h2 state=quarantined {reason}"
+
+
+def test_exactly_the_floor_is_enough_patients(run: Run) -> None:
+    outcome = run(h2=reply(num_examples=10), floor=10)
+
+    assert outcome.sites["h2"]["state"] == "contributed"
+
+
+def test_a_site_that_refuses_is_named_with_its_code(run: Run) -> None:
+    outcome = run(h1=refusal("FX-SITE-003"))
+
+    assert outcome.sites["h1"] == {"state": "refused", "reason": "FX-SITE-003"}
+    assert [update.site for update in outcome.updates] == ["h2", "h3"]
+
+
+def test_an_error_of_flower_fails_its_site_alone(run: Run) -> None:
+    outcome = run(h3=Error(code=3, reason="client app crashed"))
+
+    assert outcome.sites["h3"]["state"] == "failed"
+    assert outcome.sites["h3"]["reason"] == "Flower error 3: client app crashed"
+    assert [update.site for update in outcome.updates] == ["h1", "h2"]
+
+
+def test_a_site_that_does_not_answer_in_time_is_late(run: Run) -> None:
+    outcome = run(h2=None)
+
+    assert outcome.sites["h2"] == {"state": "late", "reason": "no answer in 0.05 s"}
+    assert [update.site for update in outcome.updates] == ["h1", "h3"]
+
+
+def test_a_node_that_takes_no_message_has_failed(run: Run) -> None:
+    outcome = run(deaf=frozenset({1}))
+
+    assert outcome.sites["h1"]["state"] == "failed"
+    assert outcome.sites["h1"]["reason"] == "message not accepted"
+    assert [update.site for update in outcome.updates] == ["h2", "h3"]
+
+
+def test_fewer_updates_than_the_quorum_are_no_round_and_everybody_missing_is_named(
+    run: Run,
+) -> None:
+    with pytest.raises(FederationError) as caught:
+        run(h1=changed("weight", holding(np.nan)), h3=refusal("FX-SITE-003"))
+
+    message = str(caught.value)
+    assert "pretraining-1: 1 of 3 sites contributed, the quorum is 2." in message
+    assert "h1: quarantined (weight holds NaN or infinity)" in message
+    assert "h3: refused (FX-SITE-003)" in message
+    assert "h2" not in message
+    assert "mandatory" not in message
+
+
+def test_exactly_the_quorum_makes_a_round(run: Run) -> None:
+    outcome = run(h3=None, rule=RoundRule(quorum=2, deadline_s=0.05))  # type: ignore[arg-type]
+
+    assert len(outcome.updates) == 2
+
+
+def test_no_round_counts_without_a_mandatory_site(run: Run) -> None:
+    rule: Any = RoundRule(quorum=1, mandatory_sites=("h1", "h2"), deadline_s=0.05)
+
+    with pytest.raises(FederationError) as caught:
+        run(h2=None, rule=rule)
+
+    assert "and mandatory ['h2'] did not" in str(caught.value)
+    assert "h2: late (no answer in 0.05 s)" in str(caught.value)
+
+
+def test_a_mandatory_site_that_was_never_there_is_named(run: Run) -> None:
+    rule: Any = RoundRule(quorum=1, mandatory_sites=("absent",), deadline_s=0.05)
+
+    with pytest.raises(FederationError, match=r"mandatory \['absent'\] did not"):
+        run(rule=rule)
+
+
+def test_the_bytes_of_arrays_are_counted_both_ways(run: Run) -> None:
+    # An array of n bytes travels as a .npy file, whose header is 128 bytes.
+    n_bytes = (128 + 2 * 4) + (128 + 6 * 4)
+
+    outcome = run()
+
+    assert outcome.bytes_down == 3 * n_bytes
+    assert outcome.bytes_up == 3 * n_bytes
+
+
+def test_each_answer_comes_once_and_the_late_ones_come_last() -> None:
+    grid = FakeGrid({1: None, 2: reply(), 3: refusal("FX-SITE-001")}, frozenset())
+
+    answers = list(
+        ask(
+            cast(Grid, grid),
+            [1, 2, 3],
+            RecordDict(),
+            keys.PREPARE,
+            group="prepare",
+            deadline_s=0.05,
+            poll_s=0.01,
+        )
+    )
+
+    assert [(answer.node, answer.state) for answer in answers] == [
+        (2, "contributed"),
+        (3, "refused"),
+        (1, "late"),
+    ]
+    assert all(m.metadata.group_id == "prepare" for m in grid.sent.values())
+    assert all(m.metadata.message_type == keys.PREPARE for m in grid.sent.values())

@@ -1,0 +1,307 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from fedgex.common.model import PER_GENE, GexBert, preset
+from fedgex.common.records import Arrays, parameters
+from fedgex.common.study import StrategyRule
+from fedgex.server.strategy import Update, combine, spool
+
+GENES = "backbone.encoder.tokens.identity.weight"  # a row for each gene, (4, 2)
+SHARED = "backbone.encoder.norm.weight"  # (3,)
+SHAPES = {GENES: (4, 2), SHARED: (3,)}
+
+Floats = dict[str, NDArray[np.float32]]
+
+
+@pytest.fixture(autouse=True)
+def _flower_knows_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def rule(name: str, **settings: Any) -> StrategyRule:
+    return StrategyRule.model_validate({"name": name, **settings})
+
+
+def random_arrays(seed: int) -> Floats:
+    rng = np.random.default_rng(seed)
+    return {k: rng.normal(size=s).astype(np.float32) for k, s in SHAPES.items()}
+
+
+def constant(value: float) -> Floats:
+    return {name: np.full(s, value, dtype=np.float32) for name, s in SHAPES.items()}
+
+
+def update(
+    folder: Path,
+    site: str,
+    arrays: Arrays,
+    *,
+    patients: int = 10,
+    terms: int = 10,
+    measured: Sequence[int] = (1, 1, 1, 1),
+) -> Update:
+    path = folder / f"{site}.safetensors"
+    spool(arrays, path)
+    return Update(
+        site=site,
+        path=path,
+        num_examples=patients,
+        num_loss_terms=terms,
+        measured=np.array(measured, dtype=bool),
+    )
+
+
+EVERY_RULE = [
+    rule("fedavg"),
+    rule("fedavg", weights="loss-terms", per_gene=False),
+    rule("fedprox", proximal_mu=0.1, update="delta"),
+    rule("trimmed-mean", weights="equal", trim_share=0.25),
+    rule("median", weights="equal"),
+    rule("fedadam"),
+    rule("fedyogi"),
+]
+
+
+@pytest.mark.parametrize("strategy", EVERY_RULE, ids=lambda r: r.name)
+@settings(deadline=None, max_examples=15)
+@given(order=st.permutations(range(5)))
+def test_the_order_of_updates_changes_no_bit(
+    strategy: StrategyRule, tmp_path_factory: pytest.TempPathFactory, order: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("spool")
+    updates = [
+        update(
+            folder,
+            f"h{i}",
+            random_arrays(i),
+            patients=10 + 37 * i,
+            terms=7 * i + 1,
+            measured=(1, i % 2, i > 2, 0),
+        )
+        for i in range(5)
+    ]
+    incoming = random_arrays(99)
+
+    in_order = combine(strategy, incoming, updates, 1, {})
+    shuffled = combine(strategy, incoming, [updates[i] for i in order], 1, {})
+
+    for expected, found in zip(in_order, shuffled, strict=True):
+        assert expected.keys() == found.keys()
+        for name, array in expected.items():
+            assert array.tobytes() == found[name].tobytes(), name
+
+
+@pytest.mark.parametrize("strategy", EVERY_RULE, ids=lambda r: r.name)
+def test_float32_stays_float32_and_every_parameter_comes_back(
+    strategy: StrategyRule, tmp_path: Path
+) -> None:
+    updates = [update(tmp_path, f"h{i}", random_arrays(i)) for i in range(4)]
+
+    new, _ = combine(strategy, random_arrays(9), updates, 1, {})
+
+    assert {name: array.shape for name, array in new.items()} == SHAPES
+    assert all(array.dtype == np.float32 for array in new.values())
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [("patients", 3.0), ("loss-terms", 1.0), ("equal", 2.0)],
+)
+def test_a_site_counts_by_what_the_rule_names(
+    tmp_path: Path, weights: str, expected: float
+) -> None:
+    updates = [
+        update(tmp_path, "a", constant(0.0), patients=10, terms=30),
+        update(tmp_path, "b", constant(4.0), patients=30, terms=10),
+    ]
+
+    new, _ = combine(rule("fedavg", weights=weights), constant(9.0), updates, 1, {})
+
+    for array in new.values():
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_only_rows_of_genes_are_averaged_by_gene(tmp_path: Path) -> None:
+    updates = [
+        update(tmp_path, "a", constant(0.0), patients=10, measured=(1, 1, 0, 0)),
+        update(tmp_path, "b", constant(4.0), patients=30, measured=(1, 0, 1, 0)),
+    ]
+
+    by_gene, _ = combine(rule("fedavg"), constant(9.0), updates, 1, {})
+    plain, _ = combine(rule("fedavg", per_gene=False), constant(9.0), updates, 1, {})
+
+    assert by_gene[GENES].tolist() == [[3, 3], [0, 0], [4, 4], [9, 9]]
+    assert by_gene[SHARED].tolist() == [3, 3, 3]
+    assert plain[GENES].tolist() == [[3, 3]] * 4
+    assert plain[SHARED].tolist() == [3, 3, 3]
+
+
+def test_exactly_the_parameters_with_a_row_for_each_gene_count_as_such() -> None:
+    n_genes = 37  # no other dimension of the model is 37
+    model = parameters({"backbone": GexBert(preset("tiny", n_genes))})
+
+    with_rows = {name for name, array in model.items() if array.shape[0] == n_genes}
+
+    assert with_rows == {name for name in model if name.endswith(PER_GENE)}
+    assert len(with_rows) == len(PER_GENE)
+
+
+def test_the_median_by_gene_needs_no_weights(tmp_path: Path) -> None:
+    updates = [
+        update(tmp_path, site, constant(x), patients=n, measured=m)
+        for site, x, n, m in (
+            ("a", 1.0, 10, (1, 1, 0, 0)),
+            ("b", 2.0, 10_000, (1, 1, 1, 0)),
+            ("c", 7.0, 10, (1, 0, 0, 0)),
+        )
+    ]
+
+    new, _ = combine(rule("median", weights="equal"), constant(9.0), updates, 1, {})
+
+    assert new[GENES].tolist() == [[2, 2], [1.5, 1.5], [2, 2], [9, 9]]
+    assert new[SHARED].tolist() == [2, 2, 2]
+
+
+def test_the_trimmed_mean_cuts_off_the_share_of_the_rule(tmp_path: Path) -> None:
+    values = {"a": -1e6, "b": 1.0, "c": 2.0, "d": 6.0, "e": 1e6}
+    updates = [update(tmp_path, site, constant(x)) for site, x in values.items()]
+    strategy = rule("trimmed-mean", weights="equal", trim_share=0.2)
+
+    new, _ = combine(strategy, constant(9.0), updates, 1, {})
+
+    np.testing.assert_array_equal(new[SHARED], 3.0)
+    np.testing.assert_array_equal(new[GENES], 3.0)
+
+
+def test_changes_come_to_the_same_as_parameters(tmp_path: Path) -> None:
+    incoming = random_arrays(0)
+    trained = {site: random_arrays(i) for i, site in enumerate("abc", start=1)}
+    whole = [update(tmp_path, f"{s}-whole", trained[s]) for s in "abc"]
+    change = [
+        update(tmp_path, f"{s}-change", {k: v - incoming[k] for k, v in arrays.items()})
+        for s, arrays in trained.items()
+    ]
+
+    by_parameters, _ = combine(rule("fedavg"), incoming, whole, 1, {})
+    by_change, _ = combine(rule("fedavg", update="delta"), incoming, change, 1, {})
+
+    for name, array in by_parameters.items():
+        np.testing.assert_allclose(by_change[name], array, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["parameters", "delta"])
+def test_half_precision_costs_no_more_than_its_rounding(
+    tmp_path: Path, form: str
+) -> None:
+    incoming = random_arrays(0)
+    trained = {
+        s: {k: v + 0.01 * random_arrays(i)[k] for k, v in incoming.items()}
+        for i, s in enumerate("abc", start=1)
+    }
+    sent = {
+        s: {
+            k: (v - incoming[k] if form == "delta" else v).astype(np.float16)
+            for k, v in arrays.items()
+        }
+        for s, arrays in trained.items()
+    }
+    updates = [update(tmp_path, s, arrays) for s, arrays in sent.items()]
+    strategy = rule("fedavg", update=form, precision="float16")
+
+    new, _ = combine(strategy, incoming, updates, 1, {})
+
+    for name, array in new.items():
+        exact = np.mean([trained[s][name] for s in "abc"], axis=0, dtype=np.float64)
+        largest = max(np.abs(sent[s][name]).max() for s in "abc")
+        half_a_step = np.finfo(np.float16).eps / 2 * float(largest)
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, exact, rtol=1e-6, atol=half_a_step)
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi"])
+def test_adaptive_steps_are_those_of_reddi_et_al(tmp_path: Path, name: str) -> None:
+    """Algorithm 2 of Reddi et al. (2021), written naively, over three rounds.
+
+    Moments begin at zero. FedAdam's learning rate is Flower's, with the bias
+    correction of Kingma and Ba (2014) for a count that begins at 2.
+    """
+    eta, beta_1, beta_2, tau = 0.05, 0.8, 0.95, 1e-2
+    strategy = rule(
+        name, server_learning_rate=eta, beta_1=beta_1, beta_2=beta_2, tau=tau
+    )
+    x: dict[str, NDArray[np.float64]] = {
+        k: v.astype(np.float64) for k, v in random_arrays(0).items()
+    }
+    m = {k: np.zeros_like(v) for k, v in x.items()}
+    v = {k: np.zeros_like(array) for k, array in x.items()}
+    model: Arrays = random_arrays(0)
+    state: Arrays = {}
+
+    for t in (1, 2, 3):
+        sites = {s: random_arrays(10 * t + i) for i, s in enumerate("ab")}
+        updates = [
+            update(tmp_path, s, arrays, patients=n)
+            for (s, arrays), n in zip(sites.items(), (10, 30), strict=True)
+        ]
+        rate = eta
+        if name == "fedadam":
+            rate *= np.sqrt(1 - beta_2 ** (t + 1)) / (1 - beta_1 ** (t + 1))
+        for k in x:
+            mean = 0.25 * sites["a"][k].astype(float) + 0.75 * sites["b"][k]
+            delta = mean - x[k]
+            m[k] = beta_1 * m[k] + (1 - beta_1) * delta
+            if name == "fedadam":
+                v[k] = beta_2 * v[k] + (1 - beta_2) * delta**2
+            else:
+                v[k] = v[k] - (1 - beta_2) * delta**2 * np.sign(v[k] - delta**2)
+            x[k] = x[k] + rate * m[k] / (np.sqrt(v[k]) + tau)
+
+        new, state = combine(strategy, model, updates, t, state)  # type: ignore[arg-type]
+        save_file(dict(state), tmp_path / "state")
+        model, state = new, load_file(tmp_path / "state")
+
+        for k in x:
+            np.testing.assert_allclose(model[k], x[k], rtol=1e-4, atol=1e-5)
+
+
+def test_an_adaptive_step_leaves_the_row_of_a_gene_that_nobody_measured(
+    tmp_path: Path,
+) -> None:
+    incoming = random_arrays(0)
+    updates = [
+        update(tmp_path, s, random_arrays(i), measured=(1, 1, 1, 0))
+        for i, s in enumerate("ab", start=1)
+    ]
+
+    new, _ = combine(rule("fedadam"), incoming, updates, 1, {})
+
+    np.testing.assert_array_equal(new[GENES][3], incoming[GENES][3])
+    assert (new[GENES][:3] != incoming[GENES][:3]).all()
+
+
+def test_a_mean_leaves_no_state_behind(tmp_path: Path) -> None:
+    _, state = combine(
+        rule("fedavg"), constant(0), [update(tmp_path, "a", constant(1))], 1, {}
+    )
+
+    assert state == {}
+
+
+def test_a_spooled_update_is_read_back_bit_by_bit(tmp_path: Path) -> None:
+    arrays = random_arrays(3)
+    arrays["transposed"] = np.arange(6, dtype=np.float32).reshape(2, 3).T
+
+    spooled = update(tmp_path / "not" / "there" / "yet", "a", arrays)
+
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(spooled.read(name), array)

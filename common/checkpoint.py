@@ -126,9 +126,10 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} holds no readable manifest.json; expected a checkpoint's folder."
         ) from error
-    if manifest["format"] != FORMAT:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
         raise CheckpointError(
-            f"{folder} is of format {manifest['format']}; this fedgex reads {FORMAT}."
+            f"{folder} is of format {found}; this fedgex reads {FORMAT}."
         )
     for name, expected in manifest["files"].items():
         path = folder / name

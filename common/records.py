@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
+from numpy.lib.format import read_array
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,8 +24,24 @@ def to_record(arrays: Arrays) -> ArrayRecord:
 
 
 def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
-    """Return the record's arrays."""
-    return {name: array.numpy() for name, array in record.items()}
+    """Return the record's arrays.
+
+    Raises
+    ------
+    UpdateError
+        If the bytes of any are no NumPy array.
+    """
+    arrays: dict[str, NDArray[np.generic]] = {}
+    unreadable = []
+    for name, array in record.items():
+        try:
+            # Not array.numpy(), which opens zip archives too.
+            arrays[name] = read_array(BytesIO(array.data), allow_pickle=False)
+        except Exception:  # whatever bytes came, they stop their sender alone
+            unreadable.append(f"{name} cannot be read")
+    if unreadable:
+        raise UpdateError("; ".join(unreadable))
+    return arrays
 
 
 def floats(arrays: Arrays) -> dict[str, NDArray[np.float32]]:

@@ -108,6 +108,11 @@ class Pretraining(LocalTraining):
     masking: MaskingRule = MaskingRule()
 
 
+def _named_once(types: tuple[str, ...], key: str) -> None:
+    if len(set(types)) < len(types):
+        raise ValueError(f"{key} must be distinct; one is named more than once")
+
+
 def _something_travels(backbone: str, head: str) -> None:
     if backbone == "frozen" and head == "local":
         raise ValueError(
@@ -134,7 +139,8 @@ class Classification(LocalTraining):
 
     @model_validator(mode="after")
     def _at_least_two_classes(self) -> Self:
-        if self.rounds and len(set(self.classes)) < 2:
+        _named_once(self.classes, "classes")
+        if self.rounds and len(self.classes) < 2:
             raise ValueError("classification needs two or more distinct classes")
         _something_travels(self.backbone, self.head)
         return self
@@ -162,6 +168,7 @@ class Survival(LocalTraining):
 
     @model_validator(mode="after")
     def _types_and_intervals(self) -> Self:
+        _named_once(self.cancer_types, "cancer_types")
         if self.rounds and not self.cancer_types:
             raise ValueError("survival needs one or more cancer_types")
         _something_travels(self.backbone, self.head)

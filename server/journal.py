@@ -2,13 +2,14 @@
 
 The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
 
-- `run-started`: study, study_hash, sites, plan (phase and rounds of each)
+- `run-started`: study, study_hash, sites, plan (phase and rounds of each), resumed_from
+- `not-answered`: site, state, reason (before the first round)
 - `phase-started`: phase, rounds
 - `round`: phase, round, rounds, seconds, train_loss, judged_loss, sites (name → state,
-  reason, num_examples, train_loss, judged_loss, seconds), holdout (null where the round
-  was not judged centrally), bytes_up, bytes_down
+  reason, num_examples, train_loss, judged_loss, seconds), holdout (empty where the
+  round was not judged centrally), bytes_up, bytes_down, seconds_sites
 - `phase-finished`: phase
-- `run-finished`: checkpoint
+- `run-finished`: checkpoint, peak_rss_mb
 - `run-failed`: reason
 
 A line counts once its newline is on the disk. Whatever follows the last newline was
@@ -29,6 +30,9 @@ from typing import Any
 from fedgex.common.errors import FedgexError
 
 logger = logging.getLogger(__name__)
+
+ENDINGS = ("run-finished", "run-failed")
+"""Events after which a run is not under way."""
 
 
 class Journal:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from rich.console import Console
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from fedgex.client.settings import SiteSettings
@@ -363,9 +364,7 @@ def _aggregate(sizes: Sizes, file: Path, n_updates: int) -> tuple[float, float]:
         )
         for i in range(n_updates)
     ]
-    backbone = new_backbone(sizes.update_preset, sizes.update_genes)
-    incoming = parameters({tasks.BACKBONE: backbone})
-    del backbone
+    incoming = load_file(file)
     before = _begin_peak()
     combine(StrategyRule(name="fedavg"), incoming, updates, 1, {})
     peak = _resident_mb("VmHWM")

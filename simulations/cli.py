@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from fedgex.common.errors import FedgexError
+from fedgex.simulations import bench as benchmark
 from fedgex.simulations import cohorts, scenario
 from fedgex.simulations import run as simulation
 
@@ -17,6 +23,13 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
 )
 errors = Console(stderr=True)
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 @app.callback()
@@ -65,6 +78,37 @@ def new_data(
     except FedgexError as error:
         _refuse(error)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small run, to see that it works.")
+    ] = False,
+    form: Annotated[
+        Format, typer.Option("--format", help="Lines for people, or JSON for scripts.")
+    ] = Format.TEXT,
+) -> None:
+    """Measure what fedgex costs here, as ratios within one run (docs/benchmarks.md)."""
+    sizes = benchmark.QUICK if quick else benchmark.FULL
+    try:
+        rows = benchmark.measure(sizes, errors)
+    except FedgexError as error:
+        _refuse(error)
+    if form is Format.JSON:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        _print_rows(rows)
+
+
+def _print_rows(rows: list[benchmark.Row]) -> None:
+    """Print one line a row; a file or a pipe gets as much width as it needs."""
+    table = Table("measure", "ratio", "goal", "met", "detail", box=box.SIMPLE_HEAD)
+    for row in rows:
+        met = {True: "yes", False: "no", None: ""}[row.met]
+        table.add_row(row.name, f"{row.value:.3f}", row.goal, met, row.detail)
+    out = Console()
+    Console(width=out.width if out.is_terminal else 200).print(table)
 
 
 def _refuse(error: FedgexError) -> NoReturn:

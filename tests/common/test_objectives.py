@@ -79,7 +79,7 @@ def test_the_restoration_loss_is_the_mean_square_over_hidden_cells():
 
     loss, n_terms = restoration_loss(model(), values, measured, hidden)
 
-    restored = one_by_one(values, measured & ~hidden, hidden)
+    restored = one_by_one(values, measured & ~hidden, hidden).detach()
     errors = [float(restored[i, j] - values[i, j]) ** 2 for i, j in hidden.nonzero()]
     assert n_terms == len(errors)
     assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)

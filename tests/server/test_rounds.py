@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,11 +107,18 @@ def changed(name: str, array: NDArray[np.generic]) -> RecordDict:
     return reply(good_arrays() | {name: array})
 
 
-def unreadable() -> RecordDict:
+def unreadable(data: bytes) -> RecordDict:
     content = reply()
-    torn = Array("float32", (2,), "numpy.ndarray", b"\x93NUMPY\x01\x00torn")
-    content.array_records[keys.UPDATE]["bias"] = torn
+    content.array_records[keys.UPDATE]["bias"] = Array(
+        "float32", (2,), "numpy.ndarray", data
+    )
     return content
+
+
+def archive() -> bytes:
+    file = BytesIO()
+    np.savez(file, bias=good_arrays()["bias"])
+    return file.getvalue()
 
 
 def holding(value: float) -> NDArray[np.float32]:
@@ -205,7 +213,9 @@ CANNOT_BE_AGGREGATED: dict[str, tuple[RecordDict, str]] = {
         reply({"bias": np.array([np.nan, 0], np.float32), "weight": np.ones(4)}),
         "bias holds NaN or infinity; weight has shape (4,), expected (2, 3)",
     ),
-    "an unreadable array": (unreadable(), "bias cannot be read"),
+    "a torn array": (unreadable(b"\x93NUMPY\x01\x00torn"), "bias cannot be read"),
+    "an empty array": (unreadable(b""), "bias cannot be read"),
+    "an archive for an array": (unreadable(archive()), "bias cannot be read"),
     "no arrays": (without(keys.UPDATE), 'the reply has no "update"'),
     "no metrics": (without(keys.METRICS), 'the reply has no "metrics"'),
     "no number of patients": (

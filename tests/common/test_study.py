@@ -1,0 +1,202 @@
+"""The study: read once, everything wrong at once, hashed alike everywhere."""
+
+import hashlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgex.common.errors import ConfigError
+from fedgex.common.scale import Scale
+from fedgex.common.study import Study
+
+WHOLE: dict[str, Any] = {
+    "name": "all-phases",
+    "pretraining": {"rounds": 2, "masking": {"min_rate": 0.2, "mnar": 0}},
+    "classification": {"rounds": 1, "classes": ["BRCA", "KIRC"]},
+    "survival": {"rounds": 3, "cancer_types": ["BRCA"], "head": "shared"},
+    "strategy": {"name": "trimmed-mean", "weights": "equal"},
+}
+
+
+def study(**values: Any) -> Study:
+    return Study.read({"name": "test"} | values, "study.toml")
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        study(**values)
+    return str(error.value)
+
+
+def test_a_study_needs_only_a_name():
+    found = study()
+
+    assert list(found.phases) == ["pretraining"]
+    assert found.scale == Scale.LOG2P1
+
+
+def test_unknown_missing_and_unusable_values_are_named_at_once_with_the_source():
+    message = refusal(
+        name="Has Spaces",
+        sede=3,
+        pretraining={"batch_size": 0, "epochs": 2},
+        strategy={"precision": "int8"},
+    )
+
+    lines = message.splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith("study.toml: ") for line in lines)
+    for key in (
+        "name",
+        "sede",
+        "pretraining.batch_size",
+        "pretraining.epochs",
+        "strategy.name: Field required",
+        "strategy.precision",
+    ):
+        assert sum(f"study.toml: {key}" in line for line in lines) == 1, key
+    assert "(found 'int8')" in message
+
+
+@pytest.mark.parametrize("section", ["pretraining", "classification", "survival"])
+def test_a_misspelt_key_of_any_section_is_an_error(section):
+    assert f"{section}.roundz" in refusal(**{section: {"roundz": 1}})
+
+
+def test_the_canonical_form_goes_there_and_back():
+    whole = Study.read(WHOLE, "test")
+
+    found = Study.from_json(whole.to_json(), "message")
+
+    assert found == whole
+    assert found.hash == whole.hash
+
+
+def test_the_canonical_form_is_sorted_and_without_spaces():
+    text = Study.read(WHOLE, "test").to_json()
+
+    values = json.loads(text)
+    assert text == json.dumps(values, sort_keys=True, separators=(",", ":"))
+    assert values["survival"]["cancer_types"] == ["BRCA"]
+
+
+def test_the_hash_is_that_of_the_canonical_form():
+    whole = Study.read(WHOLE, "test")
+
+    assert whole.hash == hashlib.sha256(whole.to_json().encode()).hexdigest()
+
+
+@settings(max_examples=20)
+@given(st.permutations(list(WHOLE)), st.permutations(list(WHOLE["survival"])))
+def test_the_order_of_keys_does_not_change_the_hash(sections, keys):
+    turned = {name: WHOLE[name] for name in sections}
+    turned["survival"] = {key: WHOLE["survival"][key] for key in keys}
+
+    assert Study.read(turned, "test").hash == Study.read(WHOLE, "test").hash
+
+
+def test_a_default_written_out_does_not_change_the_hash():
+    assert study(seed=1, rounds={"quorum": 2}).hash == study().hash
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"seed": 2},
+        {"scale": "ln1p"},
+        {"pretraining": {"masking": {"mcar": 0.61}}},
+        {"survival": {"interval_ends": [365]}},
+        {"rounds": {"mandatory_sites": ["h1"]}},
+    ],
+)
+def test_another_value_makes_another_hash(change):
+    assert study(**change).hash != study().hash
+
+
+def test_a_study_cannot_be_edited():
+    with pytest.raises(ValueError, match="frozen"):
+        study().seed = 2
+
+
+def test_phases_without_rounds_are_left_out_and_the_others_stay_in_order():
+    assert list(Study.read(WHOLE, "test").phases) == [
+        "pretraining",
+        "classification",
+        "survival",
+    ]
+    later = {"pretraining": {"rounds": 0}, "survival": WHOLE["survival"]}
+    assert list(study(**later).phases) == ["survival"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pretraining": {"rounds": 0}}, "no phase has any rounds"),
+        (
+            {"pretraining": {"masking": {"min_rate": 0.6, "max_rate": 0.5}}},
+            "min_rate is above max_rate",
+        ),
+        (
+            {"pretraining": {"masking": {"mcar": 0, "panel": 0, "mnar": 0}}},
+            "the weights of mcar, panel and mnar are all zero",
+        ),
+        (
+            {"classification": {"rounds": 1, "classes": ["a"]}},
+            "classification needs two or more distinct classes",
+        ),
+        ({"survival": {"rounds": 1}}, "survival needs one or more cancer_types"),
+        (
+            {"classification": {"backbone": "frozen", "head": "local"}},
+            "leave nothing to learn together",
+        ),
+        (
+            {"survival": {"backbone": "frozen", "head": "local"}},
+            "leave nothing to learn together",
+        ),
+        ({"survival": {"interval_ends": []}}, "must be positive and rising"),
+        ({"survival": {"interval_ends": [0, 1]}}, "must be positive and rising"),
+        ({"survival": {"interval_ends": [2, 1]}}, "must be positive and rising"),
+        ({"survival": {"interval_ends": [1, 1]}}, "must be positive and rising"),
+        (
+            {"strategy": {"name": "median"}},
+            'median takes no weights; set weights = "equal" and say so',
+        ),
+        (
+            {"strategy": {"name": "trimmed-mean", "weights": "loss-terms"}},
+            "trimmed-mean takes no weights",
+        ),
+        ({"strategy": {"name": "fedprox"}}, "fedprox needs proximal_mu above 0"),
+        (
+            {"strategy": {"name": "fedadam", "proximal_mu": 0.1}},
+            "proximal_mu is for fedprox alone",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values, message):
+    found = refusal(**values)
+
+    assert message in found
+    assert found.startswith(f"study.toml: {next(iter(values))}") or "no phase" in found
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("classification", "classes"), ("survival", "cancer_types")]
+)
+def test_a_type_named_twice_is_refused(section, key):
+    message = refusal(**{section: {"rounds": 1, key: ["a", "b", "a"]}})
+
+    assert f"{key} must be distinct" in message
+
+
+@pytest.mark.parametrize("name", ["", "-x", "A", "a_b", "a" * 64])
+def test_a_name_is_short_and_of_lower_case_letters_digits_and_hyphens(name):
+    assert "study.toml: name: " in refusal(name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "3-sites", "a" * 63])
+def test_good_names_pass(name):
+    assert study(name=name).name == name

@@ -1,0 +1,371 @@
+"""What leaves a hospital: a few numbers, or a code; never a text and never a patient."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from flwr.app import Message
+from safetensors.numpy import load_file
+
+import fedgex.client.app
+from fedgex.client import local_training
+from fedgex.common import keys
+from fedgex.common.records import to_arrays
+
+if TYPE_CHECKING:
+    from .conftest import Consortium, Finished
+
+FLOOR = 10
+TRAIN_NUMBERS = {
+    "num-examples",
+    "num-loss-terms",
+    "train-loss",
+    "judged-loss",
+    "seconds",
+}
+ALLOWED: dict[str, dict[str, set[str] | None]] = {
+    "query.prepare": {
+        "site": {"name", "version", "genes", "num-patients", "shares-cross-products"}
+    },
+    "query.statistics": {
+        "moments": {"count", "total", "square-total"},
+        "metrics": {"num-patients"},
+    },
+    "query.cross_products": {"cross-products": {"products", "pair-counts"}},
+    "train": {"update": None, "metrics": TRAIN_NUMBERS},
+}
+"""Records and keys of each reply; an update's keys are those of the model sent."""
+
+
+# ---- what leaves when all is well ----
+
+
+def test_a_reply_holds_the_records_and_keys_of_the_list_and_no_others(
+    finished: Finished,
+) -> None:
+    assert {e.message_type for e in finished.exchanges} == set(ALLOWED)
+    for exchange in finished.exchanges:
+        allowed = dict(ALLOWED[exchange.message_type])
+        if "update" in allowed:
+            allowed["update"] = {
+                name
+                for name in exchange.message.array_records[keys.MODEL]
+                if not name.startswith("survival.encoder.")  # frozen, so only sent
+            }
+        assert {name: set(r) for name, r in exchange.reply.items()} == allowed
+
+
+def test_no_patients_identifier_is_in_any_message_or_reply(
+    consortium: Consortium, finished: Finished
+) -> None:
+    ids = consortium.patient_ids()
+    assert len(set(ids)) > 60
+    assert all(patient.startswith("Hospital-0") for patient in ids)
+
+    for exchange in finished.exchanges:
+        for content in (exchange.message_bytes, exchange.reply_bytes):
+            assert b"Hospital-0" not in content
+            assert not any(patient.encode() in content for patient in ids)
+
+
+def test_no_row_of_expression_is_in_any_reply(
+    consortium: Consortium, finished: Finished
+) -> None:
+    for name in consortium.names:
+        rows = pd.read_parquet(consortium.sites / name / "expression.parquet")
+        wanted = {
+            np.asarray(row[:4], dtype=dtype).tobytes()
+            for row in rows.to_numpy()
+            for dtype in (np.float32, np.float64)
+        }
+        for exchange in finished.exchanges:
+            if exchange.site == name:
+                assert not any(row in exchange.reply_bytes for row in wanted)
+
+
+# ---- refusals: a code leaves, the others go on, the journal names site and reason ----
+
+
+def test_an_exceptions_text_stays_and_a_code_leaves(
+    consortium: Consortium,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    train_round = local_training.train_round
+
+    def fail_at_one_site(*args: Any, site: str, **settings: Any) -> Any:
+        if site == consortium.names[1]:
+            raise RuntimeError("row of patient Jane-Doe-4711 cannot be trained on")
+        return train_round(*args, site=site, **settings)
+
+    monkeypatch.setattr(local_training, "train_round", fail_at_one_site)
+    with caplog.at_level(logging.ERROR, logger=fedgex.client.app.__name__):
+        run = consortium.conduct(consortium.study(), tmp_path)
+
+    failed = [
+        e
+        for e in run.exchanges
+        if e.message_type == keys.TRAIN and e.site == consortium.names[1]
+    ]
+    assert len(failed) == 6
+    for exchange in failed:
+        assert _plain(exchange.reply) == {"refusal": {"code": "FX-SITE-001"}}
+        assert b"Jane" not in exchange.reply_bytes
+    assert "Jane-Doe-4711" in caplog.text  # the hospital's own log says what happened
+    assert b"Jane" not in (tmp_path / "journal.jsonl").read_bytes()
+    _assert_one_refused_every_round(run, consortium.names[1], "FX-SITE-001")
+
+
+def _wrong_hash(message: Message) -> None:
+    message.content.config_records[keys.STUDY][keys.HASH] = "0" * 64
+
+
+def _wrong_version(message: Message) -> None:
+    message.content.config_records[keys.STUDY][keys.VERSION] = "0.0.0"
+
+
+def _changed_study(message: Message) -> None:
+    record = message.content.config_records[keys.STUDY]
+    record[keys.JSON] = str(record[keys.JSON]).replace(
+        '"minimum_cohort":10', '"minimum_cohort":1'
+    )
+
+
+def _wrong_vocabulary_hash(message: Message) -> None:
+    message.content.config_records[keys.VOCABULARY][keys.HASH] = "0" * 64
+
+
+def _another_gene(message: Message) -> None:
+    genes = message.content.config_records[keys.VOCABULARY][keys.GENES]
+    assert isinstance(genes, list)
+    genes[-1] = "ZZZ3"
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        _wrong_hash,
+        _wrong_version,
+        _changed_study,
+        _wrong_vocabulary_hash,
+        _another_gene,
+    ],
+)
+def test_a_site_refuses_to_train_for_what_it_did_not_agree_to(
+    consortium: Consortium, tmp_path: Path, tamper: Callable[[Message], None]
+) -> None:
+    refusing = consortium.names[2]
+
+    def alter(site: str, message: Message) -> None:
+        if site == refusing and message.metadata.message_type == keys.TRAIN:
+            tamper(message)
+
+    run = consortium.conduct(consortium.study(), tmp_path, alter=alter)
+
+    _assert_one_refused_every_round(run, refusing, "FX-SITE-002")
+
+
+@pytest.mark.parametrize("tamper", [_wrong_hash, _wrong_version, _changed_study])
+def test_a_site_that_refuses_the_study_is_left_out_by_name_of_its_node(
+    consortium: Consortium, tmp_path: Path, tamper: Callable[[Message], None]
+) -> None:
+    def alter(site: str, message: Message) -> None:
+        if site == consortium.names[0]:
+            tamper(message)
+
+    run = consortium.conduct(consortium.study(), tmp_path, alter=alter)
+
+    (left_out,) = run.events("not-answered")
+    assert (left_out["state"], left_out["reason"]) == ("refused", "FX-SITE-002")
+    assert run.events("run-started")[0]["sites"] == list(consortium.names[1:])
+    assert set(run.events("round")[0]["sites"]) == set(consortium.names[1:])
+    asked = [e.message_type for e in run.exchanges if e.site == consortium.names[0]]
+    assert asked == [keys.PREPARE]
+
+
+def test_a_task_that_a_hospital_does_not_permit_is_refused_and_the_others_go_on(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = _copy_with(consortium, tmp_path, 3, ', "survival"]', "]")
+
+    run = consortium.conduct(consortium.study(), tmp_path / "run", sites=sites)
+
+    for event in run.events("round"):
+        site = event["sites"][consortium.names[3]]
+        if event["phase"] == "survival":
+            assert (site["state"], site["reason"]) == ("refused", "FX-SITE-002")
+        else:
+            assert site["state"] == "contributed"
+    assert len(run.rounds) == 6
+
+
+def test_cross_products_without_permission_are_refused_and_the_others_are_pooled(
+    consortium: Consortium, finished: Finished, tmp_path: Path
+) -> None:
+    sites = _copy_with(
+        consortium,
+        tmp_path,
+        0,
+        "share_cross_products = true",
+        "share_cross_products = false",
+    )
+
+    run = consortium.conduct(consortium.study(), tmp_path / "run", sites=sites)
+
+    (refused,) = run.events("not-answered")
+    assert refused["site"] == consortium.names[0]
+    assert refused["reason"] == "FX-SITE-002"
+    (reply,) = [
+        e.reply
+        for e in run.exchanges
+        if e.message_type == keys.CROSS_PRODUCTS and e.site == consortium.names[0]
+    ]
+    assert _plain(reply) == {"refusal": {"code": "FX-SITE-002"}}
+    others = _covariance(consortium, consortium.names[1:], run)
+    found = load_file(run.run_dir / "covariance.safetensors")["covariance"]
+    np.testing.assert_allclose(found, others, atol=1e-6)
+    assert run.digest == finished.digest  # the model does not depend on them
+
+
+def test_a_site_with_unusable_files_is_left_out_with_the_code_of_the_finding(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = tmp_path / "sites"
+    shutil.copytree(consortium.sites, sites)
+    path = sites / consortium.names[0] / "clinical.csv"
+    table = pd.read_csv(path)
+    table.loc[1, "patient"] = table.loc[0, "patient"]
+    table.to_csv(path, index=False)
+
+    run = consortium.conduct(consortium.study(), tmp_path / "run", sites=sites)
+
+    (left_out,) = run.events("not-answered")
+    assert left_out["reason"].startswith("FX-DATA-")
+    (only,) = [e for e in run.exchanges if e.site == consortium.names[0]]
+    assert _plain(only.reply) == {"refusal": {"code": left_out["reason"]}}
+    assert len(run.rounds) == 6
+
+
+# ---- statistics ----
+
+
+def test_counts_below_the_floor_are_zeroed(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = tmp_path / "sites"
+    shutil.copytree(consortium.sites, sites)
+    site = consortium.names[0]
+    path = sites / site / "expression.parquet"
+    table = pd.read_parquet(path)
+    below, at = table.columns[:2]
+    table.loc[table.index[FLOOR - 1 :], below] = np.nan
+    table.loc[table.index[FLOOR:], at] = np.nan
+    table.to_parquet(path)
+
+    run = consortium.conduct(consortium.study(), tmp_path / "run", sites=sites)
+
+    replies = {e.message_type: e.reply for e in run.exchanges if e.site == site}
+    genes = list(run.final.vocabulary.genes)
+    moments = to_arrays(replies[keys.STATISTICS].array_records[keys.MOMENTS])
+    for array in moments.values():
+        assert array[genes.index(below)] == 0
+    assert moments["count"][genes.index(at)] == FLOOR
+    assert moments["total"][genes.index(at)] > 0
+    sent = to_arrays(replies[keys.CROSS_PRODUCTS].array_records[keys.PRODUCTS])
+    assert not set(range(1, FLOOR)) & set(sent["pair-counts"].ravel().tolist())
+    assert (sent["products"][sent["pair-counts"] == 0] == 0).all()
+
+
+def test_a_site_stricter_than_the_study_is_obeyed(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = _copy_with(
+        consortium, tmp_path, 0, "minimum_cohort = 10", "minimum_cohort = 1000"
+    )
+
+    run = consortium.conduct(consortium.study(), tmp_path / "run", sites=sites)
+
+    told = [e.reply for e in run.exchanges if e.site == consortium.names[0]]
+    for reply in told:
+        for record in reply.array_records.values():
+            assert all(not array.any() for array in to_arrays(record).values())
+    assert consortium.names[0] not in {
+        name
+        for event in run.events("round")
+        for name, site in event["sites"].items()
+        if site["state"] == "contributed"
+    }
+
+
+def test_federated_mean_sd_and_covariance_are_the_pooled_ones(
+    consortium: Consortium, finished: Finished
+) -> None:
+    genes = list(finished.final.vocabulary.genes)
+    pooled = _pooled(consortium, consortium.names, genes)
+    found = load_file(finished.run_dir / "covariance.safetensors")["covariance"]
+
+    scale = finished.final.standardisation
+    np.testing.assert_allclose(scale.mean, np.nanmean(pooled, axis=0), atol=1e-6)
+    np.testing.assert_allclose(scale.sd, np.nanstd(pooled, axis=0), atol=1e-6)
+    expected = _covariance(consortium, consortium.names, finished)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.isnan(pooled).any()  # panels differ, so the test means something
+
+
+# ---- helpers ----
+
+
+def _pooled(
+    consortium: Consortium, names: tuple[str, ...], genes: list[str]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    tables = [
+        pd.read_parquet(consortium.sites / name / "expression.parquet")
+        for name in names
+    ]
+    return pd.concat(tables).reindex(columns=genes).to_numpy(dtype=np.float64)
+
+
+def _covariance(
+    consortium: Consortium, names: tuple[str, ...], run: Finished
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the mean product of every two genes over the patients who have both."""
+    genes = list(run.final.vocabulary.genes)
+    everyone = _pooled(consortium, consortium.names, genes)
+    some = _pooled(consortium, names, genes)
+    z = (some - np.nanmean(everyone, axis=0)) / np.nanstd(everyone, axis=0)
+    return np.array(
+        [[np.nanmean(z[:, i] * z[:, j]) for j in range(len(genes))] for i in range(len(genes))]
+    )
+
+
+def _copy_with(
+    consortium: Consortium, folder: Path, at: int, old: str, new: str
+) -> Path:
+    """Copy the hospitals' folders and change one line of one site.toml."""
+    sites = folder / "sites"
+    shutil.copytree(consortium.sites, sites)
+    path = sites / consortium.names[at] / "site.toml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    return sites
+
+
+def _plain(content: Any) -> dict[str, dict[str, Any]]:
+    return {name: dict(record) for name, record in content.items()}
+
+
+def _assert_one_refused_every_round(run: Finished, name: str, code: str) -> None:
+    events = run.events("round")
+    assert len(events) == 6
+    for event in events:
+        site = event["sites"].pop(name)
+        assert (site["state"], site["reason"]) == ("refused", code)
+        assert {s["state"] for s in event["sites"].values()} == {"contributed"}

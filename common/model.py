@@ -39,8 +39,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
         for name, value in asdict(self).items():
-            if value < (name != "linear_rank"):
-                raise ConfigError(f"model.{name} is {value}; expected 1 or more.")
+            least = 0 if name == "linear_rank" else 1
+            if value < least:
+                raise ConfigError(f"model.{name} is {value}; expected {least} or more.")
         if self.width % self.n_heads:
             raise ConfigError(
                 f"model.width is {self.width} and model.n_heads {self.n_heads}; "

@@ -294,5 +294,15 @@ class Study(Settings):
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Self:
-        """Read the canonical form back."""
-        return cls.read(json.loads(text), source)
+        """Read the canonical form back.
+
+        Raises
+        ------
+        ConfigError
+            If the text is not JSON, or holds anything wrong.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{source} is not JSON: {error}") from error
+        return cls.read(values, source)

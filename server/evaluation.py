@@ -209,8 +209,7 @@ def judge_risk(
     Returns
     -------
     dict
-        c_index and sd (None where there are fewer than MIN_EVENTS deaths), patients,
-        events, reason.
+        patients, events, c_index and sd; both None where the reason says why.
     """
     of_type = np.array([name == cancer_type for name in patients.cancer_type])
     rows = of_type & (patients.duration > 0).numpy() & ~patients.event.isnan().numpy()
@@ -227,7 +226,11 @@ def judge_risk(
     elif np.isnan(risk[rows]).any():
         result["reason"] = "no risk predicted"
     else:
-        result["c_index"], result["sd"] = c_index_with_se(duration, event, risk[rows])
+        c_index, sd = c_index_with_se(duration, event, risk[rows])
+        if math.isnan(c_index):
+            result["reason"] = "no two patients whose order is known"
+        else:
+            result["c_index"], result["sd"] = c_index, sd
     return result
 
 

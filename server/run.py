@@ -11,6 +11,7 @@ sites and server derive every seed from the names of study, site, phase and roun
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import logging
 import resource
@@ -57,17 +58,26 @@ def conduct(grid: Grid, settings: ServerSettings) -> None:
     Raises
     ------
     FederationError
-        If too few sites come, or a round misses its quorum.
+        If too few sites come, a round misses its quorum, or another process conducts
+        the run.
     CheckpointError
         If the run's folder belongs to another study.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    journal = Journal(settings.run_dir / "journal.jsonl")
-    try:
-        _Run(grid, settings, journal).conduct()
-    except Exception as error:
-        journal.write("run-failed", reason=str(error))
-        raise
+    with (settings.run_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FederationError(
+                f"another process conducts the run in {settings.run_dir}; wait for it, "
+                "or stop it."
+            ) from error
+        journal = Journal(settings.run_dir / "journal.jsonl")
+        try:
+            _Run(grid, settings, journal).conduct()
+        except Exception as error:
+            journal.write("run-failed", reason=str(error))
+            raise
 
 
 class _Run:

@@ -10,6 +10,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,8 +75,9 @@ def start(
 
 
 def main(n_sites: int, workers: int) -> None:
-    """Run the apps until the server's is done."""
+    """Run the apps until the server's is done, or whoever started us is gone."""
     logging.basicConfig(level=logging.INFO)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     run_simulation(
         server_app=fedgex.server.app.app,
         client_app=fedgex.client.app.app,
@@ -84,6 +87,13 @@ def main(n_sites: int, workers: int) -> None:
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent does: no run goes on that nobody watches."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_a_torn_or_absent_manifest_is_refused(tmp_path, content):
     else:
         manifest.write_text(content)
 
-    with pytest.raises(CheckpointError, match="holds no readable manifest.json"):
+    with pytest.raises(CheckpointError, match=r"holds no readable manifest.json"):
         checkpoint.load(tmp_path / "1")
 
 

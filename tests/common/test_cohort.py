@@ -63,9 +63,7 @@ def test_a_patient_with_two_samples_counts_once():
 
 
 def test_survival_needs_a_known_event_and_a_duration_above_zero():
-    clinical = pd.DataFrame(
-        {"duration": [10.0, 0.0, 5.0], "event": [0.0, 1.0, np.nan]}
-    )
+    clinical = pd.DataFrame({"duration": [10.0, 0.0, 5.0], "event": [0.0, 1.0, np.nan]})
 
     assert cohort(clinical).with_survival().tolist() == [True, False, False]
 

@@ -39,7 +39,9 @@ def test_values_are_standardised_on_the_vocabulary_and_gaps_are_nan():
     torch.testing.assert_close(patients.values[:, 2], expected, equal_nan=True)
     assert patients.values[:, :2].isnan().all()
     assert patients.values.dtype == torch.float32
-    assert patients.measured.tolist() == [[False, False, x] for x in (True, True, False)]
+    assert patients.measured.tolist() == [
+        [False, False, x] for x in (True, True, False)
+    ]
 
 
 def test_follow_up_is_taken_over_with_unknowns_as_nan():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from fedgex.common.model import (
     ClassificationHead,
     GeneTokens,
     GexBert,
+    LinearStart,
     ModelConfig,
     SurvivalHead,
     n_parameters,
@@ -91,9 +93,7 @@ def test_padding_changes_nothing_whatever_it_holds():
 
     padded = model(genes, values, keep.expand(2, -1), asked)
 
-    torch.testing.assert_close(
-        padded, model(genes[:, :7], values[:, :7], None, asked)
-    )
+    torch.testing.assert_close(padded, model(genes[:, :7], values[:, :7], None, asked))
 
 
 def test_a_patient_without_any_visible_gene_gets_finite_values_and_gradients():
@@ -125,7 +125,7 @@ def test_patients_of_a_batch_do_not_see_one_another():
 @pytest.mark.parametrize("side", ["given", "asked"])
 def test_twice_the_genes_cost_at_most_twice_the_operations(side):
     n_genes = 2048
-    model = GexBert(preset("tiny", n_genes))
+    model = GexBert(preset("tiny", n_genes, linear_rank=4))
 
     def operations(n: int) -> int:
         many, few = torch.arange(n)[None], torch.arange(8)[None]
@@ -210,8 +210,12 @@ def test_a_token_is_identity_plus_value_times_direction_plus_a_shared_curve():
         return tokens.curve_out.weight @ (x * phi) + tokens.curve_out.bias
 
     identity, direction = tokens.identity.weight, tokens.direction.weight
-    torch.testing.assert_close(found[0, 0], identity[5] + 1.5 * direction[5] + curve(1.5))
-    torch.testing.assert_close(found[0, 1], identity[2] - 2 * direction[2] + curve(-2.0))
+    torch.testing.assert_close(
+        found[0, 0], identity[5] + 1.5 * direction[5] + curve(1.5)
+    )
+    torch.testing.assert_close(
+        found[0, 1], identity[2] - 2 * direction[2] + curve(-2.0)
+    )
 
 
 def test_a_patients_vector_is_the_mean_of_the_latents():
@@ -220,7 +224,64 @@ def test_a_patients_vector_is_the_mean_of_the_latents():
 
     found = encoder.embed(genes, values, None)
 
-    torch.testing.assert_close(found, encoder(genes, values, None).sum(1) / 3)
+    latents, _ = encoder(genes, values, None)
+    torch.testing.assert_close(found, latents.sum(1) / 3)
+
+
+def linear_start() -> LinearStart:
+    """Return factors drawn at random, 3 of them, under a noise of each gene's own."""
+    start = LinearStart(V, 3)
+    rng = torch.Generator().manual_seed(5)
+    start.loadings.copy_(torch.randn(V, 3, generator=rng))
+    start.noise.copy_(torch.rand(V, generator=rng) + 0.1)
+    return start
+
+
+def test_the_linear_start_restores_the_conditional_mean_of_a_normal_distribution():
+    genes, values, asked = drawn(3, 11, 6)
+    start = linear_start()
+
+    found = start.restore(start(genes, values, None), asked)
+
+    w, noise = start.loadings.double().numpy(), start.noise.double().numpy()
+    covariance = w @ w.T + np.diag(noise)
+    for i in range(3):
+        seen, wanted = genes[i].numpy(), asked[i].numpy()
+        assert not set(seen) & set(wanted)
+        across = covariance[np.ix_(wanted, seen)]
+        within = covariance[np.ix_(seen, seen)]
+        expected = across @ np.linalg.solve(within, values[i].double().numpy())
+        np.testing.assert_allclose(found[i].numpy(), expected, atol=1e-4)
+
+
+def test_padding_changes_nothing_in_the_linear_start():
+    genes, values, _ = drawn(2, 11, 6)
+    keep = (torch.arange(11) < 7).expand(2, -1)
+    start = linear_start()
+
+    padded = start(genes, values.masked_fill(~keep, 1e3), keep)
+
+    torch.testing.assert_close(padded, start(genes[:, :7], values[:, :7], None))
+
+
+def test_the_linear_start_stands_beside_the_network_and_is_never_trained():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        n_genes=V, width=8, n_latents=3, n_blocks=1, n_heads=2, linear_rank=3
+    )
+    model = GexBert(config)
+    model.encoder.linear = linear_start()
+    genes, values, asked = drawn(2, 11, 6)
+
+    restored = model(genes, values, None, asked)
+    torch.nn.init.zeros_(model.decoder.weight.weight)
+
+    linear = model.encoder.linear
+    alone = linear.restore(linear(genes, values, None), asked)
+    assert not torch.allclose(restored, alone)
+    torch.testing.assert_close(model(genes, values, None, asked), alone)
+    assert model.encoder.embed(genes, values, None).shape == (2, 8 + 3)
+    assert not [n for n, _ in model.named_parameters() if "linear." in n]
 
 
 def test_the_classification_head_gives_a_logit_for_each_class():
@@ -245,7 +306,9 @@ def test_the_survival_head_adds_the_log_hazard_of_the_patients_own_type():
 
     logits = head(embedding[None], clinical[None], torch.tensor([2]))
 
-    normed = (embedding - embedding.mean()) / (embedding.var(correction=0) + 1e-5).sqrt()
+    normed = (embedding - embedding.mean()) / (
+        embedding.var(correction=0) + 1e-5
+    ).sqrt()
     weight = head.linear.weight[2]
     log_hazard = weight[:8] @ normed + 0.5 * weight[8] + 1.0 * weight[9]
     torch.testing.assert_close(logits[0], head.baseline.weight[2] + log_hazard)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from torch import nn
 
 from fedgex.common.errors import UpdateError
@@ -32,6 +32,14 @@ def test_arrays_survive_the_record_in_name_value_and_precision():
         assert found[name].dtype == array.dtype
         assert found[name].shape == array.shape
         assert np.array_equal(found[name], array)
+
+
+def test_bytes_that_are_no_array_are_refused_by_name():
+    junk = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"junk")
+    record = ArrayRecord({"a": junk, "b": Array(np.zeros(1)), "c": junk})
+
+    with pytest.raises(UpdateError, match=r"^a cannot be read; c cannot be read$"):
+        to_arrays(record)
 
 
 def test_floats_are_all_of_single_precision():
@@ -68,7 +76,7 @@ def test_a_misfit_leaves_the_module_as_it_was():
     head = nn.Linear(3, 2)
     before = head.weight.detach().clone()
 
-    with pytest.raises(UpdateError, match="head.bias is missing"):
+    with pytest.raises(UpdateError, match=r"head\.bias is missing"):
         load_parameters({"head": head}, {"head.weight": np.zeros((2, 3), np.float32)})
 
     assert torch.equal(head.weight, before)
@@ -102,13 +110,11 @@ def test_other_names_pass_unless_the_match_must_be_exact():
     arrays = {"a": np.zeros(1), "extra": np.zeros(1)}
 
     check({"a": (1,)}, arrays)
-    with pytest.raises(UpdateError, match="^extra is not asked for$"):
+    with pytest.raises(UpdateError, match=r"^extra is not asked for$"):
         check({"a": (1,)}, arrays, exact=True)
 
 
-@pytest.mark.parametrize(
-    ("record", "kind"), [({}, "NoneType"), ({"study": 3}, "int")]
-)
+@pytest.mark.parametrize(("record", "kind"), [({}, "NoneType"), ({"study": 3}, "int")])
 def test_text_that_is_no_text_is_refused_by_its_key(record, kind):
     with pytest.raises(UpdateError, match=f'"study" is {kind}, not text'):
         text(ConfigRecord(record), "study")

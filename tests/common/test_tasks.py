@@ -1,5 +1,7 @@
 """Which modules each phase trains, under which names, and which of them travel."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -186,5 +188,53 @@ def test_a_head_that_stayed_at_its_site_cannot_be_loaded_from_the_model():
     local = study(head="local")
     whole = tasks.begin(local, SURVIVAL, tasks.initial(local, V))
 
-    with pytest.raises(UpdateError, match="survival.head.linear.weight is missing"):
+    with pytest.raises(UpdateError, match=r"survival\.head\.linear.weight is missing"):
         tasks.load(local, V, SURVIVAL, whole)
+
+
+def with_factors() -> Study:
+    values = json.loads(study().to_json()) | {"linear_rank": 2, "cross_products": True}
+    return Study.read(values, "test")
+
+
+def test_the_linear_start_explains_the_pooled_covariance():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(V, 2)) / 3
+    covariance = w @ w.T + np.diag(1 - (w**2).sum(1))
+
+    start = tasks.linear_start(with_factors(), covariance)
+
+    names = [f"backbone.encoder.linear.{part}" for part in ("loadings", "noise")]
+    assert list(start) == names
+    assert [array.dtype for array in start.values()] == [np.float32] * 2
+    loadings, noise = start.values()
+    np.testing.assert_allclose(
+        loadings @ loadings.T + np.diag(noise), covariance, atol=0.02
+    )
+    assert set(start) <= set(tasks.initial(with_factors(), V))
+
+
+def test_without_factors_there_is_no_linear_start():
+    assert tasks.linear_start(study(), np.eye(V)) == {}
+
+
+@pytest.mark.parametrize("phase", [PRETRAINING, *FINE_TUNING])
+def test_the_linear_start_goes_down_to_the_sites_and_never_back_up(phase):
+    begun = tasks.begin(with_factors(), phase, tasks.initial(with_factors(), V))
+    sent = tasks.sent(with_factors(), phase, begun)
+
+    up = tasks.updated(with_factors(), phase, sent)
+
+    kept = {name.rsplit(".", 1)[1] for name in set(sent) - set(up)}
+    assert kept == {"loadings", "noise"}
+    assert set(up) < set(sent)
+
+
+def test_of_a_local_head_nothing_goes_up():
+    local = study(head="local")
+    arrays = parameters(tasks.build(local, V, SURVIVAL))
+
+    up = tasks.updated(local, SURVIVAL, arrays)
+
+    assert up
+    assert all(name.startswith("survival.encoder.") for name in up)

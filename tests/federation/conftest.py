@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -206,10 +207,8 @@ class Consortium:
             n_sites=len(grid.names),
             poll_s=0.001,
         )
-        try:
+        with contextlib.suppress(Killed):
             conduct(grid, settings)
-        except Killed:
-            pass
         return Finished(run_dir=run_dir, exchanges=grid.exchanges)
 
     def patient_ids(self) -> list[str]:
@@ -281,12 +280,6 @@ def finished(
 ) -> Finished:
     """Run the study to its end, undisturbed, once for all tests that only look."""
     return consortium.conduct(consortium.study(), tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="session")
-def scenario_toml_values() -> dict[str, Any]:
-    """Return the consortium's scenario as values for a TOML file."""
-    return scenario_values()
 
 
 def _bytes(content: RecordDict) -> bytes:

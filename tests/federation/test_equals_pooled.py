@@ -131,9 +131,7 @@ def test_the_comparison_notices_sites_that_count_by_something_else(
 
     together, _ = combine(rules.strategy, incoming, updates, 1, {})
 
-    in_one_place = read(
-        step(rules, "all", pooled(sites), incoming, tmp_path), incoming
-    )
+    in_one_place = read(step(rules, "all", pooled(sites), incoming, tmp_path), incoming)
     largest = max(np.abs(together[k] - in_one_place[k]).max() for k in incoming)
     assert largest > 1e-3
 
@@ -142,9 +140,7 @@ def test_a_site_that_lacks_a_gene_does_not_pull_that_genes_row(tmp_path: Path) -
     rules = study()
     incoming = tasks.initial(rules, N_GENES)
     lacking = {"h1": (0, 1, 8), "h2": (2, 8), "h3": (0, 8)}  # nobody has gene 8
-    sites = {
-        s: patients(i, n, lacking[s]) for i, (s, n) in enumerate(SIZES.items())
-    }
+    sites = {s: patients(i, n, lacking[s]) for i, (s, n) in enumerate(SIZES.items())}
     updates = {s: step(rules, s, own, incoming, tmp_path) for s, own in sites.items()}
     trained = {s: read(update, incoming) for s, update in updates.items()}
     terms = {s: update.num_loss_terms for s, update in updates.items()}
@@ -179,17 +175,13 @@ def test_parameters_that_all_genes_share_are_averaged_over_all_sites(
     rules = study()
     incoming = tasks.initial(rules, N_GENES)
     lacking = {"h1": (0, 1), "h2": (2,), "h3": (0,)}
-    sites = {
-        s: patients(i, n, lacking[s]) for i, (s, n) in enumerate(SIZES.items())
-    }
+    sites = {s: patients(i, n, lacking[s]) for i, (s, n) in enumerate(SIZES.items())}
     updates = [step(rules, s, own, incoming, tmp_path) for s, own in sites.items()]
 
     together, _ = combine(rules.strategy, incoming, updates, 1, {})
 
     # Hidden cells add up whatever the panels, so the shared step is the pooled one.
-    in_one_place = read(
-        step(rules, "all", pooled(sites), incoming, tmp_path), incoming
-    )
+    in_one_place = read(step(rules, "all", pooled(sites), incoming, tmp_path), incoming)
     for name, array in together.items():
         if not name.endswith(PER_GENE):
             np.testing.assert_allclose(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flwr.app import (
     Array,
-    ArrayRecord,
     ConfigRecord,
     Error,
     Message,
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedgex.common import keys
 from fedgex.common.errors import FederationError
-from fedgex.common.records import to_record
+from fedgex.common.records import Arrays, to_record
 from fedgex.common.study import RoundRule
 from fedgex.server.rounds import RoundOutcome, Site, ask, train_round
 
@@ -78,9 +77,7 @@ def good_arrays() -> dict[str, NDArray[np.generic]]:
     }
 
 
-def reply(
-    arrays: dict[str, NDArray[np.generic]] | None = None, **metrics: Any
-) -> RecordDict:
+def reply(arrays: Arrays | None = None, **metrics: Any) -> RecordDict:
     """Return an acceptable reply, but for what is given; None drops a metric."""
     numbers = GOOD_METRICS | {k.replace("_", "-"): v for k, v in metrics.items()}
     return RecordDict(
@@ -316,7 +313,7 @@ def test_fewer_updates_than_the_quorum_are_no_round_and_everybody_missing_is_nam
 
 
 def test_exactly_the_quorum_makes_a_round(run: Run) -> None:
-    outcome = run(h3=None, rule=RoundRule(quorum=2, deadline_s=0.05))  # type: ignore[arg-type]
+    outcome = run(h3=None, rule=RoundRule(quorum=2, deadline_s=0.05))
 
     assert len(outcome.updates) == 2
 

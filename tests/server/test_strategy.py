@@ -61,6 +61,10 @@ def update(
     )
 
 
+def as_bytes(arrays: Arrays) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
 EVERY_RULE = [
     rule("fedavg"),
     rule("fedavg", weights="loss-terms", per_gene=False),
@@ -74,31 +78,31 @@ EVERY_RULE = [
 
 @pytest.mark.parametrize("strategy", EVERY_RULE, ids=lambda r: r.name)
 @settings(deadline=None, max_examples=15)
-@given(order=st.permutations(range(5)))
+@given(order=st.permutations(range(6)))
 def test_the_order_of_updates_changes_no_bit(
     strategy: StrategyRule, tmp_path_factory: pytest.TempPathFactory, order: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("spool")
+    # Two pairs of sites all but cancel, so that a sum in another order shows.
+    sizes = (1e15, -1e15, 1e12, -1e12, 1.0, 1.0)
     updates = [
         update(
             folder,
             f"h{i}",
-            random_arrays(i),
-            patients=10 + 37 * i,
-            terms=7 * i + 1,
+            {k: np.float32(size) * v for k, v in random_arrays(i // 2).items()},
+            patients=10 + 37 * (i // 2),
+            terms=7 * (i // 2) + 1,
             measured=(1, i % 2, i > 2, 0),
         )
-        for i in range(5)
+        for i, size in enumerate(sizes)
     ]
     incoming = random_arrays(99)
 
     in_order = combine(strategy, incoming, updates, 1, {})
     shuffled = combine(strategy, incoming, [updates[i] for i in order], 1, {})
 
-    for expected, found in zip(in_order, shuffled, strict=True):
-        assert expected.keys() == found.keys()
-        for name, array in expected.items():
-            assert array.tobytes() == found[name].tobytes(), name
+    assert as_bytes(in_order[0]) == as_bytes(shuffled[0])
+    assert as_bytes(in_order[1]) == as_bytes(shuffled[1])
 
 
 @pytest.mark.parametrize("strategy", EVERY_RULE, ids=lambda r: r.name)
@@ -223,7 +227,7 @@ def test_half_precision_costs_no_more_than_its_rounding(
     for name, array in new.items():
         exact = np.mean([trained[s][name] for s in "abc"], axis=0, dtype=np.float64)
         largest = max(np.abs(sent[s][name]).max() for s in "abc")
-        half_a_step = np.finfo(np.float16).eps / 2 * float(largest)
+        half_a_step = float(np.finfo(np.float16).eps) / 2 * float(largest)
         assert array.dtype == np.float32
         np.testing.assert_allclose(array, exact, rtol=1e-6, atol=half_a_step)
 

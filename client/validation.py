@@ -702,8 +702,8 @@ def _check_scale(sheet: _Sheet, scale: Scale, tell: _Tell) -> list[Finding]:
         finding = Code.SCALE_FAINT.finding(
             sheet.file,
             f"no gene of {len(sheet.labels)} is abundant on the {scale} scale",
-            "a few abundant genes in so large a panel",
-            "Check data.scale, above all the base of the logarithm.",
+            "some abundant genes in most panels",
+            "Check data.scale: logarithms declared linear, or the wrong base.",
         )
         return [finding]
     fitting = ", ".join(sorted(scales.recognise(finite))) or "none that we know"

@@ -103,7 +103,7 @@ def check(
             wrong.append(f"{name} has shape {array.shape}, expected {shape}")
         elif array.dtype.kind != "f":
             wrong.append(f"{name} is of type {array.dtype}, expected floating point")
-        elif not np.isfinite(array).all():
+        elif not (np.abs(array) <= np.finfo(np.float32).max).all():
             wrong.append(f"{name} holds NaN or infinity")
     if wrong:
         raise UpdateError("; ".join(wrong))

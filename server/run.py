@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
+import operator
 import resource
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
@@ -31,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 from fedgex.common import checkpoint, keys, tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import load_cohort
-from fedgex.common.errors import CheckpointError, FederationError
+from fedgex.common.errors import CheckpointError, FederationError, UpdateError
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.records import text, to_arrays, to_record
 from fedgex.common.statistics import (
@@ -50,6 +52,8 @@ from fedgex.server.settings import ServerSettings
 from fedgex.server.strategy import combine
 
 logger = logging.getLogger(__name__)
+
+Parsed = TypeVar("Parsed")
 
 
 def conduct(grid: Grid, settings: ServerSettings) -> None:
@@ -148,16 +152,17 @@ class _Run:
             if answer.content is None:
                 self._report(f"node {answer.node}", answer)
                 continue
-            said = answer.content.config_records[keys.SITE]
-            name = text(said, keys.NAME)
+            try:
+                name, said = _introduction(answer.content, self.study.minimum_cohort)
+            except (KeyError, UpdateError) as error:
+                reason = f"the reply cannot be used: {error}"
+                bad = Answer(node=answer.node, state="quarantined", reason=reason)
+                self._report(f"node {answer.node}", bad)
+                continue
             if name in present:
                 raise FederationError(
                     f'two nodes call themselves "{name}"; give each site its own name.'
                 )
-            patients = said[keys.NUM_PATIENTS]
-            if not isinstance(patients, int) or patients < self.study.minimum_cohort:
-                logger.warning("site=%s is left out: too few patients", name)
-                continue
             present[name] = (answer.node, said)
         needed = max(self.study.rounds.quorum, 1)
         if len(present) < needed:
@@ -173,17 +178,8 @@ class _Run:
         vocabulary = agree(panels, self.study.vocabulary.min_share)
         sites = _sites(answers, vocabulary)
         genes = RecordDict({keys.VOCABULARY: _vocabulary_record(vocabulary)})
-        moments: dict[str, GeneMoments] = {}
-        for name, answer in self._ask_sites(sites, genes, keys.STATISTICS):
-            arrays = to_arrays(answer.array_records[keys.MOMENTS])
-            counted = answer.metric_records[keys.METRICS][keys.NUM_PATIENTS]
-            moments[name] = GeneMoments(
-                count=arrays["count"].astype(np.int64),
-                total=arrays["total"].astype(np.float64),
-                square_total=arrays["square-total"].astype(np.float64),
-                n_patients=int(counted),  # type: ignore[arg-type]
-            )
-        pooled = pool(moments[name] for name in sorted(moments))
+        moments = self._ask_sites(sites, genes, keys.STATISTICS, _moments)
+        pooled = pool(moments.values())
         standardisation = Standardisation(mean=pooled.mean, sd=pooled.sd)
         parameters = tasks.initial(self.study, len(vocabulary))
         if self.study.cross_products:
@@ -220,27 +216,27 @@ class _Run:
                 keys.STANDARDISATION: _standardisation_record(scale),
             }
         )
-        by_site: dict[str, Path] = {}
         spool = self.settings.run_dir / "spool"
+
+        def to_disk(answer: RecordDict) -> Path:
+            arrays = to_arrays(answer.array_records[keys.PRODUCTS])
+            _products(arrays)  # refused now rather than when they are added up
+            path = spool / f"{len(list(spool.iterdir()))}.safetensors"
+            save_file(arrays, path)
+            return path
+
         spool.mkdir(exist_ok=True)
-        for name, answer in self._ask_sites(sites, content, keys.CROSS_PRODUCTS):
-            by_site[name] = spool / f"{name}.safetensors"
-            save_file(to_arrays(answer.array_records[keys.PRODUCTS]), by_site[name])
-        total: CrossProducts | None = None
-        for name in sorted(by_site):
-            arrays = load_file(by_site[name])
-            products = CrossProducts(
-                products=unpack(arrays["products"]),
-                pair_counts=unpack(arrays["pair-counts"]),
-            )
-            total = products if total is None else total + products
-        shutil.rmtree(spool)
-        if total is None:
+        by_site = self._ask_sites(sites, content, keys.CROSS_PRODUCTS, to_disk)
+        if not by_site:
             raise FederationError(
                 "the study asks for cross-products and no site permits them; set "
                 "share_cross_products = true at a site, or cross_products = false in "
                 "the study."
             )
+        total = functools.reduce(
+            operator.add, (_products(load_file(by_site[name])) for name in by_site)
+        )
+        shutil.rmtree(spool)
         covariance = total.covariance()
         path = self.settings.run_dir / "covariance.safetensors"
         save_file({"covariance": covariance}, path)
@@ -369,23 +365,61 @@ class _Run:
         )
 
     def _ask_sites(
-        self, sites: list[Site], content: RecordDict, message_type: str
-    ) -> list[tuple[str, RecordDict]]:
+        self,
+        sites: list[Site],
+        content: RecordDict,
+        message_type: str,
+        parse: Callable[[RecordDict], Parsed],
+    ) -> dict[str, Parsed]:
         """Return the sites' answers; those that gave none are in the journal."""
         names = {site.node: site.name for site in sites}
-        answered = []
+        parsed: dict[str, Parsed] = {}
         for answer in self._ask(list(names), content, message_type):
+            name = names[answer.node]
             if answer.content is None:
-                self._report(names[answer.node], answer)
-            else:
-                answered.append((names[answer.node], answer.content))
-        return answered
+                self._report(name, answer)
+                continue
+            try:
+                parsed[name] = parse(answer.content)
+            except (KeyError, UpdateError) as error:
+                reason = f"the reply cannot be used: {error}"
+                bad = Answer(node=answer.node, state="quarantined", reason=reason)
+                self._report(name, bad)
+        return dict(sorted(parsed.items()))
 
     def _report(self, who: str, answer: Answer) -> None:
         logger.warning("%s state=%s reason=%s", who, answer.state, answer.reason)
         self.journal.write(
             "not-answered", site=who, state=answer.state, reason=answer.reason
         )
+
+
+def _introduction(answer: RecordDict, floor: int) -> tuple[str, ConfigRecord]:
+    """Return a site's name, and all that it said of itself."""
+    said = answer.config_records[keys.SITE]
+    patients = said[keys.NUM_PATIENTS]
+    if not isinstance(patients, int) or patients < floor:
+        raise UpdateError(f"the site has fewer than {floor} patients")
+    if not isinstance(said[keys.GENES], list):
+        raise UpdateError("the site names no genes")
+    return text(said, keys.NAME), said
+
+
+def _moments(answer: RecordDict) -> GeneMoments:
+    arrays = to_arrays(answer.array_records[keys.MOMENTS])
+    counted = answer.metric_records[keys.METRICS][keys.NUM_PATIENTS]
+    return GeneMoments(
+        count=arrays["count"].astype(np.int64),
+        total=arrays["total"].astype(np.float64),
+        square_total=arrays["square-total"].astype(np.float64),
+        n_patients=int(counted),  # type: ignore[arg-type]
+    )
+
+
+def _products(arrays: Mapping[str, NDArray[Any]]) -> CrossProducts:
+    return CrossProducts(
+        products=unpack(arrays["products"]), pair_counts=unpack(arrays["pair-counts"])
+    )
 
 
 def _sites(

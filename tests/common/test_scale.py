@@ -101,11 +101,28 @@ def test_true_scales_are_never_refused_whatever_the_panel(
     assert misfit(values, scale) is None
 
 
-def test_a_small_panel_of_faint_genes_may_be_linear() -> None:
-    rng = np.random.default_rng(1)
-    faint = np.exp2(rng.normal(-0.5, 1.3, (300, 5))).clip(max=30)
+def faint_genes(n_genes: int, seed: int) -> np.ndarray:
+    """Return a panel of which every abundance is below 30."""
+    x = np.exp2(np.random.default_rng(seed).normal(-0.5, 1.3, (100, n_genes)))
+    return x.clip(max=30)
 
-    assert misfit(faint, Scale.LINEAR) is None
+
+@pytest.mark.parametrize("n_genes", [1, 5, 20, 50])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_panel_of_faint_genes_may_be_linear_and_deserves_a_look(
+    n_genes: int, seed: int
+) -> None:
+    values = faint_genes(n_genes, seed)
+
+    assert misfit(values, Scale.LINEAR) is None
+    assert is_faint(values, Scale.LINEAR)
+
+
+def test_five_evenly_faint_genes_are_not_taken_for_logarithms() -> None:
+    even = np.random.default_rng(0).uniform(8, 25, (100, 5))
+
+    assert misfit(even, Scale.LINEAR) is None
+    assert is_faint(even, Scale.LINEAR)
 
 
 def test_rounded_abundances_may_be_counts_and_others_may_not() -> None:

@@ -167,7 +167,7 @@ def _travel_form(
 
 def _too_few(phase: str, floor: int) -> Finding:
     return Finding(
-        code="FX-DATA-090",
+        code="FX-SITE-003",
         severity="error",
         where=phase,
         found=f"fewer than {floor} patients that this phase can learn from",

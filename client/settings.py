@@ -74,8 +74,6 @@ class SiteSettings(Settings):
     """Permit sums of products of genes to leave, for the linear references."""
     state_dir: Path = Path("state")
     """Where the site keeps what it must remember between rounds."""
-    validation_share: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the patients on whom the site judges models and never trains."""
     data: DataSettings
 
     @classmethod

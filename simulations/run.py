@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
@@ -98,6 +99,8 @@ def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> N
     )
     try:
         progress.watch(journal, lambda: process.poll() is not None, console)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)  # the engine winds up by itself
     finally:
         _stop(process)
     if not _ended(journal):
@@ -139,7 +142,7 @@ def _why(journal: Path, log: Path, out: Path) -> str:
         said = reasons[-1]
     else:
         with log.open(errors="replace") as file:
-            said = "".join(deque(file, maxlen=5)).strip()
+            said = "".join(deque(file, maxlen=20)).strip()
     return (
         f"the federation stopped: {said}\nSee {log}. The same command goes on from the "
         f"last checkpoint in {out / 'run' / 'checkpoints'}."

@@ -107,7 +107,7 @@ def test_too_few_patients_are_a_finding_that_tells_the_floor_and_no_count(
         trained(study(), phase, tmp_path, floor=floor)
 
     (finding,) = refusal.value.findings
-    assert (finding.code, finding.severity) == ("FX-DATA-090", "error")
+    assert (finding.code, finding.severity) == ("FX-SITE-003", "error")
     assert finding.where == phase
     text = str(finding).replace(finding.code, "")
     assert set(re.findall(r"\d+", text)) == {str(floor)}

@@ -67,7 +67,6 @@ def test_a_missing_key_refuses_and_is_named(tmp_path: Path, key: str) -> None:
         ('"north"', '"North Hospital"', "name"),
         ('"log2p1"', '"log2"', "data.scale"),
         ("[data]", "[data]\nexpresion = 'x'", "data.expresion"),
-        ("[data]", "validation_share = 1.0\n[data]", "validation_share"),
     ],
 )
 def test_an_unusable_value_refuses_and_is_named(

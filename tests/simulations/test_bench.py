@@ -46,7 +46,7 @@ def test_a_quick_benchmark_prints_positive_finite_ratios_as_json():
 
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    assert len(rows) == 10
+    assert len(rows) == 8
     for row in rows:
         assert set(row) == {"name", "value", "goal", "met", "detail"}
         assert math.isfinite(row["value"]), row

@@ -69,10 +69,17 @@ def classification_loss(
 
     The size of the panel is drawn evenly on the log scale, from `min_genes` to all.
     Patients must be of the phase's classes.
+
+    Logits are shifted by the log share of each class at this site, so that a class is
+    only told from others that the site has, and a site of one cancer does not teach
+    the head to say nothing else (logit adjustment, Menon et al. 2021; for label skew in
+    federations, Zhang et al. 2022, FedLC).
     """
     device = next(encoder.parameters()).device
     measured = patients.measured
     target = patients.type_index(phase.classes).to(device)
+    share = torch.bincount(target, minlength=len(phase.classes)) / len(target)
+    log_share = share.log()  # minus infinity for a class that is not here
 
     def loss(rows: Tensor, rng: torch.Generator) -> tuple[Tensor, int]:
         n_genes = measured.shape[1]
@@ -85,7 +92,7 @@ def classification_loss(
         with mixed_precision(device):
             embedding = embed(encoder, patients.values[rows], visible)
             logits = head(embedding).float()
-        return F.cross_entropy(logits, target[rows.to(device)]), len(rows)
+        return F.cross_entropy(logits + log_share, target[rows.to(device)]), len(rows)
 
     return loss
 

@@ -15,11 +15,3 @@ def shared_data() -> Path:
     if not (folder / "tcga" / "clinical.csv").is_file():
         pytest.skip(f"no real data: {folder}/tcga/clinical.csv is absent (FEDGEX_DATA)")
     return folder
-
-
-@pytest.fixture(scope="session")
-def flower_task() -> None:
-    """Stand in for the process in which Flower allows messages to be made."""
-    from flwr.supercore.task_identity import TaskIdentity
-
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1

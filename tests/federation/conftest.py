@@ -1,78 +1,94 @@
-"""A small consortium on disk, and a Flower Grid that runs the real apps in-process."""
+"""A small consortium, and a Grid that runs the sites' real app in this process."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
 
-from fedgex.client.app import SITES_VARIABLE, app
+import fedgex.client.app
+from fedgex.client.app import SITES_VARIABLE
 from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
-from fedgex.common import checkpoint
+from fedgex.common import checkpoint, keys
 from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort, save_cohort
+from fedgex.common.cohort import save_cohort
+from fedgex.common.study import Study
+from fedgex.server import journal
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations.cohorts import new_data
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import split
 
-Deliver = Callable[[Message, Message], Message | None]
-"""What becomes of a site's reply, given the message; None if it never arrives."""
-
+TYPES = ["type-1", "type-2"]
 N_SITES = 4
-TYPES = ("type-1", "type-2")
+
+Alter = Callable[[str, Message], None]
+"""Changes a message on its way to the named site."""
+
+
+class Killed(BaseException):
+    """Ends the server as a signal would: nothing of it catches this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One message to a site and its reply, as they went over the wire."""
+
+    site: str
+    message_type: str
+    message: RecordDict
+    reply: RecordDict
+    message_bytes: bytes
+    reply_bytes: bytes
 
 
 class InProcessGrid(Grid):
-    """Messages go straight to the sites' app, and every one is kept.
+    """Hands each message to the sites' app at once; a node is a partition.
 
-    Each is copied on the way, as on a network, so that nothing is shared.
+    Contents are serialised both ways, so that neither side sees the other's objects.
     """
 
-    def __init__(self, n_sites: int, deliver: Deliver | None = None) -> None:
+    def __init__(
+        self, sites: Path, *, kill_after: int | None = None, alter: Alter | None = None
+    ) -> None:
+        """Open a grid over a folder of sites.
+
+        Parameters
+        ----------
+        kill_after
+            Raise `Killed` instead of delivering any training message after so many.
+        """
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        names = sorted(path.name for path in sites.iterdir() if path.is_dir())
+        self.sites, self.kill_after, self.alter = sites, kill_after, alter
+        self.names = dict(enumerate(names, start=100))
         self.contexts = {
-            100 + i: Context(1, 100 + i, {"partition-id": i}, RecordDict(), {})
-            for i in range(n_sites)
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": i, "num-partitions": len(names)},
+                state=RecordDict(),
+                run_config={},
+            )
+            for i, node in enumerate(self.names)
         }
-        self.deliver = deliver or (lambda message, reply: reply)
-        self.messages: list[Message] = []
-        self.replies: list[Message] = []
-        self._waiting: dict[str, Message] = {}
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        for message in messages:
-            message_id = str(len(self.messages))
-            message.metadata.__dict__["_message_id"] = message_id
-            self.messages.append(message)
-            self._waiting[message_id] = message
-            yield message_id
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        for message_id in message_ids:
-            message = self._waiting.pop(message_id, None)
-            if message is None:
-                continue
-            reply = app(copy.deepcopy(message), self.contexts[message.metadata.dst_node_id])
-            delivered = self.deliver(message, copy.deepcopy(reply))
-            if delivered is not None:
-                self.replies.append(delivered)
-                yield delivered
+        self.exchanges: list[Exchange] = []
+        self.replies: dict[str, Message] = {}
+        self.ids = (f"message-{i}" for i in itertools.count(1))
 
     def set_run(self, run: Run) -> None:
         raise NotImplementedError
@@ -81,67 +97,162 @@ class InProcessGrid(Grid):
     def run(self) -> Run:
         raise NotImplementedError
 
-    def create_message(self, *_: Any, **__: Any) -> Message:
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError
 
-    def get_nodes(self) -> Iterable[NodeInfo]:
+    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
         raise NotImplementedError
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        raise NotImplementedError
+    def get_node_ids(self) -> list[int]:
+        return list(self.names)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [self._deliver(message, next(self.ids)) for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.replies.pop(i) for i in message_ids if i in self.replies]
+
+    def _deliver(self, message: Message, message_id: str) -> str:
+        message_type = message.metadata.message_type
+        trained = sum(e.message_type == keys.TRAIN for e in self.exchanges)
+        if message_type == keys.TRAIN and trained == self.kill_after:
+            raise Killed
+        node = message.metadata.dst_node_id
+        sent = Message(_parse(_bytes(message.content)), node, message_type)
+        sent.metadata.__dict__["_message_id"] = message_id
+        if self.alter is not None:
+            self.alter(self.names[node], sent)
+        sent_bytes = _bytes(sent.content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(SITES_VARIABLE, str(self.sites))
+            reply = fedgex.client.app.app(sent, self.contexts[node])
+        reply_bytes = _bytes(reply.content)
+        reply.content = _parse(reply_bytes)
+        self.replies[message_id] = reply
+        self.exchanges.append(
+            Exchange(
+                site=self.names[node],
+                message_type=message_type,
+                message=sent.content,
+                reply=reply.content,
+                message_bytes=sent_bytes,
+                reply_bytes=reply_bytes,
+            )
+        )
+        return message_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What is left of a run in its folder, and what its grid has seen."""
+
+    run_dir: Path
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def final(self) -> Checkpoint:
+        return checkpoint.load(self.final_folder)
+
+    @property
+    def final_folder(self) -> Path:
+        return checkpoint.find(self.run_dir)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the last checkpoint's model."""
+        return checkpoint.digest(self.final_folder / "model.safetensors")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the journal's events of one kind."""
+        written = journal.read(self.run_dir / "journal.jsonl")
+        return [event for event in written if event["event"] == name]
+
+    @property
+    def rounds(self) -> list[tuple[str, int]]:
+        """Phase and number of every round in the journal."""
+        return [(e["phase"], e["round"]) for e in self.events("round")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Consortium:
-    """Simulated hospitals on disk, and how to run a study over them."""
+    """Four hospitals, a hold-out, and what it takes to run studies over them."""
 
-    root: Path
-    scenario: Scenario
-    sites: tuple[str, ...]
-    """Names in the order of the Grid's nodes."""
+    data: Path
+    sites: Path
+    holdout: Path
+    names: tuple[str, ...]
 
-    def study(self, **changes: dict[str, Any]) -> dict[str, Any]:
-        """Return the study's settings, with `changes` to its sections."""
-        values = self.scenario.study.model_dump(mode="json")
-        for section, change in changes.items():
-            values[section] = (
-                values[section] | change if isinstance(change, dict) else change
-            )
-        return values
-
-    def cohort(self, name: str) -> Cohort:
-        """Return a site's checked patients."""
-        settings = SiteSettings.load(self.root / "sites" / name / "site.toml")
-        return load_cohort(settings, self.scenario.study.scale, ())[0]
+    def study(self, **changes: Any) -> Study:
+        """Return the study of `study_values`, with sections replaced."""
+        return Study.read(study_values() | changes, "a test's study")
 
     def conduct(
-        self, study: dict[str, Any], run_dir: Path, deliver: Deliver | None = None
-    ) -> InProcessGrid:
-        """Conduct a study in `run_dir` and return the Grid with all its messages."""
+        self,
+        study: Study,
+        run_dir: Path,
+        *,
+        sites: Path | None = None,
+        kill_after: int | None = None,
+        alter: Alter | None = None,
+    ) -> Finished:
+        """Run a study, or go on with it, until it ends or is killed."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir.with_suffix(".json")
-        path.write_text(json.dumps(study))
-        grid = InProcessGrid(len(self.sites), deliver)
+        study_file = run_dir / "study.json"
+        study_file.write_text(study.to_json())
+        grid = InProcessGrid(sites or self.sites, kill_after=kill_after, alter=alter)
         settings = ServerSettings(
-            study=path,
+            study=study_file,
             run_dir=run_dir,
-            holdout=self.root / "holdout" / "checked",
-            n_sites=len(self.sites),
+            holdout=self.holdout,
+            n_sites=len(grid.names),
             poll_s=0.001,
         )
-        conduct(grid, settings)
-        return grid
+        with contextlib.suppress(Killed):
+            conduct(grid, settings)
+        return Finished(run_dir=run_dir, exchanges=grid.exchanges)
+
+    def patient_ids(self) -> list[str]:
+        """Return the identifier of every patient of every site."""
+        return [
+            line.split(",")[0]
+            for name in self.names
+            for line in (self.sites / name / "clinical.csv").read_text().split()[1:]
+        ]
+
+
+def study_values() -> dict[str, Any]:
+    """Return a study of three phases, two rounds each, that takes about a second."""
+    return {
+        "name": "small",
+        "minimum_cohort": 10,
+        "cross_products": True,
+        "pretraining": {"rounds": 2},
+        "classification": {"rounds": 2, "classes": TYPES},
+        "survival": {"rounds": 2, "cancer_types": TYPES},
+        "evaluation": {"rates": [0.1, 0.5, 0.9], "panels": [10, 20]},
+    }
+
+
+def scenario_values() -> dict[str, Any]:
+    """Return the scenario that splits the consortium's data into its hospitals."""
+    return {
+        "study": study_values(),
+        "data": {
+            "expression": "expression.parquet",
+            "scale": "log2p1",
+            "clinical": "clinical.csv",
+        },
+        "sites": {"column": "institution", "minimum_patients": 10},
+        "holdout": {"institutions": ["Hold-out 01"]},
+        "reference": {"alone": False, "pooled": False},
+    }
 
 
 @pytest.fixture(scope="session")
-def consortium(
-    tmp_path_factory: pytest.TempPathFactory, flower_task: None
-) -> Iterator[Consortium]:
-    """Write four hospitals of about thirty patients and forty genes, and a hold-out."""
-    root = tmp_path_factory.mktemp("consortium")
-    data = root / "data"
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
+    """Write the hospitals' files once; a test that changes one takes a copy."""
+    torch.set_num_threads(1)
+    data = tmp_path_factory.mktemp("consortium") / "data"
     new_data(
         data,
         n_sites=N_SITES,
@@ -150,39 +261,30 @@ def consortium(
         n_genes=40,
         n_cancer_types=len(TYPES),
     )
-    scenario = Scenario.read(SCENARIO, "the test")
-    sites = split(scenario, data, root).sites
-    settings = SiteSettings.load(root / "holdout" / "site.toml")
-    holdout, _ = load_cohort(settings, scenario.study.scale, ())
-    save_cohort(holdout, root / "holdout" / "checked")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(SITES_VARIABLE, str(root / "sites"))
-        yield Consortium(root=root, scenario=scenario, sites=sites)
+    out = data.with_name("split")
+    scenario = Scenario.read(scenario_values(), "a test's scenario")
+    parts = split(scenario, data, out)
+    assert len(parts.sites) == N_SITES
+    holdout = out / "holdout" / "checked"
+    settings = SiteSettings.load(out / "holdout" / "site.toml")
+    study = scenario.study
+    save_cohort(load_cohort(settings, study.scale, tuple(study.phases))[0], holdout)
+    return Consortium(
+        data=data, sites=out / "sites", holdout=holdout, names=parts.sites
+    )
 
 
-def final(run_dir: Path) -> Checkpoint:
-    """Return a run's last checkpoint."""
-    found = checkpoint.latest(run_dir / "checkpoints")
-    assert found is not None
-    return checkpoint.load(found)
+@pytest.fixture(scope="session")
+def finished(
+    consortium: Consortium, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """Run the study to its end, undisturbed, once for all tests that only look."""
+    return consortium.conduct(consortium.study(), tmp_path_factory.mktemp("run"))
 
 
-SCENARIO: dict[str, Any] = {
-    "study": {
-        "name": "small",
-        "minimum_cohort": 5,
-        "cross_products": True,
-        "pretraining": {"rounds": 3},
-        "classification": {"rounds": 2, "classes": TYPES},
-        "survival": {"rounds": 2, "cancer_types": TYPES},
-        "evaluation": {"rates": (0.1, 0.5), "panels": (10, 20)},
-    },
-    "data": {
-        "expression": "expression.parquet",
-        "scale": "log2p1",
-        "clinical": "clinical.csv",
-    },
-    "sites": {"column": "institution", "minimum_patients": 10},
-    "holdout": {"institutions": ["Hold-out 01"]},
-    "run": {"workers": 2},
-}
+def _bytes(content: RecordDict) -> bytes:
+    return recorddict_to_proto(content).SerializeToString(deterministic=True)
+
+
+def _parse(content: bytes) -> RecordDict:
+    return recorddict_from_proto(RecordDictProto.FromString(content))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -343,6 +344,48 @@ def test_with_all_genes_shown_classification_is_cross_entropy():
     expected = -np.mean([np.log(row[k]) for row, k in zip(chance, target, strict=True)])
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert n_terms == N
+
+
+def site_of(types: tuple[str, ...]) -> tuple[float, ClassificationHead]:
+    """Return loss and head, gradients filled, of a site with these cancer types."""
+    known = replace(patients(), cancer_type=types)
+    phase = Classification(rounds=1, classes=("KIRC", "BRCA", "LUAD"), min_genes=V)
+    head = ClassificationHead(CONFIG.width, 3)
+    loss, _ = classification_loss(built(Encoder), head, known, phase)(
+        torch.arange(N), torch.Generator()
+    )
+    loss.backward()
+    return loss.item(), head
+
+
+def test_a_site_with_one_cancer_type_teaches_the_head_nothing():
+    loss, head = site_of(("BRCA",) * N)
+
+    assert loss == 0
+    assert all(not p.grad.any() for p in head.parameters())
+
+
+def test_a_class_that_a_site_lacks_is_not_pushed_down():
+    _, head = site_of(("KIRC", "BRCA", "KIRC", "BRCA", "KIRC", "BRCA"))
+
+    assert head.linear.bias.grad[:2].any()
+    assert head.linear.bias.grad[2] == 0
+
+
+def test_rarer_classes_are_not_told_less_often_for_being_rare():
+    known = replace(patients(), cancer_type=("KIRC",) * 5 + ("BRCA",))
+    phase = Classification(rounds=1, classes=("KIRC", "BRCA"), min_genes=V)
+    head = ClassificationHead(CONFIG.width, 2)
+    nn.init.zeros_(head.linear.weight)
+    nn.init.zeros_(head.linear.bias)
+
+    loss, _ = classification_loss(built(Encoder), head, known, phase)(
+        torch.arange(N), torch.Generator()
+    )
+    loss.backward()
+
+    # with equal logits the shares of the classes are predicted already
+    assert head.linear.bias.grad.tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_panels_are_drawn_evenly_on_the_log_scale_down_to_the_smallest(monkeypatch):

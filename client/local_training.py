@@ -72,13 +72,13 @@ def train_round(
     Raises
     ------
     DataError
-        If fewer patients than the floor can take part.
+        If fewer patients than the floor can take part; with the Cox loss, fewer deaths.
     UpdateError
         If the incoming parameters do not fit the study's model.
     """
     settings = study.phases[phase]
     fitting = take_part(study, phase, patients)
-    if len(fitting) < floor:
+    if _unit_count(study, phase, fitting) < floor:
         raise DataError([_too_few(phase, floor)])
     modules = tasks.build(study, patients.values.shape[1], phase)
     travelling = tasks.travelling(study, phase)
@@ -165,12 +165,19 @@ def _travel_form(
     return np.asarray(change, dtype=study.strategy.precision)
 
 
+def _unit_count(study: Study, phase: str, patients: Patients) -> int:
+    """Return what the phase's loss is a mean over, a number that leaves the site."""
+    if phase == SURVIVAL and study.survival.loss == "cox":
+        return int(patients.event.sum())
+    return len(patients)
+
+
 def _too_few(phase: str, floor: int) -> Finding:
     return Finding(
         code="FX-SITE-003",
         severity="error",
         where=phase,
-        found=f"fewer than {floor} patients that this phase can learn from",
+        found=f"fewer than {floor} patients (with the Cox loss: deaths) to learn from",
         expected=f"{floor} or more, with the cancer types and follow-up of the study",
         action="The site takes no part in this phase; nothing is to be done.",
     )

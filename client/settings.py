@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.scale import Scale
-from fedgex.common.study import Settings
+from fedgex.common.study import NAME_PATTERN, Settings
 
 Task = Literal["pretraining", "classification", "survival"]
 
@@ -64,7 +64,7 @@ class DataSettings(Settings):
 class SiteSettings(Settings):
     """One hospital's `site.toml`. What it does not permit does not happen."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: str = Field(pattern=NAME_PATTERN)
     """Lower-case letters, digits and hyphens."""
     minimum_cohort: int = Field(ge=1)
     """With fewer patients the site takes no part, and smaller counts are not told."""

@@ -20,6 +20,10 @@ PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "surviv
 """Names of the phases, which are the tasks that a site permits."""
 
 
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+"""Of studies and sites, since both name files: lower-case letters, digits, hyphens."""
+
+
 class Settings(BaseModel):
     """Base of all settings read from files: frozen, and unknown keys are errors."""
 
@@ -224,8 +228,9 @@ class RoundRule(Settings):
     """Fewest updates that make a round."""
     mandatory_sites: tuple[str, ...] = ()
     """Sites without which no round counts."""
-    deadline_s: float = Field(default=3600, gt=0)
-    """Seconds after which a round closes with the updates that it has."""
+    deadline_s: float = Field(default=3600, gt=0, le=12 * 3600)
+    """Seconds after which a round closes with the updates that it has; Flower keeps a
+    message for twelve hours."""
 
 
 class Evaluation(Settings):
@@ -242,7 +247,7 @@ class Evaluation(Settings):
 class Study(Settings):
     """Everything that the sites and the server of one federation agree on."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    name: str = Field(pattern=NAME_PATTERN)
     """Lower-case letters, digits and hyphens."""
     seed: int = Field(default=1, ge=0)
     """One seed; every other is derived from it by name."""

@@ -16,7 +16,7 @@ import functools
 import json
 import logging
 import operator
-import resource
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +35,7 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import CheckpointError, FederationError, UpdateError
 from fedgex.common.harmonise import Patients, to_patients
+from fedgex.common.memory import resident_mb
 from fedgex.common.records import text, to_arrays, to_record
 from fedgex.common.statistics import (
     CrossProducts,
@@ -43,7 +44,7 @@ from fedgex.common.statistics import (
     pool,
     unpack,
 )
-from fedgex.common.study import Study
+from fedgex.common.study import NAME_PATTERN, Study
 from fedgex.common.vocabulary import Vocabulary, agree
 from fedgex.server import evaluation, rounds
 from fedgex.server.journal import Journal, read
@@ -54,6 +55,9 @@ from fedgex.server.strategy import combine
 logger = logging.getLogger(__name__)
 
 Parsed = TypeVar("Parsed")
+
+MIN_CROSS_PRODUCT_SITES = 2
+"""With fewer, the covariance that everyone receives would be one site's own."""
 
 
 def conduct(grid: Grid, settings: ServerSettings) -> None:
@@ -135,7 +139,7 @@ class _Run:
         self.journal.write(
             "run-finished",
             checkpoint=_name(self.study, last),
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_rss_mb=resident_mb("VmHWM"),
         )
 
     # ---- before the first round ----
@@ -178,7 +182,9 @@ class _Run:
         vocabulary = agree(panels, self.study.vocabulary.min_share)
         sites = _sites(answers, vocabulary)
         genes = RecordDict({keys.VOCABULARY: _vocabulary_record(vocabulary)})
-        moments = self._ask_sites(sites, genes, keys.STATISTICS, _moments)
+        moments = self._ask_sites(
+            sites, genes, keys.STATISTICS, lambda a: _moments(a, len(vocabulary))
+        )
         pooled = pool(moments.values())
         standardisation = Standardisation(mean=pooled.mean, sd=pooled.sd)
         parameters = tasks.initial(self.study, len(vocabulary))
@@ -208,7 +214,7 @@ class _Run:
         Raises
         ------
         FederationError
-            If no site permits them.
+            If fewer than two sites send them.
         """
         content = RecordDict(
             {
@@ -220,21 +226,23 @@ class _Run:
 
         def to_disk(answer: RecordDict) -> Path:
             arrays = to_arrays(answer.array_records[keys.PRODUCTS])
-            _products(arrays)  # refused now rather than when they are added up
+            _products(arrays, len(vocabulary))  # refused now, not when added up
             path = spool / f"{len(list(spool.iterdir()))}.safetensors"
             save_file(arrays, path)
             return path
 
         spool.mkdir(exist_ok=True)
         by_site = self._ask_sites(sites, content, keys.CROSS_PRODUCTS, to_disk)
-        if not by_site:
+        if len(by_site) < MIN_CROSS_PRODUCT_SITES:
             raise FederationError(
-                "the study asks for cross-products and no site permits them; set "
-                "share_cross_products = true at a site, or cross_products = false in "
-                "the study."
+                f"the study asks for cross-products and {len(by_site)} sites sent "
+                f"them, expected {MIN_CROSS_PRODUCT_SITES} or more, so that none "
+                "stands alone; set share_cross_products = true at more sites, or "
+                "cross_products = false in the study."
             )
         total = functools.reduce(
-            operator.add, (_products(load_file(by_site[name])) for name in by_site)
+            operator.add,
+            (_products(load_file(by_site[name]), len(vocabulary)) for name in by_site),
         )
         shutil.rmtree(spool)
         covariance = total.covariance()
@@ -395,31 +403,51 @@ class _Run:
 
 
 def _introduction(answer: RecordDict, floor: int) -> tuple[str, ConfigRecord]:
-    """Return a site's name, and all that it said of itself."""
+    """Return a site's name, which names files too, and all that it said of itself."""
     said = answer.config_records[keys.SITE]
-    patients = said[keys.NUM_PATIENTS]
+    name, patients, genes = (
+        text(said, keys.NAME),
+        said[keys.NUM_PATIENTS],
+        said[keys.GENES],
+    )
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UpdateError("its name is not of lower-case letters, digits and hyphens")
     if not isinstance(patients, int) or patients < floor:
         raise UpdateError(f"the site has fewer than {floor} patients")
-    if not isinstance(said[keys.GENES], list):
-        raise UpdateError("the site names no genes")
-    return text(said, keys.NAME), said
+    if not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes):
+        raise UpdateError("its genes are no list of names")
+    return name, said
 
 
-def _moments(answer: RecordDict) -> GeneMoments:
+def _moments(answer: RecordDict, n_genes: int) -> GeneMoments:
     arrays = to_arrays(answer.array_records[keys.MOMENTS])
     counted = answer.metric_records[keys.METRICS][keys.NUM_PATIENTS]
+    if not isinstance(counted, int):
+        raise UpdateError(f'"{keys.NUM_PATIENTS}" is no whole number')
+    counts = _whole(arrays["count"])
+    if counts.shape != (n_genes,):
+        raise UpdateError(f"moments of shape {counts.shape}, expected ({n_genes},)")
     return GeneMoments(
-        count=arrays["count"].astype(np.int64),
+        count=counts,
         total=arrays["total"].astype(np.float64),
         square_total=arrays["square-total"].astype(np.float64),
-        n_patients=int(counted),  # type: ignore[arg-type]
+        n_patients=counted,
     )
 
 
-def _products(arrays: Mapping[str, NDArray[Any]]) -> CrossProducts:
-    return CrossProducts(
-        products=unpack(arrays["products"]), pair_counts=unpack(arrays["pair-counts"])
-    )
+def _products(arrays: Mapping[str, NDArray[Any]], n_genes: int) -> CrossProducts:
+    products = unpack(arrays["products"].astype(np.float64))
+    if products.shape != (n_genes, n_genes):
+        raise UpdateError(f"cross-products of {len(products)}, not of {n_genes} genes")
+    counts = unpack(_whole(arrays["pair-counts"]))
+    return CrossProducts(products=products, pair_counts=counts)
+
+
+def _whole(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Return counts that are of an integer type, as int64."""
+    if counts.dtype.kind not in "iu":
+        raise UpdateError(f"counts are of type {counts.dtype}, expected whole numbers")
+    return counts.astype(np.int64)
 
 
 def _sites(

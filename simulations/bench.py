@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from fedgex.client.validation import load_cohort
 from fedgex.common import model, tasks
 from fedgex.common.cohort import save_cohort
 from fedgex.common.harmonise import Patients
+from fedgex.common.memory import resident_mb
 from fedgex.common.model import GexBert, n_parameters, select
 from fedgex.common.objectives import draw_hidden
 from fedgex.common.records import parameters
@@ -367,7 +368,7 @@ def _aggregate(sizes: Sizes, file: Path, n_updates: int) -> tuple[float, float]:
     incoming = load_file(file)
     before = _begin_peak()
     combine(StrategyRule(name="fedavg"), incoming, updates, 1, {})
-    peak = _resident_mb("VmHWM")
+    peak = resident_mb("VmHWM")
     return peak - before, peak
 
 
@@ -421,7 +422,7 @@ def _step_memory(genes: int, batch: int) -> float:
     step = _step(genes, batch)
     before = _begin_peak()
     step()
-    return _resident_mb("VmHWM") - before
+    return resident_mb("VmHWM") - before
 
 
 def _step(genes: int, batch: int) -> Callable[[], None]:
@@ -529,18 +530,7 @@ def _seconds(work: Callable[[], None]) -> float:
 def _begin_peak() -> float:
     """Begin to record the peak anew, and return the present memory, MB."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _resident_mb("VmRSS")
-
-
-def _resident_mb(line: Literal["VmRSS", "VmHWM"]) -> float:
-    """Return this process's memory now, or its peak, MB.
-
-    Not from getrusage, whose peak begins with that of the parent process.
-    """
-    for text in Path("/proc/self/status").read_text().splitlines():
-        if text.startswith(line):
-            return int(text.split()[1]) / 1024
-    raise AssertionError(f"Linux tells {line}")
+    return resident_mb("VmRSS")
 
 
 def _at_least(name: str, value: float, goal: float, detail: str) -> Row:

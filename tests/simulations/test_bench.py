@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedgex.client.training import fit, pretraining_loss
+from fedgex.common.memory import resident_mb
 from fedgex.common.study import Pretraining
 from fedgex.simulations import bench
 from fedgex.simulations.cli import app
@@ -67,6 +68,6 @@ def test_the_peak_holds_memory_that_was_freed_again():
     block = bytearray(64 * 2**20)
     del block
 
-    peak = bench._resident_mb("VmHWM")
+    peak = resident_mb("VmHWM")
 
     assert peak - before > 60

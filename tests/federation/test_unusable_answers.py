@@ -1,0 +1,190 @@
+"""Before the first round, too, a site whose answer is no use is left out alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+import fedgex.client.app
+from fedgex.common import keys
+from fedgex.common.records import to_arrays, to_record
+
+if TYPE_CHECKING:
+    from .conftest import Consortium, Finished
+
+BAD = 1
+"""Position of the site that answers nonsense, in order of name."""
+SHORT: dict[str, Any] = {
+    "pretraining": {"rounds": 1},
+    "classification": {"rounds": 0},
+    "survival": {"rounds": 0},
+}
+
+Tamper = Callable[[RecordDict], None]
+
+
+def says(key: str, value: Any) -> Tamper:
+    """Return what makes a site introduce itself with another value."""
+
+    def tamper(reply: RecordDict) -> None:
+        reply.config_records[keys.SITE][key] = value
+
+    return tamper
+
+
+def says_nothing(reply: RecordDict) -> None:
+    for name in list(reply):
+        del reply[name]
+
+
+def sends(record: str, key: str, change: Callable[[Any], Any]) -> Tamper:
+    """Return what changes one array of a reply."""
+
+    def tamper(reply: RecordDict) -> None:
+        arrays = to_arrays(reply.array_records[record])
+        reply[record] = to_record(arrays | {key: change(arrays[key])})
+
+    return tamper
+
+
+def one_gene_less(record: str) -> Tamper:
+    def tamper(reply: RecordDict) -> None:
+        arrays = to_arrays(reply.array_records[record])
+        reply[record] = to_record({k: array[:-1] for k, array in arrays.items()})
+
+    return tamper
+
+
+def one_gene_less_in_the_triangle(reply: RecordDict) -> None:
+    arrays = to_arrays(reply.array_records[keys.PRODUCTS])
+    size = int(np.sqrt(2 * arrays["products"].size))
+    length = size * (size - 1) // 2
+    reply[keys.PRODUCTS] = to_record({k: a[:length] for k, a in arrays.items()})
+
+
+def counts_a_list(reply: RecordDict) -> None:
+    reply.metric_records[keys.METRICS][keys.NUM_PATIENTS] = [20, 20]
+
+
+def with_nan(array: Any) -> Any:
+    return np.full(array.shape, np.nan)
+
+
+@pytest.fixture
+def conduct(
+    consortium: Consortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Tamper], Finished]:
+    """Run one round, with one site's answer to one message tampered with."""
+    honest = fedgex.client.app.app
+
+    def conduct(message_type: str, tamper: Tamper) -> Finished:
+        def app(message: Message, context: Context) -> Message:
+            reply = honest(message, context)
+            asked = message.metadata.message_type == message_type
+            if asked and context.node_config["partition-id"] == BAD:
+                tamper(reply.content)
+            return reply
+
+        monkeypatch.setattr(fedgex.client.app, "app", app)
+        return consortium.conduct(consortium.study(**SHORT), tmp_path / "a" / "run")
+
+    return conduct
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(says_nothing, id="nothing"),
+        pytest.param(says(keys.NAME, 7), id="name is a number"),
+        pytest.param(says(keys.NAME, ""), id="name is empty"),
+        pytest.param(says(keys.NAME, "../../stolen"), id="name is a path"),
+        pytest.param(says(keys.NAME, "a\nb"), id="name has a line break"),
+        pytest.param(says(keys.NUM_PATIENTS, "many"), id="patients are a word"),
+        pytest.param(says(keys.NUM_PATIENTS, 9), id="patients below the floor"),
+        pytest.param(says(keys.GENES, "GENE0001"), id="genes are a word"),
+        pytest.param(says(keys.GENES, [1, 2]), id="genes are numbers"),
+    ],
+)
+def test_a_site_that_cannot_introduce_itself_takes_no_part(
+    consortium: Consortium, conduct: Callable[..., Finished], tamper: Tamper
+) -> None:
+    run = conduct(keys.PREPARE, tamper)
+
+    (left_out,) = run.events("not-answered")
+    assert left_out["state"] == "quarantined"
+    others = [name for i, name in enumerate(consortium.names) if i != BAD]
+    assert run.events("run-started")[0]["sites"] == others
+    assert set(run.events("round")[0]["sites"]) == set(others)
+    assert run.events("run-finished")
+
+
+def test_a_site_cannot_name_a_file_outside_the_run(
+    conduct: Callable[..., Finished],
+) -> None:
+    run = conduct(keys.PREPARE, says(keys.NAME, "../../stolen"))
+
+    beside = {path.name for path in run.run_dir.parent.iterdir()}
+    assert beside == {run.run_dir.name}
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(says_nothing, id="nothing"),
+        pytest.param(sends(keys.MOMENTS, "total", with_nan), id="NaN"),
+        pytest.param(sends(keys.MOMENTS, "count", with_nan), id="counts are NaN"),
+        pytest.param(sends(keys.MOMENTS, "count", lambda a: a + 999), id="too many"),
+        pytest.param(sends(keys.MOMENTS, "total", lambda a: a[:3]), id="misshapen"),
+        pytest.param(one_gene_less(keys.MOMENTS), id="one gene less"),
+        pytest.param(counts_a_list, id="patients are a list"),
+    ],
+)
+def test_statistics_that_are_no_use_are_left_out_of_the_pool(
+    consortium: Consortium,
+    conduct: Callable[..., Finished],
+    tamper: Tamper,
+) -> None:
+    run = conduct(keys.STATISTICS, tamper)
+
+    (left_out,) = run.events("not-answered")
+    assert left_out["site"] == consortium.names[BAD]
+    assert left_out["state"] == "quarantined"
+    assert left_out["reason"].startswith("the reply cannot be used: ")
+    genes = run.final.vocabulary.genes
+    honest = [
+        to_arrays(e.reply.array_records[keys.MOMENTS])
+        for e in run.exchanges
+        if e.message_type == keys.STATISTICS and e.site != consortium.names[BAD]
+    ]
+    total, count = (sum(site[key] for site in honest) for key in ("total", "count"))
+    assert len(honest) == 3
+    np.testing.assert_allclose(run.final.standardisation.mean, total / count)
+    assert len(genes) == len(total)
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(says_nothing, id="nothing"),
+        pytest.param(sends(keys.PRODUCTS, "products", with_nan), id="NaN"),
+        pytest.param(one_gene_less(keys.PRODUCTS), id="no triangle"),
+        pytest.param(one_gene_less_in_the_triangle, id="one gene less"),
+    ],
+)
+def test_cross_products_that_are_no_use_are_left_out_of_the_pool(
+    consortium: Consortium,
+    conduct: Callable[..., Finished],
+    tamper: Tamper,
+) -> None:
+    run = conduct(keys.CROSS_PRODUCTS, tamper)
+
+    (left_out,) = run.events("not-answered")
+    assert left_out["site"] == consortium.names[BAD]
+    assert left_out["state"] == "quarantined"
+    assert (run.run_dir / "covariance.safetensors").is_file()
+    assert run.events("run-finished")

@@ -243,6 +243,14 @@ class Evaluation(Settings):
     patients_per_round: int = Field(default=128, ge=1)
     """Hold-out patients judged after every round; the last round takes all."""
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not all(0 < rate < 1 for rate in self.rates):
+            raise ValueError("rates must lie between 0 and 1")
+        if not all(size >= 1 for size in self.panels):
+            raise ValueError("panels must be of one gene or more")
+        return self
+
 
 class Study(Settings):
     """Everything that the sites and the server of one federation agree on."""
@@ -253,7 +261,7 @@ class Study(Settings):
     """One seed; every other is derived from it by name."""
     scale: Scale = Scale.LOG2P1
     """Canonical expression scale, to which each site converts."""
-    preset: str = "tiny"
+    preset: Literal["tiny", "small", "base"] = "tiny"
     """Size of the model, see `model.PRESETS`."""
     minimum_cohort: int = Field(default=10, ge=1)
     """Sites with fewer patients take no part, and smaller counts do not travel."""

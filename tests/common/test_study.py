@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgex.common.errors import ConfigError
+from fedgex.common.model import PRESETS
 from fedgex.common.scale import Scale
 from fedgex.common.study import Study
 
@@ -200,3 +201,21 @@ def test_a_name_is_short_and_of_lower_case_letters_digits_and_hyphens(name):
 @pytest.mark.parametrize("name", ["a", "3-sites", "a" * 63])
 def test_good_names_pass(name):
     assert study(name=name).name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"evaluation": {"rates": [1.5]}}, "rates must lie between 0 and 1"),
+        ({"evaluation": {"panels": [0]}}, "panels must be of one gene or more"),
+        ({"preset": "huge"}, "preset"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_the_run(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        Study.read({"name": "x"} | changes, "test")
+
+
+def test_every_preset_of_the_model_can_be_named():
+    for name in PRESETS:
+        assert Study.read({"name": "x", "preset": name}, "test").preset == name

@@ -1,7 +1,7 @@
 """What all sites of a federation agree on before it starts: the study.
 
 A study is written as TOML, checked once, hashed, and sent with every message; a site
-compares the hash with the one that it agreed to.
+refuses one that differs from the hash beside it.
 """
 
 from __future__ import annotations

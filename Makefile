@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?=
 OUT ?= runs/demo
+ENVIRONMENT ?= $(VENV)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo check test bench build clean
+.PHONY: help install demo rehearsal check test test-federation chaos bench build sbom clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -29,17 +30,30 @@ else
 	$(BIN)/fedgex-sim run tcga --data $(DATA) --out $(if $(filter runs/demo,$(OUT)),runs/tcga,$(OUT))
 endif
 
-## check     formatting, lint, strict types, import contracts
+## rehearsal a consortium of four sites on this machine, with real processes; DATA=FOLDER
+rehearsal: install
+	$(BIN)/fedgex-sim rehearse $(if $(DATA),--data $(DATA)) --out runs/rehearsal
+
+## check     formatting, lint, strict types, import contracts, deploy/
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	deploy/check.sh $(BIN)
 
 ## test      every test; those on real data need FEDGEX_DATA (../shared/data)
 test: install
 	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation'
 	$(BIN)/pytest -rs -m federation  # one at a time: two Ray clusters starting at once can hang
+
+## test-federation  failures between hospitals, with real processes; minutes
+test-federation: install
+	$(BIN)/pytest -rs -m deployment
+
+## chaos     kill at every named fail-point, on both sides; hours
+chaos: install
+	$(BIN)/pytest -rs -m chaos
 
 ## bench     throughput, overhead, memory and cost, as ratios of one run
 bench: install
@@ -48,6 +62,12 @@ bench: install
 ## build     wheel and source distribution in dist/
 build: install
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+## sbom      what is installed, as CycloneDX in dist/sbom.json; ENVIRONMENT=/opt/fedgex
+sbom: install
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file dist/sbom.json $(ENVIRONMENT)/bin/python
 
 ## clean     remove everything that make has made
 clean:

@@ -7,10 +7,11 @@ Whatever goes wrong leaves the hospital as a code, never as text.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +27,10 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from fedgex.client import local_training
+from fedgex.client import local_training, state
+from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
+from fedgex.client.sources import Code
 from fedgex.client.validation import load_cohort
 from fedgex.common import keys
 from fedgex.common.cohort import Cohort
@@ -46,7 +49,14 @@ SITES_VARIABLE = "FEDGEX_SITES"
 the site at its partition's position in order of name. A hospital's node is configured
 with `site-toml` instead."""
 
+GOVERNED_BY = {
+    keys.NUM_EXAMPLES: keys.NUM_PATIENTS,
+    keys.NUM_LOSS_TERMS: keys.NUM_PATIENTS,
+}
+"""Numbers that a metric of the policy with another name covers."""
+
 FAILED, REFUSED_STUDY = "FX-SITE-001", "FX-SITE-002"
+OUT_OF_MEMORY, NO_DEVICE = "FX-SITE-006", "FX-SITE-008"
 
 app = ClientApp()
 Handler = Callable[[Message, SiteSettings, Study], RecordDict]
@@ -67,9 +77,9 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
         except ConfigError as error:
             logger.error("refused: %s", error)
             content = _refusal(REFUSED_STUDY)
-        except Exception:  # its text could name a patient, so it must not travel
+        except Exception as error:  # its text could name a patient: it stays here
             logger.exception("failed")
-            content = _refusal(FAILED)
+            content = _refusal(_failure(error))
         return Message(content, reply_to=message)
 
     return reply
@@ -92,11 +102,16 @@ def prepare(message: Message, settings: SiteSettings, study: Study) -> RecordDic
             keys.NAME: settings.name,
             keys.VERSION: version("fedgex"),
             keys.GENES: [g for g, k in zip(cohort.genes, known, strict=True) if k],
-            keys.NUM_PATIENTS: cohort.n_patients,
-            keys.SHARES_CROSS_PRODUCTS: settings.share_cross_products,
+            keys.SHARES_CROSS_PRODUCTS: settings.policy.share_cross_products,
         }
     )
-    return RecordDict({keys.SITE: site})
+    state.remember_panel(_state_dir(settings, study), _panel(settings, cohort))
+    content = RecordDict({keys.SITE: site})
+    if keys.NUM_PATIENTS in settings.policy.metrics:
+        site[keys.NUM_PATIENTS] = cohort.n_patients
+    else:
+        content[keys.WITHHELD] = ConfigRecord({keys.METRICS: [keys.NUM_PATIENTS]})
+    return content
 
 
 @app.query("statistics")
@@ -104,20 +119,20 @@ def prepare(message: Message, settings: SiteSettings, study: Study) -> RecordDic
 def statistics(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     """Send count, sum and sum of squares of each gene of the vocabulary.
 
-    A gene measured in fewer patients than the floor counts as not measured.
+    A gene measured in fewer patients than the floor is suppressed.
     """
     cohort, vocabulary = _cohort(settings, study), _vocabulary(message)
     raw = Standardisation(mean=np.zeros(len(vocabulary)), sd=np.ones(len(vocabulary)))
     values = to_patients(cohort, vocabulary, raw).values.numpy()
-    moments = GeneMoments.of(values)
-    known = moments.count >= _floor(settings, study)
+    moments = GeneMoments.of(values).suppressed(_floor(settings, study))
     arrays = {
-        "count": np.where(known, moments.count, 0),
-        "total": np.where(known, moments.total, 0.0),
-        "square-total": np.where(known, moments.square_total, 0.0),
+        "count": moments.count,
+        "total": moments.total,
+        "square-total": moments.square_total,
     }
-    counted = MetricRecord({keys.NUM_PATIENTS: moments.n_patients})
-    return RecordDict({keys.MOMENTS: to_record(arrays), keys.METRICS: counted})
+    content = RecordDict({keys.MOMENTS: to_record(arrays)})
+    _add_metrics(content, {keys.NUM_PATIENTS: moments.n_patients}, settings.policy)
+    return content
 
 
 @app.query("cross_products")
@@ -126,19 +141,16 @@ def cross_products(
     message: Message, settings: SiteSettings, study: Study
 ) -> RecordDict:
     """Send cross-products of standardised genes, if this hospital permits it."""
-    if not settings.share_cross_products:
+    if not settings.policy.share_cross_products:
         raise ConfigError(
             "the study asks for cross-products, which expose the row space of a small "
-            "site; set share_cross_products = true in site.toml to permit them."
+            "site; set share_cross_products = true in policy.toml to permit them."
         )
     cohort, vocabulary = _cohort(settings, study), _vocabulary(message)
     patients = to_patients(cohort, vocabulary, _standardisation(message))
     sums = CrossProducts.of(patients.values.numpy())
-    known = sums.pair_counts >= _floor(settings, study)
-    arrays = {
-        "products": pack(np.where(known, sums.products, 0.0)),
-        "pair-counts": pack(np.where(known, sums.pair_counts, 0)),
-    }
+    sums = sums.suppressed(_floor(settings, study))
+    arrays = {"products": pack(sums.products), "pair-counts": pack(sums.pair_counts)}
     return RecordDict({keys.PRODUCTS: to_record(arrays)})
 
 
@@ -149,13 +161,14 @@ def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     started = time.monotonic()
     order = message.content.config_records[keys.ROUND]
     phase, number = text(order, keys.PHASE), int(str(order[keys.NUMBER]))
-    if phase not in settings.tasks:
+    if phase not in settings.policy.tasks:
+        permitted = ", ".join(settings.policy.tasks)
         raise ConfigError(
-            f'the study asks for "{phase}"; site.toml permits {settings.tasks}.'
+            f'the study asks for "{phase}"; policy.toml permits tasks {permitted}.'
         )
-    patients = to_patients(
-        _cohort(settings, study), _vocabulary(message), _standardisation(message)
-    )
+    cohort = _cohort(settings, study)
+    _refuse_drift(settings, study, cohort)
+    patients = to_patients(cohort, _vocabulary(message), _standardisation(message))
     result = local_training.train_round(
         study,
         phase,
@@ -164,18 +177,32 @@ def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
         floats(to_arrays(message.content.array_records[keys.MODEL])),
         site=settings.name,
         floor=_floor(settings, study),
-        state_dir=settings.state_dir / study.hash[:16],
+        state_dir=_state_dir(settings, study),
     )
-    numbers: dict[str, int | float | list[int] | list[float]] = {
+    content = RecordDict({keys.UPDATE: to_record(result.update)})
+    numbers = {
         keys.NUM_EXAMPLES: result.report.num_examples,
         keys.NUM_LOSS_TERMS: result.report.num_loss_terms,
         keys.TRAIN_LOSS: result.report.train_loss,
         keys.JUDGED_LOSS: result.judged_loss,
         keys.SECONDS: time.monotonic() - started,
     }
-    return RecordDict(
-        {keys.UPDATE: to_record(result.update), keys.METRICS: MetricRecord(numbers)}
-    )
+    _add_metrics(content, numbers, settings.policy)
+    return content
+
+
+def _add_metrics(
+    content: RecordDict, numbers: Mapping[str, int | float], policy: Policy
+) -> None:
+    """Add the numbers that the policy permits, and the names of the others."""
+    told: dict[str, int | float | list[int] | list[float]] = {
+        key: value
+        for key, value in numbers.items()
+        if GOVERNED_BY.get(key, key) in policy.metrics
+    }
+    content[keys.METRICS] = MetricRecord(told)
+    if unsaid := sorted(set(numbers) - set(told)):
+        content[keys.WITHHELD] = ConfigRecord({keys.METRICS: unsaid})
 
 
 def _site_toml(context: Context) -> Path:
@@ -199,13 +226,37 @@ def _study(message: Message, settings: SiteSettings) -> Study:
     study = Study.from_json(text(record, keys.JSON), "the study sent")
     if text(record, keys.HASH) != study.hash:
         raise ConfigError("the study sent differs from its hash; ask the coordinator.")
-    if text(record, keys.VERSION) != version("fedgex"):
-        raise ConfigError(
-            f"the server runs fedgex {text(record, keys.VERSION)}, this site "
-            f"{version('fedgex')}; install the same version."
-        )
-    torch.set_num_threads(1)  # equal bits wherever the site runs
+    _refuse_other_version(message)
+    _refuse_unpermitted(study, settings.policy)
+    torch.set_num_threads(settings.policy.threads)
     return study
+
+
+def _refuse_other_version(message: Message) -> None:
+    """Refuse a server of another major or minor version than this site's."""
+    server = message.content.config_records.get(keys.SERVER, ConfigRecord())
+    theirs, ours = str(server.get(keys.VERSION, "unknown")), version("fedgex")
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        wanted = ".".join(ours.split(".")[:2])
+        raise ConfigError(
+            f"the server runs fedgex {theirs}, this site {ours}; expected the same "
+            f"major and minor version. Install {wanted} there, or theirs here."
+        )
+
+
+def _refuse_unpermitted(study: Study, policy: Policy) -> None:
+    """Refuse a study that asks for what the hospital's policy never gives."""
+    if policy.demand_privacy:
+        raise ConfigError(
+            "policy.toml demands differential privacy, and the study offers none; "
+            "decline the study, or set demand_privacy = false."
+        )
+    by = study.strategy.weights
+    if by in keys.WEIGHTED_BY and keys.NUM_PATIENTS not in policy.metrics:
+        raise ConfigError(
+            f'the study weights updates by "{by}", and metrics in policy.toml lacks '
+            '"num-patients"; add it, or ask for a study with other weights.'
+        )
 
 
 def _vocabulary(message: Message) -> Vocabulary:
@@ -229,7 +280,43 @@ def _standardisation(message: Message) -> Standardisation:
 
 def _floor(settings: SiteSettings, study: Study) -> int:
     """Return the smallest count that may leave: the stricter of site and study."""
-    return max(settings.minimum_cohort, study.minimum_cohort)
+    return max(settings.policy.minimum_cohort, study.minimum_cohort)
+
+
+def _failure(error: Exception) -> str:
+    """Return the code of something unforeseen."""
+    # On a CPU, torch tells of exhausted memory by the text alone.
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
+        return OUT_OF_MEMORY
+    return NO_DEVICE if isinstance(error, torch.AcceleratorError) else FAILED
+
+
+def _panel(settings: SiteSettings, cohort: Cohort) -> str:
+    """Return a digest of what is measured and on which scale."""
+    measured = "\n".join([settings.data.scale.value, *sorted(cohort.genes)])
+    return hashlib.sha256(measured.encode()).hexdigest()
+
+
+def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
+    """Refuse data that are no longer what `prepare` told the server of."""
+    told = state.panel(_state_dir(settings, study))
+    if told is None or told == _panel(settings, cohort):
+        return
+    raise DataError(
+        [
+            Code.PANEL_CHANGED.finding(
+                where=settings.data.expression.name,
+                found="other genes, or another scale, than when the run began",
+                expected="the same columns and data.scale until the run ends",
+                action="Put the file back; a new export is for the next run.",
+            )
+        ]
+    )
+
+
+def _state_dir(settings: SiteSettings, study: Study) -> Path:
+    return settings.state_dir / study.hash[:16]
 
 
 def _refusal(code: str) -> RecordDict:
@@ -237,8 +324,9 @@ def _refusal(code: str) -> RecordDict:
 
 
 def _cohort(settings: SiteSettings, study: Study) -> Cohort:
-    tasks = tuple(task for task in study.phases if task in settings.tasks)
-    files = [settings.data.expression, settings.data.clinical]
+    tasks = tuple(task for task in study.phases if task in settings.policy.tasks)
+    data = settings.data
+    files = [data.expression, data.clinical, data.opt_outs]
     changed = tuple(p.stat().st_mtime_ns for p in files if p is not None and p.exists())
     return _read(settings, study.scale, tasks, changed)
 

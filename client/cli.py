@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedgex.client import predict_cli
+from fedgex.client import daemon_cli, predict_cli, site_cli, study_cli
 from fedgex.client.settings import SiteSettings
 from fedgex.client.sources import Code
 from fedgex.client.validation import load_cohort
@@ -22,6 +22,9 @@ from fedgex.common.scale import Scale
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False
 )
+app.add_typer(site_cli.commands)
+app.add_typer(daemon_cli.commands)
+app.add_typer(study_cli.study, name="study")
 app.add_typer(predict_cli.predict, name="predict")
 
 SiteToml = Annotated[Path, typer.Argument(help="The hospital's site.toml.")]
@@ -36,7 +39,7 @@ class Format(StrEnum):
 
 @app.callback()
 def main() -> None:
-    """Serve a hospital's operator: check the data, use a finished model."""
+    """Serve a hospital's operator: join, decide about studies, use a finished model."""
 
 
 @app.command()
@@ -56,11 +59,11 @@ def check_data(
         # Studies are on log2(x + 1) by default, or on relative values throughout.
         relative = settings.data.scale == Scale.RELATIVE
         target = Scale.RELATIVE if relative else Scale.LOG2P1
-        cohort, findings = load_cohort(settings, target, settings.tasks)
+        cohort, findings = load_cohort(settings, target, settings.policy.tasks)
     except DataError as error:
         findings = error.findings
     if form == Format.JSON:
-        typer.echo(_as_json(cohort, findings, settings.minimum_cohort))
+        typer.echo(_as_json(cohort, findings, settings.policy.minimum_cohort))
     else:
         typer.echo(_as_text(cohort, findings))
     if cohort is None:

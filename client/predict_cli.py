@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -16,14 +16,23 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
+from cryptography import x509
 
 from fedgex.client import inference, prediction_files
 from fedgex.client.prediction_files import FORMATS, Samples
 from fedgex.client.settings import DataSettings, SiteSettings
 from fedgex.client.sources import Code
+from fedgex.common import bundle, pki
 from fedgex.common import checkpoint as checkpoints
+from fedgex.common.bundle import Released
 from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.errors import ConfigError, DataError, FedgexError, Finding
+from fedgex.common.errors import (
+    ConfigError,
+    DataError,
+    FedgexError,
+    Finding,
+    TrustError,
+)
 from fedgex.common.scale import Scale
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
 
@@ -50,7 +59,18 @@ def _has_format(path: Path) -> Path:
 
 
 Model = Annotated[
-    Path, typer.Option(help="A run's folder (its last checkpoint), or a checkpoint's.")
+    Path,
+    typer.Option(
+        help="A released model (.fedgex), a run's folder (its last checkpoint), or a "
+        "checkpoint's."
+    ),
+]
+Authority = Annotated[
+    Path | None,
+    typer.Option(
+        help="The consortium's authority.crt, against which a released model is "
+        "verified; default: that of --site."
+    ),
 ]
 Input = Annotated[
     Path,
@@ -113,14 +133,23 @@ def impute(
     orientation: Axes = Orientation.AUTO,
     hgnc_table: HgncTable = None,
     site: Site = None,
+    authority: Authority = None,
     force: Force = False,
 ) -> None:
     """Fill missing cells and missing genes; measured values stay as they are."""
     options = _Options(
-        model, input_file, output, scale, orientation, hgnc_table, None, site, force
+        model=model,
+        input=input_file,
+        output=output,
+        scale=scale,
+        orientation=orientation,
+        hgnc_table=hgnc_table,
+        clinical=None,
+        site=site,
+        authority=authority,
+        force=force,
     )
-    with _refusing():
-        job = _open(options, PRETRAINING)
+    with _refusing(), _open(options, PRETRAINING) as job:
         with job.problems.collecting():
             wanted = None if genes is None else _read_genes(genes)
             inference.wanted_genes(job.checkpoint, wanted)
@@ -143,14 +172,23 @@ def embed(
     hgnc_table: HgncTable = None,
     clinical: Clinical = None,
     site: Site = None,
+    authority: Authority = None,
     force: Force = False,
 ) -> None:
     """Write one vector a sample, from the pretrained encoder."""
     options = _Options(
-        model, input_file, output, scale, orientation, hgnc_table, clinical, site, force
+        model=model,
+        input=input_file,
+        output=output,
+        scale=scale,
+        orientation=orientation,
+        hgnc_table=hgnc_table,
+        clinical=clinical,
+        site=site,
+        authority=authority,
+        force=force,
     )
-    with _refusing():
-        job = _open(options, PRETRAINING)
+    with _refusing(), _open(options, PRETRAINING) as job:
         samples = job.read(clinical_columns=())
         job.accept(inference.review(job.checkpoint, samples.expression))
         job.write(samples, inference.embed(job.checkpoint, samples.expression))
@@ -170,14 +208,23 @@ def risk(
     hgnc_table: HgncTable = None,
     clinical: ClinicalOfRisk = None,
     site: Site = None,
+    authority: Authority = None,
     force: Force = False,
 ) -> None:
     """Write the log-hazard and, if the study models it, survival probabilities."""
     options = _Options(
-        model, input_file, output, scale, orientation, hgnc_table, clinical, site, force
+        model=model,
+        input=input_file,
+        output=output,
+        scale=scale,
+        orientation=orientation,
+        hgnc_table=hgnc_table,
+        clinical=clinical,
+        site=site,
+        authority=authority,
+        force=force,
     )
-    with _refusing():
-        job = _open(options, SURVIVAL)
+    with _refusing(), _open(options, SURVIVAL) as job:
         samples = job.read(clinical_columns=("cancer_type", "age", "sex"))
         covariates = samples.clinical
         if cancer_type is not None:
@@ -200,14 +247,23 @@ def classify(
     hgnc_table: HgncTable = None,
     clinical: Clinical = None,
     site: Site = None,
+    authority: Authority = None,
     force: Force = False,
 ) -> None:
     """Write the probability of each cancer type, and the most probable one."""
     options = _Options(
-        model, input_file, output, scale, orientation, hgnc_table, clinical, site, force
+        model=model,
+        input=input_file,
+        output=output,
+        scale=scale,
+        orientation=orientation,
+        hgnc_table=hgnc_table,
+        clinical=clinical,
+        site=site,
+        authority=authority,
+        force=force,
     )
-    with _refusing():
-        job = _open(options, CLASSIFICATION)
+    with _refusing(), _open(options, CLASSIFICATION) as job:
         samples = job.read(clinical_columns=())
         job.accept(inference.review(job.checkpoint, samples.expression))
         table = inference.classify(
@@ -216,7 +272,7 @@ def classify(
         job.write(samples, table)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Options:
     """What the four commands have in common."""
 
@@ -228,6 +284,7 @@ class _Options:
     hgnc_table: Path | None
     clinical: Path | None
     site: Path | None
+    authority: Path | None
     force: bool
 
     @property
@@ -243,6 +300,7 @@ class _Job:
     phase: str  # which teaches what is predicted
     folder: Path  # of the checkpoint
     checkpoint: Checkpoint
+    released: Released | None  # None for a model that is not a bundle
     site: SiteSettings | None
     problems: _Problems
     findings: list[Finding] = field(default_factory=list)
@@ -326,6 +384,7 @@ class _Job:
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "fedgex": version("fedgex"),
                 "checkpoint": self.folder.name,
+                "release": self._release(),
                 "model_sha256": checkpoints.digest(self.folder / "model.safetensors"),
                 "head_of_site": self._owner_of_head(),
                 "inputs": {
@@ -349,6 +408,20 @@ class _Job:
             }
         }
 
+    def _release(self) -> dict[str, Any] | None:
+        """Return what the bundle says of itself, once verified."""
+        if self.released is None:
+            return None
+        release = self.released.release
+        return {
+            "file": self.options.model.name,
+            "run": release.run,
+            "contract": release.contract,
+            "model": release.model,
+            "released": release.released.isoformat(),
+            "administrators": list(self.released.administrators),
+        }
+
     def _owner_of_head(self) -> str | None:
         """Return the site whose own head was used, or None if heads are shared."""
         if self.site and inference.head_is_local(self.checkpoint.study, self.phase):
@@ -356,23 +429,62 @@ class _Job:
         return None
 
 
-def _open(options: _Options, phase: str) -> _Job:
+@contextmanager
+def _open(options: _Options, phase: str) -> Iterator[_Job]:
     """Load the model and the site's settings; keep what else stands in the way."""
     problems = _Problems()
     site: SiteSettings | None = None
-    with problems.collecting():
-        if options.site is not None:
-            site = SiteSettings.load(options.site)
-    with problems.collecting():
-        _refuse_overwriting(options)
-    with problems.collecting():
-        folder = checkpoints.find(options.model)
-        model = checkpoints.load(folder)
+    job: _Job | None = None
+    with ExitStack() as stack:
         with problems.collecting():
-            inference.require(model, phase, has_state_dir=options.site is not None)
-        return _Job(options, phase, folder, model, site, problems)
-    problems.tell()
-    raise AssertionError("without a model there is a problem to tell")
+            if options.site is not None:
+                site = SiteSettings.load(options.site)
+        with problems.collecting():
+            _refuse_overwriting(options)
+        with problems.collecting():
+            released = None
+            if options.model.is_file():
+                authority = _authority(options, site)
+                released, folder = stack.enter_context(
+                    bundle.opened(options.model, authority)
+                )
+            else:
+                folder = checkpoints.find(options.model)
+            model = checkpoints.load(folder)
+            with problems.collecting():
+                inference.require(model, phase, has_state_dir=options.site is not None)
+            job = _Job(options, phase, folder, model, released, site, problems)
+        if job is None:
+            problems.tell()
+            raise AssertionError("without a model there is a problem to tell")
+        yield job
+
+
+def _authority(options: _Options, site: SiteSettings | None) -> x509.Certificate:
+    """Return the certificate of the authority whose releases are trusted.
+
+    Raises
+    ------
+    TrustError
+        If none was named, or it cannot be read.
+    """
+    path = options.authority
+    if path is None and site is not None:
+        path = site.state_dir / "identity" / "authority.crt"
+    if path is None:
+        raise TrustError(
+            f"{options.model} is a released model, and nothing says whose releases are "
+            "trusted here; name the hospital's site.toml with --site, or the "
+            "consortium's authority.crt with --authority."
+        )
+    try:
+        return pki.from_pem(path.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError, TrustError) as error:
+        raise TrustError(
+            f"{path}: holds no readable certificate; expected the consortium's "
+            "authority.crt, which fedgex-site join writes. Join first, or name it "
+            "with --authority."
+        ) from error
 
 
 def _refuse_overwriting(options: _Options) -> None:

@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 
 from fedgex.client import sources, validation
+from fedgex.client.policy import Policy
 from fedgex.client.settings import DataColumns, DataSettings, SiteSettings
 from fedgex.client.sources import RawCohort
 from fedgex.common import genes as gene_names
@@ -159,7 +160,7 @@ def ending(path: Path) -> str | None:
 
 def _settings(data: DataSettings) -> SiteSettings:
     return SiteSettings(
-        name="prediction", minimum_cohort=1, tasks=("pretraining",), data=data
+        name="prediction", policy=Policy.proposed(minimum_cohort=1), data=data
     )
 
 

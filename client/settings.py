@@ -1,18 +1,22 @@
-"""What a hospital decides for itself: where its data lie and what it permits."""
+"""Where a hospital's data lie, and how it reaches the server; reads its policy too."""
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field
 
+from fedgex.client import policy as policies
+from fedgex.client.policy import Policy, read_toml
 from fedgex.common.errors import ConfigError
 from fedgex.common.scale import Scale
 from fedgex.common.study import NAME_PATTERN, Settings
 
-Task = Literal["pretraining", "classification", "survival"]
+SERVER_PATTERN = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$"
+"""host:port."""
+
+Anchored = TypeVar("Anchored", bound=Settings)
 
 
 class DataColumns(Settings):
@@ -52,6 +56,8 @@ class DataSettings(Settings):
     """What the rows are; `auto` looks at the labels."""
     hgnc_table: Path | None = None
     """HGNC's complete set; needed for Ensembl ids and to update retired symbols."""
+    opt_outs: Path | None = None
+    """Text file of patients to leave out, one identifier a line; # begins a comment."""
     columns: DataColumns = DataColumns()
     time_unit: Literal["days", "months", "years"] = "days"
     """Unit of the duration; a month is 30.4375 days, a year 365.25."""
@@ -62,49 +68,67 @@ class DataSettings(Settings):
 
 
 class SiteSettings(Settings):
-    """One hospital's `site.toml`. What it does not permit does not happen."""
+    """One hospital's `site.toml`, and the `policy.toml` beside it."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """Lower-case letters, digits and hyphens."""
-    minimum_cohort: int = Field(ge=1)
-    """With fewer patients the site takes no part, and smaller counts are not told."""
-    tasks: tuple[Task, ...] = Field(min_length=1)
-    """Tasks that the hospital permits."""
-    share_cross_products: bool = False
-    """Permit sums of products of genes to leave, for the linear references."""
+    policy: Policy
+    """What the hospital permits, from `policy.toml`; no key of site.toml."""
     state_dir: Path = Path("state")
     """Where the site keeps what it must remember between rounds."""
+    server: str | None = Field(default=None, pattern=SERVER_PATTERN)
+    """host:port of the consortium's server; a kit must name the same. None: the kit's
+    is taken as it comes."""
+    proxy: str | None = Field(
+        default=None, pattern=r"^https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}$"
+    )
+    """Proxy on the way to the server, as http(s)://host:port; None: none."""
+    server_authority: Path | None = None
+    """The hospital's own CA certificates in PEM, where its proxy opens TLS."""
+    health_port: int = Field(default=0, ge=0, le=65535)
+    """Loopback port that tells whether the site is well; 0: none."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Loopback port with numbers for monitoring; 0: none."""
     data: DataSettings
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a `site.toml`; relative paths in it start at its folder.
+        """Read a `site.toml` and its policy; relative paths start at their folder.
 
         Raises
         ------
         ConfigError
-            If the file cannot be read, or any key is unknown, missing or unusable.
+            If a file cannot be read, or any key is unknown, missing or unusable.
         """
+        values, problems = read_toml(path), []
+        misplaced = [k for k in values if k == "policy" or k in Policy.model_fields]
+        if misplaced:
+            problems.append(
+                f"{path.name}: {', '.join(misplaced)} cannot be set here; what the "
+                f"hospital permits stands in the {policies.FILE} beside it. Move it."
+            )
+        policy = Policy.proposed()  # stands in, to find what else is wrong
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error.strerror}); expected a site.toml."
-            ) from error
-        except ValueError as error:
-            raise ConfigError(
-                f"{path}: is not TOML ({error}). Write Windows paths in single quotes."
-            ) from error
-        settings = cls.read(values, path.name)
-        folder, data = path.resolve().parent, settings.data
-        paths = {
-            name: folder / value
-            for name in ("expression", "clinical", "hgnc_table")
-            if (value := getattr(data, name)) is not None
-        }
-        return settings.model_copy(
-            update={
-                "state_dir": folder / settings.state_dir,
-                "data": data.model_copy(update=paths),
-            }
+            policy = Policy.load(path.with_name(policies.FILE))
+        except ConfigError as error:
+            problems.append(str(error))
+        ours = {key: value for key, value in values.items() if key not in misplaced}
+        try:
+            settings = cls.read({**ours, "policy": policy}, path.name)
+        except ConfigError as error:
+            raise ConfigError("\n".join([str(error), *problems])) from error
+        if problems:
+            raise ConfigError("\n".join(problems))
+        folder = path.resolve().parent
+        data = _anchored(
+            settings.data, folder, "expression", "clinical", "hgnc_table", "opt_outs"
         )
+        settings = settings.model_copy(update={"data": data})
+        return _anchored(settings, folder, "state_dir", "server_authority")
+
+
+def _anchored(settings: Anchored, folder: Path, *names: str) -> Anchored:
+    """Return settings in which the relative paths of some keys start at a folder."""
+    named = {name: getattr(settings, name) for name in names}
+    paths = {name: folder / path for name, path in named.items() if path is not None}
+    return settings.model_copy(update=paths)

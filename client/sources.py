@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,8 @@ class Code(Enum):
     TOO_FEW_PATIENTS = "FX-DATA-070", "error"
     FEW_EVENTS = "FX-DATA-071", "warning"
     TASK_WITHOUT_COLUMNS = "FX-DATA-072", "warning"
+    OPTED_OUT = "FX-DATA-073", "note"
+    PANEL_CHANGED = "FX-DATA-074", "error"
 
     def __init__(self, number: str, severity: Severity) -> None:
         self.number = number
@@ -138,6 +141,8 @@ class RawCohort:
     clinical: RawClinical | None
     """None if no file is named and the expression file carries no clinical columns."""
     gene_table: GeneTable | None
+    opt_outs: frozenset[str] | None
+    """Patients to leave out; None if no file is named."""
 
 
 def read(settings: SiteSettings) -> RawCohort:
@@ -152,6 +157,7 @@ def read(settings: SiteSettings) -> RawCohort:
     expression: RawExpression | None = None
     clinical: RawClinical | None = None
     gene_table: GeneTable | None = None
+    opt_outs: frozenset[str] | None = None
     with _collected(findings):
         expression, clinical = _expression(data.expression, data.columns)
     if data.clinical is not None:
@@ -160,9 +166,17 @@ def read(settings: SiteSettings) -> RawCohort:
     if data.hgnc_table is not None:
         with _collected(findings):
             gene_table = _gene_table(data.hgnc_table)
+    if data.opt_outs is not None:
+        with _collected(findings):
+            opt_outs = _opt_outs(data.opt_outs)
     if findings or expression is None:
         raise DataError(findings)
-    return RawCohort(expression=expression, clinical=clinical, gene_table=gene_table)
+    return RawCohort(
+        expression=expression,
+        clinical=clinical,
+        gene_table=gene_table,
+        opt_outs=opt_outs,
+    )
 
 
 @contextmanager
@@ -217,6 +231,23 @@ def _gene_table(path: Path) -> GeneTable:
             "Download it again, or remove data.hgnc_table.",
         )
         raise DataError([finding]) from error
+
+
+def _opt_outs(path: Path) -> frozenset[str]:
+    """Read identifiers, one a line; # begins a comment at a line's start or a space."""
+    _refuse_missing(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        finding = Code.FILE_UNREADABLE.finding(
+            path.name,
+            "damaged text, or text that is not UTF-8",
+            "UTF-8 text, one patient identifier a line",
+            "Write the file again; until then nobody's data are used.",
+        )
+        raise DataError([finding]) from None
+    identifiers = (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)
+    return frozenset(filter(None, identifiers))
 
 
 def _anndata(

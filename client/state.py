@@ -1,21 +1,23 @@
-"""What a site keeps between rounds: heads that stay local, one file a round.
+"""What a site keeps between rounds: its panel, and heads that stay local.
 
-A file carries the number of its round, so that a round asked for again starts from the
+A head carries the number of its round, so that a round asked for again starts from the
 same head as the first time.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import nn
 
+from fedgex.common import files
 from fedgex.common.errors import CheckpointError
 from fedgex.common.records import load_parameters, parameters
 
+PANEL = "panel.sha256"
+"""File with the digest of the genes and the scale that a run began with."""
 KEPT_ROUNDS = 3
 """Rounds kept on disk: the server asks again for at most the last one."""
 
@@ -23,15 +25,34 @@ KEPT_ROUNDS = 3
 def save_head(
     head: Mapping[str, nn.Module], state_dir: Path, phase: str, number: int
 ) -> None:
-    """Keep a local head as of the end of a round; does nothing for an empty mapping."""
+    """Keep a local head as of the end of a round; does nothing for an empty mapping.
+
+    Raises
+    ------
+    FedgexError
+        If it cannot be written; then the round's file is as it was.
+    """
     if not head:
         return
-    state_dir.mkdir(parents=True, exist_ok=True)
     path = _path(state_dir, phase, number)
-    partial = path.with_suffix(".partial")
-    save_file(parameters(head), partial)
-    os.replace(partial, path)
+    with files.explained(path):
+        state_dir.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, save(parameters(head)), point="head")
     _path(state_dir, phase, number - KEPT_ROUNDS).unlink(missing_ok=True)
+
+
+def remember_panel(state_dir: Path, digest: str) -> None:
+    """Note what is measured as a run begins, see `panel`."""
+    path = state_dir / PANEL
+    with files.explained(path):
+        state_dir.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, digest.encode())
+
+
+def panel(state_dir: Path) -> str | None:
+    """Return what was measured when the run began; None if it has not."""
+    path = state_dir / PANEL
+    return path.read_text() if path.exists() else None
 
 
 def load_head(

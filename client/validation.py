@@ -9,7 +9,7 @@ N samples, L labels of genes in the file, G genes kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,7 @@ def check(
     DataError
         If anything stands in the way; carries all findings, also the milder ones.
     """
-    tell = _Tell(settings.minimum_cohort)
+    tell = _Tell(settings.policy.minimum_cohort)
     clinical, findings = _name_clinical_columns(raw.clinical, settings.data)
     if clinical is not None:
         findings += _check_ids(clinical, tell)
@@ -96,7 +96,11 @@ def check(
 
     findings += _check_samples(sheet, tell)
     sheet, linked, more = _link(sheet, clinical, tell)
-    findings += more + _check_cells(sheet, tell)
+    findings += more
+    if raw.opt_outs is not None and (clinical is None or linked is not None):
+        sheet, linked, more = _leave_out(sheet, linked, raw.opt_outs, tell)
+        findings += more
+    findings += _check_cells(sheet, tell)
     sheet, more = _one_column_per_gene(sheet, raw.gene_table)
     findings += more
     if clinical is not None and linked is None:
@@ -455,6 +459,24 @@ def _link(
     kept = sheet.take(np.array(linked, dtype=np.intp), np.arange(len(sheet.labels)))
     used = clinical.take(rows)
     return kept, used, findings + _check_patients(used, tell)
+
+
+def _leave_out(
+    sheet: _Sheet, clinical: _Clinical | None, opt_outs: Set[str], tell: _Tell
+) -> tuple[_Sheet, _Clinical | None, list[Finding]]:
+    """Leave out the patients who opted out; few and none look the same."""
+    ids = sheet.samples if clinical is None else tuple(clinical.text["patient"])
+    rows = np.array([i for i, x in enumerate(ids) if x not in opt_outs], dtype=np.intp)
+    n_left_out = len(opt_outs & set(ids))
+    finding = Code.OPTED_OUT.finding(
+        sheet.file,
+        "patients who opted out are left out: "
+        + (str(n_left_out) if n_left_out >= tell.floor else "suppressed"),
+        "the patients of data.opt_outs, who may be unknown here",
+        "Nothing.",
+    )
+    kept = sheet.take(rows, np.arange(len(sheet.labels)))
+    return kept, None if clinical is None else clinical.take(rows), [finding]
 
 
 def _check_patients(clinical: _Clinical, tell: _Tell) -> list[Finding]:

@@ -4,6 +4,7 @@ The format stands in docs/checkpoint.md. A checkpoint is a folder:
 
     model.safetensors    parameters, and mean and sd of each gene
     server.safetensors   what the server's optimiser remembers (absent if nothing)
+    receipt.json         signed record of the round that made it (absent if none)
     manifest.json        what, from which study, how good; SHA-256 of the other files
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,8 +23,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fedgex.common import failpoints, files
 from fedgex.common.errors import CheckpointError
 from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Study
@@ -56,6 +60,8 @@ class Checkpoint:
     """What was measured in the last round, as in the journal."""
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     """Sites and number of patients, for the model card."""
+    receipt: str | None = None
+    """JSON text of the signed receipt that was found beside the parameters."""
 
     @property
     def card(self) -> dict[str, Any]:
@@ -72,44 +78,35 @@ class Checkpoint:
         }
 
 
-def save(checkpoint: Checkpoint, folder: Path) -> None:
+def save(checkpoint: Checkpoint, folder: Path, receipt: str | None = None) -> None:
     """Write a checkpoint so that `folder` either holds all of it or does not exist.
+
+    Parameters
+    ----------
+    receipt
+        JSON text of the signed receipt of the round that made these parameters; it
+        appears in the same rename as they do. `checkpoint.receipt`, which may be that
+        of the round before, is not written.
 
     Raises
     ------
     CheckpointError
-        If the folder exists already.
+        If the folder exists already, or cannot be written; then it may be tried again.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; a checkpoint is written once.")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors: dict[str, NDArray[np.generic]] = dict(checkpoint.parameters)
-    tensors[MEAN] = checkpoint.standardisation.mean
-    tensors[SD] = checkpoint.standardisation.sd
-    save_file(_contiguous(tensors), partial / "model.safetensors")
-    if checkpoint.server:
-        save_file(_contiguous(checkpoint.server), partial / "server.safetensors")
-    manifest = {
-        "format": FORMAT,
-        "card": checkpoint.card,
-        "study": json.loads(checkpoint.study.to_json()),
-        "vocabulary": list(checkpoint.vocabulary.genes),
-        "phase": checkpoint.phase,
-        "round": checkpoint.round,
-        "metrics": checkpoint.metrics,
-        "trained_on": checkpoint.trained_on,
-        "versions": {name: version(name) for name in PACKAGES},
-        "files": {path.name: digest(path) for path in sorted(partial.iterdir())},
-    }
-    text = json.dumps(manifest, indent=1, sort_keys=True)
-    (partial / "manifest.json").write_text(text)
-    for path in partial.iterdir():
-        _sync(path)
-    _sync(partial)
-    partial.rename(folder)
-    _sync(folder.parent)
+    with files.explained(folder, CheckpointError):
+        try:
+            _write(checkpoint, receipt, partial)
+            failpoints.reach("checkpoint.written")
+            partial.rename(folder)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        failpoints.reach("checkpoint.renamed")
+        files.sync(folder.parent)
+        failpoints.reach("checkpoint.synced")
 
 
 def load(folder: Path) -> Checkpoint:
@@ -140,7 +137,7 @@ def load(folder: Path) -> Checkpoint:
             )
     tensors = load_file(folder / "model.safetensors")
     mean, sd = tensors.pop(MEAN), tensors.pop(SD)
-    server = folder / "server.safetensors"
+    server, receipt = folder / "server.safetensors", folder / "receipt.json"
     return Checkpoint(
         study=Study.read(manifest["study"], str(folder / "manifest.json")),
         vocabulary=Vocabulary(tuple(manifest["vocabulary"])),
@@ -148,9 +145,12 @@ def load(folder: Path) -> Checkpoint:
         phase=manifest["phase"],
         round=manifest["round"],
         parameters=tensors,
-        server=load_file(server) if server.exists() else {},
+        server=load_file(server) if server.name in manifest["files"] else {},
         metrics=manifest["metrics"],
         trained_on=manifest["trained_on"],
+        receipt=receipt.read_text(encoding="utf-8")
+        if receipt.name in manifest["files"]
+        else None,
     )
 
 
@@ -192,14 +192,43 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _contiguous(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+def _write(checkpoint: Checkpoint, receipt: str | None, partial: Path) -> None:
+    """Write all files of a checkpoint into a new folder, onto the disk."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors: dict[str, NDArray[np.generic]] = dict(checkpoint.parameters)
+    tensors[MEAN] = checkpoint.standardisation.mean
+    tensors[SD] = checkpoint.standardisation.sd
+    _save_tensors(tensors, partial / "model.safetensors")
+    if checkpoint.server:
+        _save_tensors(checkpoint.server, partial / "server.safetensors")
+    if receipt is not None:
+        (partial / "receipt.json").write_text(receipt, encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "card": checkpoint.card,
+        "study": json.loads(checkpoint.study.to_json()),
+        "vocabulary": list(checkpoint.vocabulary.genes),
+        "phase": checkpoint.phase,
+        "round": checkpoint.round,
+        "metrics": checkpoint.metrics,
+        "trained_on": checkpoint.trained_on,
+        "versions": {name: version(name) for name in PACKAGES},
+        "files": {path.name: digest(path) for path in sorted(partial.iterdir())},
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    (partial / "manifest.json").write_text(text)
+    for path in partial.iterdir():
+        files.sync(path)
+    files.sync(partial)
 
 
-def _sync(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        save_file(ordered, path)
+    except SafetensorError as error:  # how it reports a full disk, in words
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error

@@ -5,7 +5,8 @@
     ├── DataError         a hospital's file cannot be used; carries all its findings
     ├── UpdateError       an update from a site cannot be aggregated
     ├── CheckpointError   a checkpoint is missing, torn, or belongs to something else
-    └── FederationError   a round could not be completed
+    ├── FederationError   a round could not be completed
+    └── TrustError        a key, certificate, signature or chain cannot be trusted
 
 A message says what was found, what was expected and what to do. It never holds a
 patient's identifier or value, because messages travel.
@@ -36,6 +37,10 @@ class CheckpointError(FedgexError):
 
 class FederationError(FedgexError):
     """A round could not be completed."""
+
+
+class TrustError(FedgexError):
+    """A key, certificate, signature or chain cannot be trusted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,8 @@ PREPARE = "query.prepare"
 STATISTICS = "query.statistics"
 CROSS_PRODUCTS = "query.cross_products"
 TRAIN = "train"
+CONTRACT = "query.contract"
+RELEASE = "query.release"
 
 # records of a message
 STUDY = "study"
@@ -13,6 +15,13 @@ STANDARDISATION = "standardisation"
 MODEL = "model"
 ROUND = "round"
 
+# records that a message holds besides, in a run between hospitals
+RUN = "run"
+RECEIPT = "receipt"
+SERVER = "server"
+SIGNED_CONTRACT = "contract"
+BUNDLE = "bundle"
+
 # records of a reply
 SITE = "site"
 MOMENTS = "moments"
@@ -20,6 +29,8 @@ PRODUCTS = "cross-products"
 UPDATE = "update"
 METRICS = "metrics"
 REFUSAL = "refusal"
+PART = "part"
+WITHHELD = "withheld"
 
 # keys inside records
 JSON = "json"
@@ -37,3 +48,15 @@ TRAIN_LOSS = "train-loss"
 JUDGED_LOSS = "judged-loss"
 SECONDS = "seconds"
 SHARES_CROSS_PRODUCTS = "shares-cross-products"
+CONTRACT_HASH = "contract"
+RUN_NAME = "run"
+HEAD = "head"
+DECISION = "decision"
+SIGNATURE = "signature"
+CERTIFICATE = "certificate"
+
+WEIGHTED_BY = {"patients": NUM_EXAMPLES, "loss-terms": NUM_LOSS_TERMS}
+"""Metric by which updates are weighted, for each `strategy.weights` that needs one."""
+
+TEMPORARY = frozenset({"FX-SITE-004", "FX-SITE-005", "FX-STUDY-001"})
+"""Refusals that pass: paused, outside the policy's hours, not approved yet."""

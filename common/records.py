@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Collection, Mapping
 from io import BytesIO
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.lib.format import read_array
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -121,3 +123,46 @@ def text(record: ConfigRecord, key: str) -> str:
     if not isinstance(value, str):
         raise UpdateError(f'the record\'s "{key}" is {type(value).__name__}, not text')
     return value
+
+
+def digest(content: RecordDict, *, without: Collection[str] = ()) -> str:
+    """Return the SHA-256 of what a message holds, as hex.
+
+    Equal before and after the network, whatever the order of records and keys; another
+    name, value, type, shape or bit gives another digest.
+
+    Parameters
+    ----------
+    without
+        Names of records that do not count.
+    """
+    hashed = hashlib.sha256()
+
+    def add(part: bytes) -> None:
+        # With its length before it, no part can run into the next.
+        hashed.update(len(part).to_bytes(8, "big"))
+        hashed.update(part)
+
+    for name in sorted(set(content) - set(without)):
+        record = content[name]
+        add(name.encode())
+        add(type(record).__name__.encode())
+        add(len(record).to_bytes(8, "big"))
+        if isinstance(record, ArrayRecord):
+            for key, array in sorted(record.items()):
+                described = [key, array.dtype, list(array.shape), array.stype]
+                add(json.dumps(described).encode())
+                add(array.data)
+        else:
+            add(_canonical(dict(record)))
+    return hashed.hexdigest()
+
+
+def _canonical(values: Mapping[str, object]) -> bytes:
+    """Return sorted JSON; bytes become an object, which no record can hold itself."""
+    return json.dumps(
+        values,
+        sort_keys=True,
+        separators=(",", ":"),
+        default=lambda value: {"bytes": value.hex()},
+    ).encode()

@@ -20,6 +20,10 @@ from fedgex.common.errors import UpdateError
 Number = TypeVar("Number", bound=np.generic)
 Summable = TypeVar("Summable", "GeneMoments", "CrossProducts")
 
+SUPPRESSED = -1
+"""A count that a site keeps back, because it is below the minimum cohort. Few and none
+look the same; sums that belong to it are 0, and nothing is known of it."""
+
 CONSTANT_BELOW = 1e-6
 """A gene whose SD is this share of its root mean square or less is constant: float64
 sums of squares cannot tell a smaller spread from rounding."""
@@ -30,11 +34,11 @@ class GeneMoments:
     """What a site tells of each gene: how many values, their sum and sum of squares.
 
     A gene that one patient alone has measured reveals that patient's value, so counts
-    below the study's minimum cohort must not leave the site; the client sees to that.
+    below the minimum cohort must not leave the site; see `suppressed`.
     """
 
     count: NDArray[np.int64]
-    """Patients in whom the gene was measured, shape (V,)."""
+    """Patients in whom the gene was measured, or SUPPRESSED, shape (V,)."""
     total: NDArray[np.float64]
     """Sum of the gene's values, shape (V,)."""
     square_total: NDArray[np.float64]
@@ -52,12 +56,14 @@ class GeneMoments:
             )
         _refuse_non_finite("total", self.total)
         _refuse_non_finite("square_total", self.square_total)
-        wrong = (self.count < 0) | (self.count > self.n_patients)
+        wrong = (self.count < SUPPRESSED) | (self.count > self.n_patients)
         wrong |= self.square_total < 0
+        wrong |= (self.count <= 0) & ((self.total != 0) | (self.square_total != 0))
         if wrong.any():
             raise UpdateError(
                 f"moments of {wrong.sum()} genes are impossible; expected counts from "
-                f"0 to the {self.n_patients} patients and sums of squares of 0 or more."
+                f"0 to the {self.n_patients} patients, or {SUPPRESSED} for suppressed, "
+                "sums of squares of 0 or more, and sums of 0 where nothing is counted."
             )
 
     @classmethod
@@ -72,11 +78,21 @@ class GeneMoments:
             n_patients=len(values),
         )
 
+    def suppressed(self, floor: int) -> Self:
+        """Return what may leave a site: nothing of genes known of fewer patients."""
+        known = self.count >= floor
+        return type(self)(
+            count=np.where(known, self.count, SUPPRESSED),
+            total=np.where(known, self.total, 0.0),
+            square_total=np.where(known, self.square_total, 0.0),
+            n_patients=self.n_patients,
+        )
+
     def __add__(self, other: Self) -> Self:
         """Return the moments of both groups of patients together."""
         _refuse_other_genes(len(self.count), len(other.count))
         return type(self)(
-            count=self.count + other.count,
+            count=_known(self.count) + _known(other.count),
             total=self.total + other.total,
             square_total=self.square_total + other.square_total,
             n_patients=self.n_patients + other.n_patients,
@@ -84,15 +100,15 @@ class GeneMoments:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean of each gene, shape (V,); 0 for a gene that was never measured."""
+        """Mean of each gene, shape (V,); 0 for a gene of which nothing is known."""
         return self.total / np.maximum(self.count, 1)
 
     @property
     def sd(self) -> NDArray[np.float64]:
         """Population SD (ddof 0) of each gene, shape (V,).
 
-        1 for a gene that was never measured or is constant, so that dividing by it
-        leaves zeros; see CONSTANT_BELOW.
+        1 for a gene of which nothing is known or that is constant, so that dividing by
+        it leaves zeros; see CONSTANT_BELOW.
         """
         square_mean = self.square_total / np.maximum(self.count, 1)
         variance = square_mean - self.mean**2
@@ -139,14 +155,13 @@ class CrossProducts:
     They say more than means do. A site with fewer patients than genes gives away the
     space that its patients' profiles span, so each profile up to one rotation common to
     all of them; one patient alone is given away up to sign. So cross-products leave a
-    site only above the minimum cohort and with the site's permission, both of which the
-    client enforces.
+    site only above the minimum cohort (see `suppressed`) and with its permission.
     """
 
     products: NDArray[np.float64]
     """Sum over the patients who have both genes of their product, shape (V, V)."""
     pair_counts: NDArray[np.int64]
-    """Patients who have both genes, shape (V, V)."""
+    """Patients who have both genes, or SUPPRESSED, shape (V, V)."""
 
     def __post_init__(self) -> None:
         """Refuse what no site can have summed."""
@@ -157,10 +172,13 @@ class CrossProducts:
                 "products and pair_counts."
             )
         _refuse_non_finite("products", self.products)
-        if (self.pair_counts < 0).any():
+        wrong = self.pair_counts < SUPPRESSED
+        wrong |= (self.pair_counts <= 0) & (self.products != 0)
+        if wrong.any():
             raise UpdateError(
-                f"pair_counts holds {(self.pair_counts < 0).sum()} negative numbers; "
-                "expected 0 or more."
+                f"cross-products of {wrong.sum()} pairs are impossible; expected "
+                f"counts of 0 or more, or {SUPPRESSED} for suppressed, and products of "
+                "0 where nothing is counted."
             )
 
     @classmethod
@@ -173,12 +191,20 @@ class CrossProducts:
             pair_counts=np.rint(present.T @ present).astype(np.int64),
         )
 
+    def suppressed(self, floor: int) -> Self:
+        """Return what may leave a site: nothing of pairs known of fewer patients."""
+        known = self.pair_counts >= floor
+        return type(self)(
+            products=np.where(known, self.products, 0.0),
+            pair_counts=np.where(known, self.pair_counts, SUPPRESSED),
+        )
+
     def __add__(self, other: Self) -> Self:
         """Return the cross-products of both groups of patients together."""
         _refuse_other_genes(len(self.products), len(other.products))
         return type(self)(
             products=self.products + other.products,
-            pair_counts=self.pair_counts + other.pair_counts,
+            pair_counts=_known(self.pair_counts) + _known(other.pair_counts),
         )
 
     def covariance(self) -> NDArray[np.float64]:
@@ -232,6 +258,10 @@ def unpack(triangle: NDArray[Number]) -> NDArray[Number]:
     matrix[rows, columns] = triangle
     matrix[columns, rows] = triangle
     return matrix
+
+
+def _known(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.maximum(counts, 0)
 
 
 def _refuse_non_finite(name: str, numbers: NDArray[np.float64]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,10 @@ PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "surviv
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """Of studies and sites, since both name files: lower-case letters, digits, hyphens."""
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Symbol = Annotated[str, Field(pattern=r"^\S+$")]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -58,6 +62,13 @@ class VocabularyRule(Settings):
     """A gene enters if at least this share of the sites measures it; 1 means all."""
     min_patient_share: float = Field(default=0.5, gt=0, le=1)
     """A site measures a gene if at least this share of its samples has a value."""
+    genes: tuple[Symbol, ...] = ()
+    """Fixed genes of the study, in any order; empty: agreed among the sites."""
+
+    @model_validator(mode="after")
+    def _distinct_genes(self) -> Self:
+        _named_once(self.genes, "genes")
+        return self
 
 
 class MaskingRule(Settings):
@@ -187,8 +198,12 @@ class StrategyRule(Settings):
 
     name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "trimmed-mean", "median"]
     """Aggregation strategy."""
-    weights: Literal["patients", "loss-terms", "equal"] = "patients"
-    """What a site's update counts by. Order statistics know only `equal`."""
+    weights: Literal["patients", "loss-terms", "equal", "fixed"] = "patients"
+    """What a site's update counts by; `fixed`: by `site_weights`, so that the model
+    tells nothing of how many patients a site has. Order statistics know only
+    `equal`."""
+    site_weights: dict[Name, Weight] = {}
+    """Weight of each site by name, for `weights = "fixed"`."""
     per_gene: bool = True
     """Average a gene's parameters over the sites that measured the gene, only."""
     proximal_mu: float = Field(default=0.0, ge=0)
@@ -209,11 +224,15 @@ class StrategyRule(Settings):
     """Number format of what travels up."""
 
     @model_validator(mode="after")
-    def _order_statistics_are_unweighted(self) -> Self:
+    def _weights_and_pull_fit_the_name(self) -> Self:
         if self.name in ("trimmed-mean", "median") and self.weights != "equal":
             raise ValueError(
                 f'{self.name} takes no weights; set weights = "equal" and say so'
             )
+        if self.weights == "fixed" and not self.site_weights:
+            raise ValueError('weights = "fixed" needs site_weights, one for each site')
+        if self.weights != "fixed" and self.site_weights:
+            raise ValueError('site_weights are for weights = "fixed" alone')
         if self.name == "fedprox" and self.proximal_mu == 0:
             raise ValueError("fedprox needs proximal_mu above 0")
         if self.name != "fedprox" and self.proximal_mu > 0:
@@ -229,8 +248,11 @@ class RoundRule(Settings):
     mandatory_sites: tuple[str, ...] = ()
     """Sites without which no round counts."""
     deadline_s: float = Field(default=3600, gt=0, le=12 * 3600)
-    """Seconds after which a round closes with the updates that it has; Flower keeps a
+    """A site is late once nothing of it has moved for so many seconds; Flower keeps a
     message for twelve hours."""
+    max_norm_ratio: float = Field(default=10, ge=1)
+    """An update that changes the model more than so many times as much as the median
+    of the others does, in Euclidean norm, is quarantined; from three updates on."""
 
 
 class Evaluation(Settings):

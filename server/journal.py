@@ -4,10 +4,13 @@ The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
 
 - `run-started`: study, study_hash, sites, plan (phase and rounds of each), resumed_from
 - `not-answered`: site, state, reason (before the first round)
+- `asked-again`: site, group, state, reason (why, each time that it changes)
+- `duplicate`: site, group (a second answer, dropped)
 - `phase-started`: phase, rounds
 - `round`: phase, round, rounds, seconds, train_loss, judged_loss, sites (name → state,
-  reason, num_examples, train_loss, judged_loss, seconds), holdout (empty where the
-  round was not judged centrally), bytes_up, bytes_down, seconds_sites
+  reason, num_examples, num_loss_terms, train_loss, judged_loss, seconds; null for what
+  the site withholds), holdout (empty where the round was not judged centrally),
+  bytes_up, bytes_down, seconds_sites
 - `phase-finished`: phase
 - `run-finished`: checkpoint, peak_rss_mb
 - `run-failed`: reason
@@ -21,12 +24,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedgex.common import failpoints, files
 from fedgex.common.errors import FedgexError
 
 logger = logging.getLogger(__name__)
@@ -41,22 +44,24 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Continue the journal at `path`, or begin it with the first event."""
         self.path = path
-        if path.exists():
-            _cut_torn_end(path)
 
     def write(self, event: str, **fields: Any) -> None:
         """Add one event and return once it is on the disk.
 
         NaN and infinity, for which JSON has no word, become null.
+
+        Raises
+        ------
+        FedgexError
+            If the event cannot be written; then none of it is there.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps(
             _without_nan({"time": now, "event": event} | fields), allow_nan=False
         )
-        with self.path.open("ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        failpoints.reach("journal.before")
+        files.append(self.path, lambda _: line.encode() + b"\n", mode=0o644)
+        failpoints.reach("journal.written")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -121,16 +126,6 @@ def _not_an_event(path: Path, position: int) -> FedgexError:
         'JSON object with the key "event". The file was changed or damaged after it '
         "was written: restore it from a copy, or move it away to begin a new journal."
     )
-
-
-def _cut_torn_end(path: Path) -> None:
-    content = path.read_bytes()
-    length = content.rfind(b"\n") + 1
-    if length < len(content):
-        logger.warning(
-            "%s: cut %d bytes of a torn last line", path, len(content) - length
-        )
-        os.truncate(path, length)
 
 
 def _without_nan(value: Any) -> Any:

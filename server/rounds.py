@@ -1,7 +1,7 @@
-"""Talk to the sites: ask, wait until a deadline, and check what comes back.
+"""One round of training: ask the sites, check what comes back, decide if it counts.
 
-Flower carries the messages. What we add: a deadline, one reply in memory at a time, who
-answered what under which message, and a reason for everybody who did not.
+An update is checked tensor by tensor and lies on disk until it is combined, so that
+memory grows neither with the sites nor with what they send.
 """
 
 from __future__ import annotations
@@ -9,24 +9,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedgex.common import keys
+from fedgex.common import failpoints, keys
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.records import check, to_arrays
-from fedgex.common.study import RoundRule
+from fedgex.common.study import RoundRule, Study
+from fedgex.server.aggregation import Array
+from fedgex.server.asking import Line, Request, Sealed, ask
 from fedgex.server.strategy import Update, spool
 
 logger = logging.getLogger(__name__)
 
-State = Literal["contributed", "late", "failed", "refused", "quarantined"]
+FEWEST_TO_COMPARE = 3
+"""Updates below which no norm is far beyond the others."""
+CHUNK = 1 << 20
+"""Numbers of a tensor that are converted to float64 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,23 +38,10 @@ class Site:
     """A site that takes part in the run."""
 
     name: str
-    node: int
-    """Flower's number of its node."""
     measured: NDArray[np.bool_]
     """Genes of the vocabulary that it measures, shape (V,)."""
-    n_patients: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What one node answered; `content` is absent unless it did as asked."""
-
-    node: int
-    state: State
-    reason: str | None = None
-    """Code or cause, for every state but `contributed`."""
-    content: RecordDict | None = None
-    size_bytes: int = 0
+    n_patients: int | None
+    """None if the site withholds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,68 +50,34 @@ class RoundOutcome:
 
     updates: list[Update]
     sites: dict[str, dict[str, Any]]
-    """State, reason and numbers of every site asked, as in the journal."""
+    """State, reason and numbers of every site, as in the journal."""
+    sealed: dict[str, Sealed] = field(default_factory=dict)
+    """What sites signed, of those whose signature holds."""
     bytes_up: int
     bytes_down: int
     seconds: float
 
 
-def ask(
-    grid: Grid,
-    nodes: list[int],
-    content: RecordDict,
-    message_type: str,
-    *,
-    group: str,
-    deadline_s: float,
-    poll_s: float,
-) -> Iterator[Answer]:
-    """Send the same content to all nodes and yield each answer as it comes.
-
-    Nodes that have not answered by the deadline are yielded last, as late.
-    """
-    sent: dict[str, int] = {}
-    for node in nodes:
-        message = Message(content, node, message_type, group_id=group)
-        ids = list(grid.push_messages([message]))
-        if ids:
-            sent[ids[0]] = node
-        else:
-            yield Answer(node=node, state="failed", reason="message not accepted")
-    end = time.monotonic() + deadline_s
-    while sent and time.monotonic() < end:
-        waiting = len(sent)
-        for message_id in list(sent):
-            for reply in grid.pull_messages([message_id]):
-                yield _answer(sent.pop(message_id), reply)
-        if len(sent) == waiting:
-            time.sleep(poll_s)
-    for node in sent.values():
-        yield Answer(node=node, state="late", reason=f"no answer in {deadline_s:g} s")
-
-
 def train_round(
-    grid: Grid,
+    line: Line,
     sites: list[Site],
-    content: RecordDict,
-    expected: Mapping[str, tuple[int, ...]],
-    rule: RoundRule,
+    request: Request,
+    incoming: Mapping[str, Array],
+    study: Study,
     *,
-    floor: int,
-    group: str,
+    absent: Mapping[str, Mapping[str, Any]],
     spool_dir: Path,
-    poll_s: float,
 ) -> RoundOutcome:
     """Run one round of training, and spool every acceptable update to disk.
 
     Parameters
     ----------
-    content
-        What every site is sent.
-    expected
-        Shape of each parameter that must come back, no more and no fewer.
-    floor
-        Updates from fewer patients are quarantined.
+    incoming
+        Parameters that must come back trained, no more and no fewer.
+    absent
+        State and reason of the sites that are not asked at all.
+    spool_dir
+        Folder for the updates; the caller empties it.
 
     Raises
     ------
@@ -128,59 +85,135 @@ def train_round(
         If fewer sites than the quorum, or not all mandatory ones, contributed.
     """
     started = time.monotonic()
-    by_node = {site.node: site for site in sites}
-    outcome: dict[str, dict[str, Any]] = {}
+    by_name = {site.name: site for site in sites}
+    outcome: dict[str, dict[str, Any]] = {name: dict(a) for name, a in absent.items()}
     updates: list[Update] = []
-    bytes_up = 0
-    answers = ask(
-        grid,
-        list(by_node),
-        content,
-        keys.TRAIN,
-        group=group,
-        deadline_s=rule.deadline_s,
-        poll_s=poll_s,
-    )
-    for answer in answers:
-        site = by_node[answer.node]
-        bytes_up += answer.size_bytes
-        state, reason, numbers = answer.state, answer.reason, {}
+    norms: dict[str, float] = {}
+    sealed: dict[str, Sealed] = {}
+    bytes_up = bytes_down = 0
+    rule = study.rounds
+    for answer in ask(line, by_name, request, deadline_s=rule.deadline_s):
+        name, state, reason = answer.site, answer.state, answer.reason
+        bytes_up += answer.bytes_up
+        bytes_down += answer.bytes_down
+        numbers: dict[str, Any] = {}
+        if answer.sealed is not None:
+            sealed[name] = answer.sealed
         if answer.content is not None:
-            path = spool_dir / f"{site.name}.safetensors"
+            path = spool_dir / f"{name}.safetensors"
             try:
-                numbers = _accept(answer.content, expected, floor, path)
+                numbers, norms[name] = _accept(answer.content, incoming, study, path)
             except UpdateError as error:
                 state, reason = "quarantined", str(error)
             else:
                 updates.append(
                     Update(
-                        site=site.name,
+                        site=name,
                         path=path,
-                        num_examples=int(numbers["num_examples"]),
-                        num_loss_terms=int(numbers["num_loss_terms"]),
-                        measured=site.measured,
+                        num_examples=_whole(numbers["num_examples"]),
+                        num_loss_terms=_whole(numbers["num_loss_terms"]),
+                        measured=by_name[name].measured,
                     )
                 )
-        outcome[site.name] = {"state": state, "reason": reason, **numbers}
-        if state != "contributed":
-            logger.warning("%s site=%s state=%s %s", group, site.name, state, reason)
-    _require_quorum(updates, outcome, rule, group)
+        del answer  # before the next is fetched
+        outcome[name] = {"state": state, "reason": reason, **numbers}
+    for name, reason in _far_beyond(norms, rule.max_norm_ratio).items():
+        outcome[name] = {"state": "quarantined", "reason": reason}
+    for name, site in outcome.items():
+        if site["state"] != "contributed":
+            logger.warning(
+                "%s site=%s state=%s %s",
+                request.group,
+                name,
+                site["state"],
+                site["reason"],
+            )
+    failpoints.reach("server.collected")
+    require_quorum(outcome, rule, request.group)
+    kept = [u for u in updates if outcome[u.site]["state"] == "contributed"]
     return RoundOutcome(
-        updates=sorted(updates, key=lambda update: update.site),
+        updates=sorted(kept, key=lambda update: update.site),
         sites=dict(sorted(outcome.items())),
+        sealed=sealed,
         bytes_up=bytes_up,
-        bytes_down=_size(content) * len(sites),
+        bytes_down=bytes_down,
         seconds=time.monotonic() - started,
     )
 
 
+def require_quorum(
+    outcome: Mapping[str, Mapping[str, Any]],
+    rule: RoundRule,
+    group: str,
+    *,
+    invited: int | None = None,
+) -> None:
+    """Refuse to go on without the quorum or a mandatory site.
+
+    Parameters
+    ----------
+    outcome
+        State and reason of each site, those that contributed included.
+    invited
+        Number of sites that there should be; as many as `outcome` has, if absent.
+
+    Raises
+    ------
+    FederationError
+        With the reason of everybody who did not contribute.
+    """
+    contributed = {n for n, s in outcome.items() if s["state"] == "contributed"}
+    missing = set(rule.mandatory_sites) - contributed
+    if len(contributed) >= rule.quorum and not missing:
+        return
+    others = "; ".join(
+        f"{name}: {site['state']} ({site['reason']})"
+        for name, site in sorted(outcome.items())
+        if name not in contributed
+    )
+    raise FederationError(
+        f"{group}: {len(contributed)} of {invited or len(outcome)} sites contributed, "
+        f"the quorum is {rule.quorum}"
+        + (f", and mandatory {sorted(missing)} did not" if missing else "")
+        + f". {others}. Mend the sites, then resume from the last checkpoint."
+    )
+
+
+def withheld(content: RecordDict) -> frozenset[str]:
+    """Return the metrics that the site's policy keeps back, as the reply says."""
+    record = content.config_records.get(keys.WITHHELD, ConfigRecord())
+    names = record.get(keys.METRICS, [])
+    return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
+
+
+class _Unread(Mapping[str, NDArray[Any]]):
+    """The arrays of a record, each made when it is asked for and then forgotten."""
+
+    def __init__(self, record: ArrayRecord) -> None:
+        self.record = record
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return to_arrays(ArrayRecord({name: self.record[name]}))[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.record
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.record))
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+
 def _accept(
-    content: RecordDict,
-    expected: Mapping[str, tuple[int, ...]],
-    floor: int,
-    path: Path,
-) -> dict[str, float]:
-    """Check an update and spool it; return its numbers.
+    content: RecordDict, incoming: Mapping[str, Array], study: Study, path: Path
+) -> tuple[dict[str, float | None], float]:
+    """Check an update and spool it; return its numbers, None for those withheld.
+
+    Returns
+    -------
+    tuple
+        The numbers, and the Euclidean norm of the update's change.
 
     Raises
     ------
@@ -189,12 +222,46 @@ def _accept(
     """
     if keys.UPDATE not in content.array_records:
         raise UpdateError(f'the reply has no "{keys.UPDATE}"')
-    arrays = to_arrays(content.array_records[keys.UPDATE])
-    check(expected, arrays, exact=True)
+    arrays = _Unread(content.array_records[keys.UPDATE])
+    _require_readable(arrays)
+    check({name: a.shape for name, a in incoming.items()}, arrays, exact=True)
+    numbers = _numbers(content, keys.WEIGHTED_BY.get(study.strategy.weights))
+    patients = numbers["num_examples"]
+    if patients is not None and patients < study.minimum_cohort:
+        raise UpdateError(f"trained on fewer than {study.minimum_cohort} patients")
+    begun = incoming if study.strategy.update == "parameters" else None
+    squares = sum(
+        _square_norm(arrays[name], None if begun is None else begun[name])
+        for name in arrays
+    )
+    spool(arrays, path)
+    return numbers, float(np.sqrt(squares))
+
+
+def _require_readable(arrays: _Unread) -> None:
+    unreadable = []
+    for name in arrays:
+        try:
+            arrays[name]
+        except UpdateError as error:
+            unreadable.append(str(error))
+    if unreadable:
+        raise UpdateError("; ".join(unreadable))
+
+
+def _numbers(content: RecordDict, weighted_by: str | None) -> dict[str, float | None]:
+    """Return the metrics of a reply, None for those withheld.
+
+    Parameters
+    ----------
+    weighted_by
+        Metric that weighs the updates, and that no site may therefore withhold.
+    """
     metrics = content.metric_records.get(keys.METRICS)
     if metrics is None:
         raise UpdateError(f'the reply has no "{keys.METRICS}"')
-    numbers: dict[str, float] = {}
+    unsaid = withheld(content)
+    numbers: dict[str, float | None] = {}
     for key in (
         keys.NUM_EXAMPLES,
         keys.NUM_LOSS_TERMS,
@@ -203,65 +270,42 @@ def _accept(
         keys.SECONDS,
     ):
         value = metrics.get(key)
+        if key in unsaid and value is None and key != weighted_by:
+            numbers[key.replace("-", "_")] = None
+            continue
         if not isinstance(value, int | float) or not np.isfinite(value) or value < 0:
             raise UpdateError(f'"{key}" is not a number of 0 or more')
         numbers[key.replace("-", "_")] = value
-    if numbers["num_examples"] < floor:
-        raise UpdateError(f"trained on fewer than {floor} patients")
-    spool(arrays, path)
     return numbers
 
 
-def _require_quorum(
-    updates: list[Update],
-    outcome: Mapping[str, Mapping[str, Any]],
-    rule: RoundRule,
-    group: str,
-) -> None:
-    contributed = {update.site for update in updates}
-    missing = set(rule.mandatory_sites) - contributed
-    if len(updates) >= rule.quorum and not missing:
-        return
-    others = "; ".join(
-        f"{name}: {site['state']} ({site['reason']})"
-        for name, site in sorted(outcome.items())
-        if name not in contributed
-    )
-    raise FederationError(
-        f"{group}: {len(updates)} of {len(outcome)} sites contributed, the quorum is "
-        f"{rule.quorum}"
-        + (f", and mandatory {sorted(missing)} did not" if missing else "")
-        + f". {others}. Mend the sites, then resume from the last checkpoint."
-    )
+def _square_norm(array: NDArray[Any], begun: Array | None) -> float:
+    """Return the squared norm of an array, or of its difference from another."""
+    flat = array.reshape(-1)
+    start = None if begun is None else begun.reshape(-1)
+    total = 0.0
+    for i in range(0, flat.size, CHUNK):
+        part = flat[i : i + CHUNK].astype(np.float64)
+        if start is not None:
+            part -= start[i : i + CHUNK]
+        total += float(part @ part)
+    return total
 
 
-def _answer(node: int, reply: Message) -> Answer:
-    if reply.has_error():
-        reason = f"Flower error {reply.error.code}: {reply.error.reason}"
-        return Answer(node=node, state="failed", reason=reason)
-    size = _size(reply.content)
-    refusal = reply.content.config_records.get(keys.REFUSAL)
-    if refusal is not None:
-        code = str(refusal.get(keys.CODE, "without a code"))
-        return Answer(node=node, state="refused", reason=code, size_bytes=size)
-    return Answer(
-        node=node, state="contributed", content=reply.content, size_bytes=size
-    )
+def _far_beyond(norms: Mapping[str, float], ratio: float) -> dict[str, str]:
+    """Return the sites whose update changes far more than the others', and why."""
+    if len(norms) < FEWEST_TO_COMPARE:
+        return {}
+    found = {}
+    for name, norm in norms.items():
+        median = float(np.median([n for other, n in norms.items() if other != name]))
+        if norm > ratio * median:
+            found[name] = (
+                f"its change of the model has norm {norm:.3g}, more than {ratio:g} "
+                f"times the others' median of {median:.3g}"
+            )
+    return found
 
 
-def _size(content: RecordDict) -> int:
-    """Return the bytes of arrays and of lists of names in a message."""
-    arrays = sum(
-        len(array.data)
-        for record in content.array_records.values()
-        for array in record.values()
-    )
-    return arrays + sum(map(_text_size, content.config_records.values()))
-
-
-def _text_size(record: ConfigRecord) -> int:
-    return sum(
-        sum(len(str(item)) for item in value) if isinstance(value, list)
-        else len(str(value))
-        for value in record.values()
-    )  # fmt: skip
+def _whole(number: float | None) -> int | None:
+    return None if number is None else int(number)

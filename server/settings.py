@@ -1,53 +1,99 @@
-"""Where the server finds its study and keeps its state; from the environment."""
+"""Where the server finds its study and keeps its state."""
 
 from __future__ import annotations
 
 import json
 import tomllib
 from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Study
 
+PREFIX = "FEDGEX_SERVER_"
+
 
 class ServerSettings(BaseSettings):
-    """Settings of the server, each an environment variable FEDGEX_SERVER_*."""
+    """Settings of the server: environment variables FEDGEX_SERVER_*, or a JSON file.
+
+    Between hospitals, `state_dir`, `contract` and `run` are enough: they say where all
+    else lies.
+    """
 
     model_config = SettingsConfigDict(
-        env_prefix="FEDGEX_SERVER_", frozen=True, use_attribute_docstrings=True
+        env_prefix=PREFIX, frozen=True, use_attribute_docstrings=True
     )
 
+    job: Literal["conduct", "publish", "deliver"] = "conduct"
+    """Conduct a run, or take a contract or a released model to the sites."""
     study: Path
-    """The study, TOML or JSON."""
+    """The study, TOML or JSON; between hospitals the contract's is taken."""
     run_dir: Path
     """Journal, checkpoints and spooled updates of this run."""
     holdout: Path | None = None
     """Folder of the public hold-out (common/cohort.py); none leaves judging out."""
     n_sites: int = Field(ge=1)
-    """Sites to wait for before the start."""
+    """Sites to wait for before the start; between hospitals those of the contract."""
     start_deadline_s: float = Field(default=600, gt=0)
     """Seconds to wait for them; after that the run starts with those that came, if
     they make the quorum."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between two looks for replies."""
+    state_dir: Path | None = None
+    """The consortium's state directory, of a run between hospitals."""
+    contract: str = ""
+    """Hash of its contract."""
+    run: str = ""
+    """Its name, which names its folder."""
+    bundle: Path | None = None
+    """The released model to deliver; releases/RUN.fedgex of the state directory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _places_between_hospitals(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if not values.get("state_dir"):
+            return values
+        state_dir, run = Path(values["state_dir"]), values.get("run", "")
+        run_dir = state_dir / "runs" / run
+        places = {
+            "run_dir": run_dir,
+            "study": run_dir / "study.json",
+            "n_sites": 1,
+            "bundle": state_dir / "releases" / f"{run}.fedgex",
+        }
+        return places | {k: v for k, v in values.items() if v is not None}
+
+    @model_validator(mode="after")
+    def _complete_between_hospitals(self) -> ServerSettings:
+        if self.state_dir is None and self.job == "conduct":
+            return self
+        wanted: dict[str, object] = {
+            "state_dir": self.state_dir,
+            "contract": self.contract,
+            "run": self.run or self.job == "publish",
+        }
+        if missing := [name for name, value in wanted.items() if not value]:
+            raise ValueError(f'the job "{self.job}" needs {", ".join(missing)}')
+        return self
 
     @classmethod
-    def load(cls) -> ServerSettings:
-        """Read the environment.
+    def load(cls, path: Path | None = None) -> ServerSettings:
+        """Read the settings from a JSON file, or without one from the environment.
 
         Raises
         ------
         ConfigError
-            With every variable that is missing or unusable.
+            With everything that is missing or unusable.
         """
+        values = {} if path is None else _read_json(path)
         try:
-            return cls()  # type: ignore[call-arg]  # from the environment
+            return cls(**values)
         except ValidationError as error:
             lines = [
-                f"FEDGEX_SERVER_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}"
+                f"{_told(path, '_'.join(map(str, e['loc'])))}: {e['msg']}"
                 for e in error.errors()
             ]
             raise ConfigError("\n".join(lines)) from error
@@ -70,3 +116,20 @@ class ServerSettings(BaseSettings):
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.study} cannot be read: {error}") from error
         return Study.read(values, str(self.study))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is no JSON object; expected the server's settings.")
+    return values
+
+
+def _told(path: Path | None, name: str) -> str:
+    """Return where a setting stands, as its reader knows it."""
+    if path is None:
+        return f"{PREFIX}{name.upper()}"
+    return f"{path}: {name or 'settings'}"

@@ -6,18 +6,20 @@ name); the adaptive server optimisers are Flower's own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedYogi
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from fedgex.common import keys
+from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE
 from fedgex.common.records import Arrays, to_arrays, to_record
 from fedgex.common.study import StrategyRule
@@ -32,8 +34,10 @@ class Update:
     site: str
     path: Path
     """Safetensors file of the arrays that travelled."""
-    num_examples: int
-    num_loss_terms: int
+    num_examples: int | None
+    """None if the site withholds it."""
+    num_loss_terms: int | None
+    """None if the site withholds it."""
     measured: NDArray[np.bool_]
     """Genes of the vocabulary that the site measures, shape (V,)."""
 
@@ -45,9 +49,36 @@ class Update:
 
 
 def spool(arrays: Arrays, path: Path) -> None:
-    """Write an update to disk, so that memory does not grow with the sites."""
+    """Write an update to disk in safetensors' format, one array in memory at a time.
+
+    Memory then grows neither with the sites nor, if `arrays` reads each when it is
+    asked for, with the model.
+    """
+    header, end = {}, 0
+    for name in arrays:
+        array = arrays[name]
+        code, number = _number_format(array)
+        start, end = end, end + array.size * number.itemsize
+        header[name] = {
+            "dtype": code,
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path)
+    with path.open("wb") as file:
+        file.write(len(described).to_bytes(8, "little") + described)
+        for name in arrays:
+            array = arrays[name]
+            little_endian = np.ascontiguousarray(array, _number_format(array)[1])
+            file.write(little_endian.data)
+
+
+def _number_format(array: NDArray[np.generic]) -> tuple[str, np.dtype[Any]]:
+    """Return the format that holds floating-point numbers, as named and as written."""
+    width = min(array.dtype.itemsize, 8)
+    return f"F{8 * width}", np.dtype(f"<f{width}")
 
 
 def combine(
@@ -69,6 +100,11 @@ def combine(
         Number of the round in its phase, from 1.
     server_state
         What this function returned for the round before; empty at first.
+
+    Raises
+    ------
+    UpdateError
+        If the weights are fixed and a site has none.
     """
     updates = sorted(updates, key=lambda update: update.site)
     mean = {
@@ -102,11 +138,20 @@ def _combine_one(
 
 
 def _weight(rule: StrategyRule, update: Update) -> float:
-    if rule.weights == "patients":
-        return float(update.num_examples)
-    if rule.weights == "loss-terms":
-        return float(update.num_loss_terms)
-    return 1.0
+    if rule.weights == "fixed":
+        if update.site not in rule.site_weights:
+            raise UpdateError(
+                f'site "{update.site}" has no fixed weight; expected one of '
+                f"{', '.join(sorted(rule.site_weights))}. Name it in "
+                "strategy.site_weights of the study."
+            )
+        return rule.site_weights[update.site]
+    told = {"patients": update.num_examples, "loss-terms": update.num_loss_terms}
+    if rule.weights not in told:
+        return 1.0
+    weight = told[rule.weights]
+    assert weight is not None, "a round quarantines an update without its weight"
+    return float(weight)
 
 
 def _adapt(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from fedgex.common.errors import FedgexError
 from fedgex.simulations import bench as benchmark
-from fedgex.simulations import cohorts, scenario
+from fedgex.simulations import cohorts, rehearsal, scenario
 from fedgex.simulations import run as simulation
 
 app = typer.Typer(
@@ -78,6 +79,33 @@ def new_data(
     except FedgexError as error:
         _refuse(error)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def rehearse(
+    out: Annotated[Path, typer.Option(help="Folder for the rehearsal; new or empty.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the real data; without it, synthetic hospitals."),
+    ] = None,
+    sites: Annotated[int, typer.Option(help="Hospitals.", min=2)] = 4,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the study in the simulator too.")
+    ] = False,
+) -> None:
+    """Found a consortium on this machine and take a study from contract to prediction.
+
+    Real processes, TLS, keys and approvals; everything is ended when it is over.
+    """
+    started = time.monotonic()
+
+    def told(line: str) -> None:
+        typer.echo(f"{time.monotonic() - started:6.1f} s  {line}")
+
+    try:
+        rehearsal.rehearse(data, out, sites, told, compare=compare)
+    except FedgexError as error:
+        _refuse(error)
 
 
 @app.command()

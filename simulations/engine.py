@@ -10,8 +10,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from flwr.simulation import run_simulation
 import fedgex.client.app
 import fedgex.server.app
 from fedgex.client.app import SITES_VARIABLE
+from fedgex.common.processes import end_with_parent
 
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -77,7 +76,7 @@ def start(
 def main(n_sites: int, workers: int) -> None:
     """Run the apps until the server's is done, or whoever started us is gone."""
     logging.basicConfig(level=logging.INFO)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     run_simulation(
         server_app=fedgex.server.app.app,
         client_app=fedgex.client.app.app,
@@ -87,13 +86,6 @@ def main(n_sites: int, workers: int) -> None:
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent does: no run goes on that nobody watches."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 if __name__ == "__main__":

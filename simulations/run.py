@@ -290,13 +290,15 @@ def _cost(events: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     """Return what pretraining cost, over its rounds after the first.
 
     The overhead of a round is its time less that of training, were the sites' own
-    seconds spread evenly over the workers.
+    seconds spread evenly over the workers. Rounds in which a site withholds its seconds
+    or patients do not count.
     """
     timed = [
         e
         for e in events
         if e["event"] == "round" and e["phase"] == "pretraining" and e["seconds"]
     ][1:]
+    timed = [e for e in timed if not _is_withheld(e, "seconds", "num_examples")]
     every = [e for e in events if e["event"] == "round"]
     sizes = {key: sum(e[key] for e in every) for key in ("bytes_up", "bytes_down")}
     peaks = [e["peak_rss_mb"] for e in events if e["event"] == "run-finished"]
@@ -312,3 +314,9 @@ def _cost(events: list[dict[str, Any]], workers: int) -> dict[str, Any]:
         cost["samples_per_s"] = float(examples.sum() / walls.sum())
         cost["round_overhead_s"] = float((walls - seconds / workers).mean())
     return cost
+
+
+def _is_withheld(event: Mapping[str, Any], *keys: str) -> bool:
+    """Return whether a site that contributed to a round keeps any of these back."""
+    there = [s for s in event["sites"].values() if s["state"] == "contributed"]
+    return any(site[key] is None for site in there for key in keys)

@@ -2,7 +2,7 @@
 
     raw files ─read→ samples with patient and institution ─assign→ site of each
     institution ─write→ sites/<slug>/ and holdout/, each with expression.parquet,
-    clinical.csv and site.toml, as at a hospital
+    clinical.csv, site.toml and policy.toml, as at a hospital
 
 Whole institutions go to one place, so no patient is in two.
 """
@@ -26,6 +26,7 @@ from pandas.api.types import is_numeric_dtype
 
 from fedgex.common.cohort import CLINICAL_COLUMNS
 from fedgex.common.errors import ConfigError
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
 from fedgex.simulations.scenario import Columns, Data, Scenario, Sites
 
 REGION = "region"
@@ -484,9 +485,6 @@ def _write_site(
     clinical.to_csv(folder / "clinical.csv", index=False)
     lines = [
         f'name = "{name}"',
-        f"minimum_cohort = {scenario.study.minimum_cohort}",
-        'tasks = ["pretraining", "classification", "survival"]',
-        f"share_cross_products = {str(scenario.sites.share_cross_products).lower()}",
         "",
         "[data]",
         'expression = "expression.parquet"',
@@ -496,6 +494,19 @@ def _write_site(
         f'time_unit = "{scenario.data.time_unit}"',
     ]
     (folder / "site.toml").write_text("\n".join(lines) + "\n")
+    policy = {
+        "minimum_cohort": scenario.study.minimum_cohort,
+        "tasks": [PRETRAINING, CLASSIFICATION, SURVIVAL],
+        "demand_privacy": False,
+        "share_cross_products": scenario.sites.share_cross_products,
+        "metrics": ["train-loss", "judged-loss", "seconds", "num-patients"],
+        "hours": "00:00-24:00",
+        "memory_mb": 0,
+        "threads": 1,  # equal bits wherever the simulation runs
+        "message_limit_s": scenario.study.rounds.deadline_s,
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in policy.items()]
+    (folder / "policy.toml").write_text("\n".join(lines) + "\n")
 
 
 def _folder(out: Path, name: str) -> Path:
@@ -506,7 +517,7 @@ def _written(out: Path, sites: Iterable[str]) -> list[Path]:
     return [
         _folder(out, name) / file
         for name in (HOLDOUT, *sites)
-        for file in ("clinical.csv", "expression.parquet", "site.toml")
+        for file in ("clinical.csv", "expression.parquet", "site.toml", "policy.toml")
     ]
 
 

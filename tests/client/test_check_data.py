@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedgex.client.cli import app
+from fedgex.client.policy import TEMPLATE
 
 GENES = ("TP53", "MYC", "EGFR")
 
@@ -23,8 +24,10 @@ def write_site(folder: Path, n_patients: int = 12, **cells: str) -> Path:
     (folder / "expression.csv").write_text("\n".join(lines) + "\n")
     path = folder / "site.toml"
     path.write_text(
-        'name = "north"\nminimum_cohort = 10\ntasks = ["pretraining"]\n'
-        '[data]\nexpression = "expression.csv"\nscale = "log2p1"\n'
+        'name = "north"\n[data]\nexpression = "expression.csv"\nscale = "log2p1"\n'
+    )
+    path.with_name("policy.toml").write_text(
+        TEMPLATE.replace(', "classification", "survival"]', "]")
     )
     return path
 
@@ -132,7 +135,8 @@ def test_unusable_settings_exit_with_one_and_one_error(tmp_path: Path) -> None:
 
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("Error: site.toml: minimum_cohort: Field required")
+    assert result.stderr.startswith("Error: site.toml: data: Field required")
+    assert "policy.toml: is not there" in result.stderr
 
 
 def test_an_absent_file_exits_with_one(tmp_path: Path) -> None:

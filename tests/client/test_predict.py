@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -14,11 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cryptography import x509
 from typer.testing import CliRunner, Result
 
 from fedgex.client import inference, state
 from fedgex.client.cli import app
-from fedgex.common import checkpoint, tasks
+from fedgex.client.policy import TEMPLATE
+from fedgex.common import checkpoint, pki, tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.scale import Scale
 from fedgex.common.statistics import Standardisation
@@ -477,10 +480,11 @@ def test_a_model_not_trained_for_the_task_says_for_what_it_is(tmp_path: Path) ->
 def write_site(folder: Path) -> Path:
     path = folder / "site.toml"
     path.write_text(
-        'name = "north"\nminimum_cohort = 10\ntasks = ["survival"]\n'
+        'name = "north"\n'
         '[data]\nexpression = "none.csv"\nscale = "log10p1"\n'
         '[data.columns]\npatient = "case"\ncancer_type = "tumour"\nevent = "dead"\n'
     )
+    path.with_name("policy.toml").write_text(TEMPLATE)
     return path
 
 
@@ -658,3 +662,90 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
     one, other = (tmp_path / name for name in ("a.csv.gz", "b.csv.gz"))
     assert one.read_bytes() == other.read_bytes()
+
+
+# ---- released models ----
+
+
+def crt(path: Path, certificate: x509.Certificate) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(pki.to_pem(certificate))
+    return path
+
+
+def test_a_released_model_predicts_as_its_checkpoint_does(
+    tmp_path: Path, release: Callable[..., Any]
+) -> None:
+    made = release()
+    sheet(tmp_path)
+    authority = crt(tmp_path / "a.crt", made.authority)
+
+    result = predict("impute", tmp_path, model=made.write(), authority=authority)
+    predict(
+        "impute",
+        tmp_path,
+        model=made.evidence.checkpoint,
+        output=tmp_path / "plain.csv",
+    )
+
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out.csv").read_text() == (tmp_path / "plain.csv").read_text()
+    told = card(tmp_path)["prediction"]["release"]
+    assert (told["file"], told["run"]) == ("run-1.fedgex", "run-1")
+    assert told["administrators"] == ["ada", "bo"]
+    assert card(tmp_path, "plain.csv")["prediction"]["release"] is None
+
+
+def test_a_released_model_is_verified_against_the_hospitals_own_authority(
+    tmp_path: Path, release: Callable[..., Any]
+) -> None:
+    made = release()
+    sheet(tmp_path)
+    site = write_site(tmp_path)
+    own = tmp_path / "state" / "identity" / "authority.crt"
+    arguments = {"model": made.write(), "site": site}
+
+    before_joining = predict("embed", tmp_path, **arguments)
+    crt(own, pki.new_authority("alliance")[1])
+    of_another = predict("embed", tmp_path, **arguments)
+    crt(own, made.authority)
+    joined = predict("embed", tmp_path, **arguments)
+
+    assert before_joining.exit_code == 1
+    assert "authority.crt: holds no readable certificate" in before_joining.stderr
+    assert of_another.exit_code == 1
+    assert "run-1.fedgex is not used: it is of another consortium" in of_another.stderr
+    assert joined.exit_code == 0, joined.output
+
+
+def test_a_released_model_is_refused_where_nothing_says_whom_to_trust(
+    tmp_path: Path, release: Callable[..., Any]
+) -> None:
+    sheet(tmp_path)
+
+    result = predict("embed", tmp_path, model=release().write())
+
+    assert result.exit_code == 1
+    assert "nothing says whose releases are trusted here" in result.stderr
+
+
+def test_a_changed_release_predicts_nothing(
+    tmp_path: Path, release: Callable[..., Any]
+) -> None:
+    made = release()
+    sheet(tmp_path)
+    path = made.write()
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"model.safetensors") + 5000] ^= 1
+    path.write_bytes(whole)
+
+    result = predict(
+        "embed",
+        tmp_path,
+        model=path,
+        authority=crt(tmp_path / "a.crt", made.authority),
+    )
+
+    assert result.exit_code == 1
+    assert f"Error: {path} is not used: " in result.stderr
+    assert not (tmp_path / "out.csv").exists()

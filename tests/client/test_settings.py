@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fedgex.client.policy import TEMPLATE, Policy
 from fedgex.client.settings import DataSettings, SiteSettings
 from fedgex.common.errors import ConfigError
 from fedgex.common.scale import Scale
@@ -11,8 +12,6 @@ from fedgex.common.scale import Scale
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\
 name = "north"
-minimum_cohort = 10
-tasks = ["pretraining", "survival"]
 
 [data]
 expression = "expression.csv"
@@ -20,28 +19,39 @@ scale = "log2p1"
 """
 
 
-def load(folder: Path, text: str) -> SiteSettings:
+def load(folder: Path, text: str, policy: str = TEMPLATE) -> SiteSettings:
     path = folder / "site.toml"
     path.write_text(text, encoding="utf-8")
+    path.with_name("policy.toml").write_text(policy, encoding="utf-8")
     return SiteSettings.load(path)
 
 
-def test_what_is_not_set_is_not_permitted(tmp_path: Path) -> None:
+def test_what_may_be_left_out_is_nothing(tmp_path: Path) -> None:
     settings = load(tmp_path, MINIMAL)
 
-    assert settings.tasks == ("pretraining", "survival")
-    assert settings.share_cross_products is False
+    assert settings.policy == Policy.proposed()
+    assert settings.proxy is None
+    assert settings.server_authority is None
+    assert settings.health_port == settings.metrics_port == 0
     assert settings.data.scale == Scale.LOG2P1
     assert settings.data.clinical is None
+    assert settings.data.opt_outs is None
     assert settings.data.columns.patient is None
 
 
 def test_relative_paths_start_at_the_folder_of_the_file(tmp_path: Path) -> None:
-    settings = load(tmp_path, MINIMAL + 'clinical = "../elsewhere/clinical.csv"\n')
+    settings = load(
+        tmp_path,
+        'server_authority = "ca.pem"\n'
+        + MINIMAL
+        + 'clinical = "../elsewhere/clinical.csv"\nopt_outs = "opt-outs.txt"\n',
+    )
 
     assert settings.state_dir == tmp_path / "state"
+    assert settings.server_authority == tmp_path / "ca.pem"
     assert settings.data.expression == tmp_path / "expression.csv"
     assert settings.data.clinical == tmp_path / "../elsewhere/clinical.csv"
+    assert settings.data.opt_outs == tmp_path / "opt-outs.txt"
 
 
 def test_absolute_paths_stay(tmp_path: Path) -> None:
@@ -50,7 +60,7 @@ def test_absolute_paths_stay(tmp_path: Path) -> None:
     assert settings.data.hgnc_table == Path("/data/hgnc.txt")
 
 
-@pytest.mark.parametrize("key", ["name", "minimum_cohort", "tasks", "scale"])
+@pytest.mark.parametrize("key", ["name", "scale"])
 def test_a_missing_key_refuses_and_is_named(tmp_path: Path, key: str) -> None:
     lines = [line for line in MINIMAL.splitlines() if not line.startswith(key)]
 
@@ -61,27 +71,67 @@ def test_a_missing_key_refuses_and_is_named(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("minimum_cohort = 10", "minimum_cohort = 0", "minimum_cohort"),
-        ('"survival"', '"imputation"', "tasks.1"),
-        ('["pretraining", "survival"]', "[]", "tasks"),
         ('"north"', '"North Hospital"', "name"),
         ('"log2p1"', '"log2"', "data.scale"),
         ("[data]", "[data]\nexpresion = 'x'", "data.expresion"),
+        ("\n\n", "\nproxy = 'proxy.example'\n", "proxy"),
+        ("\n\n", "\nproxy = 'http://me:secret@proxy.example:3128'\n", "proxy"),
+        ("\n\n", "\nhealth_port = 65536\n", "health_port"),
     ],
 )
 def test_an_unusable_value_refuses_and_is_named(
     tmp_path: Path, old: str, new: str, named: str
 ) -> None:
-    with pytest.raises(ConfigError, match=named):
+    assert old in MINIMAL
+    with pytest.raises(ConfigError, match=f"site.toml: {named}"):
         load(tmp_path, MINIMAL.replace(old, new))
 
 
-def test_everything_wrong_is_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        load(tmp_path, 'name = "n"\n[data]\nscale = "log2"\n')
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://proxy.example:3128", "https://10.0.0.1:443", "http://[fd00::1]:3128"],
+)
+def test_a_proxy_is_named_by_scheme_host_and_port(tmp_path: Path, proxy: str) -> None:
+    assert load(tmp_path, f'proxy = "{proxy}"\n' + MINIMAL).proxy == proxy
 
-    for key in ("minimum_cohort", "tasks", "data.expression", "data.scale"):
-        assert f"site.toml: {key}" in str(refusal.value)
+
+@pytest.mark.parametrize(
+    "line", ["minimum_cohort = 10", 'tasks = ["survival"]', "policy = 3"]
+)
+def test_what_belongs_into_the_policy_is_refused_elsewhere(
+    tmp_path: Path, line: str
+) -> None:
+    key = line.split()[0]
+
+    with pytest.raises(ConfigError) as refusal:
+        load(tmp_path, f"{line}\n{MINIMAL}")
+
+    assert str(refusal.value) == (
+        f"site.toml: {key} cannot be set here; what the hospital permits stands in the "
+        "policy.toml beside it. Move it."
+    )
+
+
+def test_everything_wrong_in_both_files_is_named_at_once(tmp_path: Path) -> None:
+    policy = TEMPLATE.replace("threads = 1", "threads = 0")
+
+    with pytest.raises(ConfigError) as refusal:
+        load(tmp_path, 'name = "n"\n[data]\nscale = "log2"\n', policy)
+
+    for named in (
+        "site.toml: data.expression",
+        "site.toml: data.scale",
+        "policy.toml: threads",
+    ):
+        assert named in str(refusal.value)
+
+
+def test_without_a_policy_nothing_is_permitted(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(MINIMAL)
+
+    with pytest.raises(ConfigError, match=r"policy\.toml: is not there"):
+        SiteSettings.load(path)
 
 
 def test_settings_are_frozen_and_equal_files_give_equal_settings(
@@ -94,16 +144,17 @@ def test_settings_are_frozen_and_equal_files_give_equal_settings(
         settings.name = "south"  # type: ignore[misc]
 
 
-def test_the_annotated_example_of_the_docs_is_complete_and_loads(
+def test_the_annotated_examples_of_the_docs_are_complete_and_load(
     tmp_path: Path,
 ) -> None:
     page = (ROOT / "docs" / "hospital-data.md").read_text(encoding="utf-8")
-    example = page.split("```toml\n")[1].split("```")[0]
+    site, policy = (part.split("```")[0] for part in page.split("```toml\n")[1:])
 
-    settings = load(tmp_path, example)
+    settings = load(tmp_path, site, policy)
 
     assert settings.model_fields_set == set(SiteSettings.model_fields)
     assert settings.data.model_fields_set == set(DataSettings.model_fields)
+    assert policy == TEMPLATE
 
 
 def test_a_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:

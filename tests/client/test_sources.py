@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from fedgex.client.policy import Policy
 from fedgex.client.settings import DataColumns, DataSettings, SiteSettings
 from fedgex.client.sources import Code, RawCohort, read
 from fedgex.common.errors import DataError
@@ -22,14 +23,48 @@ CSV = "id,TP53,MYC\n007,1.50,NA\n008,,3\n"
 def site(**data: Any) -> SiteSettings:
     return SiteSettings(
         name="north",
-        minimum_cohort=1,
-        tasks=("pretraining",),
+        policy=Policy.proposed(),
         data=DataSettings(scale=Scale.LOG2P1, **data),
     )
 
 
 def cells(raw: RawCohort) -> list[list[Any]]:
     return [column.to_pylist() for column in raw.expression.cells.columns]
+
+
+def test_opt_outs_are_one_identifier_a_line_with_comments(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text(CSV)
+    path = tmp_path / "opt-outs.txt"
+    path.write_text(
+        "# since May\n007\n\n  MRN#12  # by letter\n008\t#by phone\n", "utf-8-sig"
+    )
+
+    raw = read(site(expression=tmp_path / "e.csv", opt_outs=path))
+
+    assert raw.opt_outs == {"007", "MRN#12", "008"}
+
+
+def test_without_a_file_of_opt_outs_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text(CSV)
+
+    assert read(site(expression=tmp_path / "e.csv")).opt_outs is None
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(None, Code.FILE_MISSING), (b"\xff\xfe0", Code.FILE_UNREADABLE)],
+)
+def test_opt_outs_that_cannot_be_read_refuse_everything(
+    tmp_path: Path, content: bytes | None, code: Code
+) -> None:
+    (tmp_path / "e.csv").write_text(CSV)
+    path = tmp_path / "opt-outs.txt"
+    if content is not None:
+        path.write_bytes(content)
+
+    codes = refused(site(expression=tmp_path / "e.csv", opt_outs=path))
+
+    assert codes == [code.number]
 
 
 def refused(settings: SiteSettings) -> list[str]:

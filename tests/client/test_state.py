@@ -1,11 +1,14 @@
 """Heads that stay at their site, one file a round."""
 
+import errno
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from fedgex.client.state import KEPT_ROUNDS, latest_head, load_head, save_head
-from fedgex.common.errors import CheckpointError, UpdateError
+from fedgex.common.errors import CheckpointError, FedgexError, UpdateError
 
 
 def head(value: float = 0.0) -> dict[str, nn.Module]:
@@ -61,6 +64,32 @@ def test_a_repeated_round_replaces_its_head(tmp_path):
 
     assert loaded(tmp_path, 2) == 8
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_head_that_cannot_be_written_leaves_the_one_that_was_there(
+    tmp_path, monkeypatch
+):
+    save_head(head(1), tmp_path, "survival", 2)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(FedgexError, match=r"head-00002.* No space left on device"):
+            save_head(head(8), tmp_path, "survival", 2)
+
+    assert loaded(tmp_path, 2) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    save_head(head(8), tmp_path, "survival", 2)
+    assert loaded(tmp_path, 2) == 8
+
+
+def test_only_the_operator_may_read_a_head(tmp_path):
+    save_head(head(), tmp_path, "survival", 1)
+
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_old_rounds_are_deleted(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedgex.client.policy import Policy
 from fedgex.client.settings import DataColumns, DataSettings, SiteSettings
 from fedgex.client.sources import Code
 from fedgex.client.validation import load_cohort
@@ -61,8 +62,7 @@ def load(
         table.to_csv(data["clinical"], index=False)
     settings = SiteSettings(
         name="north",
-        minimum_cohort=FLOOR,
-        tasks=("pretraining", "classification", "survival"),
+        policy=Policy.proposed(minimum_cohort=FLOOR),
         data=DataSettings(**data),
     )
     return load_cohort(settings, target, tasks)
@@ -452,6 +452,11 @@ CASES: dict[str, Case | Any] = {
         clinical().drop(columns="event"),
         {"tasks": ("survival",)},
     ),
+    "FX-DATA-073": lambda folder: (
+        expression(),
+        clinical(),
+        {"opt_outs": opt_outs(folder, "PAT-003")},
+    ),
 }
 ELSEWHERE = {f"FX-DATA-0{i}" for i in (28, 29, 36, 37, 40, 50, 51)}
 IN_SOURCES = {f"FX-DATA-00{i}" for i in (1, 2, 3, 4, 5, 7)}
@@ -530,6 +535,66 @@ def test_lost_links_do_not_hide_anything(tmp_path: Path) -> None:
     codes = set(told(tmp_path, sheet, table))
 
     assert {"FX-DATA-025", "FX-DATA-032", "FX-DATA-060"} <= codes
+
+
+# ---- opting out ----
+
+
+def opt_outs(folder: Path, *identifiers: str) -> Path:
+    path = folder / "opt-outs.txt"
+    path.write_text("\n".join(identifiers), encoding="utf-8")
+    return path
+
+
+def test_patients_who_opted_out_are_left_out_with_all_their_samples(
+    tmp_path: Path,
+) -> None:
+    sheet = expression().set_axis([f"S{i}" for i in range(20)])
+    table = clinical().assign(sample=sheet.index)
+    table.loc[1, "patient"] = PATIENTS[0]
+    path = opt_outs(tmp_path, PATIENTS[0], PATIENTS[5], "somebody of another hospital")
+
+    cohort, _ = load(tmp_path, sheet, table, opt_outs=path)
+
+    assert cohort.patients == (*PATIENTS[2:5], *PATIENTS[6:])
+    whole, _ = load(tmp_path, sheet, table)
+    stay = [2, 3, 4, *range(6, 20)]
+    np.testing.assert_array_equal(cohort.expression, whole.expression[stay])
+    assert cohort.clinical["age"].tolist() == [40 + i for i in stay]
+
+
+def test_without_a_clinical_table_samples_opt_out(tmp_path: Path) -> None:
+    path = opt_outs(tmp_path, PATIENTS[19])
+
+    cohort, _ = load(tmp_path, expression(), opt_outs=path)
+
+    assert cohort.patients == tuple(PATIENTS[:19])
+
+
+def test_few_opt_outs_and_none_look_the_same(tmp_path: Path) -> None:
+    few, none = (
+        told(tmp_path, expression(), clinical(), opt_outs=opt_outs(tmp_path, *those))
+        for those in (PATIENTS[:3], ["a stranger"])
+    )
+
+    assert few == none
+    assert few["FX-DATA-073"].found.endswith("left out: suppressed")
+
+
+def test_as_many_opt_outs_as_the_minimum_cohort_are_counted(tmp_path: Path) -> None:
+    path = opt_outs(tmp_path, *PATIENTS[:FLOOR])
+
+    findings = told(tmp_path, expression(), clinical(), opt_outs=path)
+
+    assert findings["FX-DATA-073"].found.endswith("left out: 10")
+
+
+def test_a_site_whose_patients_all_opted_out_has_too_few(tmp_path: Path) -> None:
+    path = opt_outs(tmp_path, *PATIENTS)
+
+    findings = told(tmp_path, expression(), clinical(), opt_outs=path)
+
+    assert "FX-DATA-070" in findings
 
 
 # ---- nobody is told on ----

@@ -1,7 +1,14 @@
 """Checkpoints are whole or not there, and say when they were changed."""
 
+import errno
 import hashlib
+import itertools
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,8 +148,8 @@ def test_a_checkpoint_is_written_once(tmp_path):
 def test_a_partial_folder_of_a_crash_is_not_found_and_gives_way(tmp_path, monkeypatch):
     checkpoint.save(made(), tmp_path / "0001")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", _power_cut)
-        with pytest.raises(OSError, match="power cut"):
+        patch.setattr(Path, "rename", _kill)
+        with pytest.raises(KeyboardInterrupt):
             checkpoint.save(made(round=5), tmp_path / "0002")
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -153,8 +160,129 @@ def test_a_partial_folder_of_a_crash_is_not_found_and_gives_way(tmp_path, monkey
     assert checkpoint.load(tmp_path / "0002").round == 6
 
 
-def _power_cut(*_: object) -> None:
-    raise OSError("power cut")
+def _kill(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_receipt_comes_back_and_is_in_the_manifest(tmp_path):
+    text = '{"round": 4, "name": "K\u00f6ln"}'
+
+    checkpoint.save(made(), tmp_path / "1", receipt=text)
+
+    assert checkpoint.load(tmp_path / "1").receipt == text
+    content = (tmp_path / "1" / "receipt.json").read_bytes()
+    files = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"]
+    assert files["receipt.json"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_receipt_is_not_carried_over_to_the_next_checkpoint(tmp_path):
+    checkpoint.save(made(), tmp_path / "1", receipt="{}")
+
+    checkpoint.save(replace(checkpoint.load(tmp_path / "1"), round=5), tmp_path / "2")
+
+    assert checkpoint.load(tmp_path / "2").receipt is None
+
+
+def test_a_changed_receipt_is_refused_and_one_put_beside_it_is_not_read(tmp_path):
+    checkpoint.save(made(), tmp_path / "1", receipt="{}")
+    (tmp_path / "1" / "receipt.json").write_text("[]")
+    checkpoint.save(made(), tmp_path / "2")
+    (tmp_path / "2" / "receipt.json").write_text("{}")
+
+    with pytest.raises(CheckpointError, match=r"receipt.json is missing or differs"):
+        checkpoint.load(tmp_path / "1")
+    assert checkpoint.load(tmp_path / "2").receipt is None
+
+
+def test_parameters_state_and_receipt_appear_in_one_rename(tmp_path, monkeypatch):
+    renames = []
+
+    def rename(partial: Path, folder: Path) -> None:
+        renames.append({path.name for path in partial.iterdir()})
+        os.rename(partial, folder)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    checkpoint.save(made(), tmp_path / "1", receipt="{}")
+
+    whole = {"manifest.json", "model.safetensors", "receipt.json", "server.safetensors"}
+    assert renames == [whole]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4, 5])
+def test_a_full_disk_leaves_no_checkpoint_and_the_save_can_be_tried_again(
+    tmp_path, monkeypatch, nth
+):
+    checkpoint.save(made(), tmp_path / "0001")
+    synced = itertools.count(1)
+
+    def fsync(_: int) -> None:
+        if next(synced) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(CheckpointError, match=r"No space left on device. Fre"):
+            checkpoint.save(made(round=5), tmp_path / "0002", receipt="{}")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["0001"]
+    checkpoint.save(made(round=5), tmp_path / "0002", receipt="{}")
+    assert checkpoint.load(tmp_path / "0002").round == 5
+
+
+@pytest.mark.parametrize("limit", [100, 500])
+def test_a_file_that_may_not_grow_is_a_refusal_that_names_checkpoint_and_cause(
+    tmp_path, limit
+):
+    """The first limit stops the parameters, the second the manifest."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(CheckpointError) as refusal:
+            checkpoint.save(made(), tmp_path / "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert str(refusal.value) == (
+        f"{tmp_path / '1'} could not be written: File too large. Raise the limit on "
+        "the size of files (ulimit -f), then do the same again; nothing half-written "
+        "counts."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+DIES = """
+import runpy, sys
+from pathlib import Path
+made = runpy.run_path(sys.argv[1])["made"]
+from fedgex.common import checkpoint
+checkpoint.save(made(round=5), Path(sys.argv[2]), receipt="{}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("point", "left"),
+    [
+        ("checkpoint.written", [".0002.partial", "0001"]),
+        ("checkpoint.renamed", ["0001", "0002"]),
+        ("checkpoint.synced", ["0001", "0002"]),
+    ],
+)
+def test_killed_while_saving_the_checkpoint_is_whole_or_not_there(
+    tmp_path, point, left
+):
+    counts, run = tmp_path / "counts", tmp_path / "run"
+    counts.mkdir()
+    checkpoint.save(made(), run / "0001")
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, __file__, str(run / "0002")],
+        env=os.environ | {"FEDGEX_FAILPOINT": f"{point}:1:{counts}"},
+        check=False,
+    )
+
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in run.iterdir()) == left
+    last = checkpoint.load(run / left[-1])
+    assert (last.round, last.receipt) == ((5, "{}") if "0002" in left else (4, None))
 
 
 def test_the_latest_is_the_one_with_the_highest_number(tmp_path):

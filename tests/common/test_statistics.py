@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from fedgex.common.errors import UpdateError
 from fedgex.common.statistics import (
+    SUPPRESSED,
     CrossProducts,
     GeneMoments,
     Standardisation,
@@ -172,6 +173,63 @@ def test_counts_above_the_number_of_patients_are_refused():
             square_total=np.ones(2),
             n_patients=3,
         )
+
+
+def test_what_few_patients_tell_is_suppressed_and_exactly_the_floor_is_told():
+    cells = np.full((4, 3), np.nan)
+    cells[:3, 0], cells[:2, 1] = (1.0, 2.0, 4.0), (3.0, 5.0)
+
+    told = GeneMoments.of(cells).suppressed(3)
+
+    assert told.count.tolist() == [3, SUPPRESSED, SUPPRESSED]
+    assert told.total.tolist() == [7.0, 0.0, 0.0]
+    assert told.square_total.tolist() == [21.0, 0.0, 0.0]
+    assert told.n_patients == 4
+
+
+def test_pairs_of_few_patients_are_suppressed():
+    cells = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, np.nan]])
+
+    told = CrossProducts.of(cells).suppressed(3)
+
+    assert told.pair_counts.tolist() == [[3, SUPPRESSED], [SUPPRESSED, SUPPRESSED]]
+    assert told.products.tolist() == [[35.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("floor", [1, 2, 3])
+def test_suppressed_counts_are_as_if_the_site_had_not_measured_the_gene(floor):
+    one = np.array([[1.0, np.nan], [2.0, 5.0], [np.nan, np.nan]])
+    other = np.array([[4.0, 6.0], [8.0, 7.0], [9.0, 1.0]])
+    seen = np.where((~np.isnan(one)).sum(axis=0) >= floor, one, np.nan)
+
+    moments = pool(GeneMoments.of(cells).suppressed(floor) for cells in (one, other))
+    products = pool(CrossProducts.of(cells).suppressed(floor) for cells in (one, other))
+
+    expected = pool([GeneMoments.of(seen), GeneMoments.of(other)])
+    np.testing.assert_array_equal(moments.count, expected.count)
+    np.testing.assert_array_equal(moments.mean, expected.mean)
+    np.testing.assert_array_equal(moments.sd, expected.sd)
+    np.testing.assert_array_equal(np.diag(products.pair_counts), expected.count)
+
+
+def test_a_gene_that_every_site_suppresses_has_mean_zero_and_sd_one():
+    nothing = GeneMoments.of(np.ones((2, 1))).suppressed(3)
+
+    for moments in (pool([nothing]), pool([nothing, nothing])):
+        assert moments.mean.tolist() == [0.0]
+        assert moments.sd.tolist() == [1.0]
+
+
+def test_sums_beside_a_suppressed_count_are_refused():
+    with pytest.raises(UpdateError, match="1 genes are impossible"):
+        GeneMoments(
+            count=np.array([SUPPRESSED, 3]),
+            total=np.ones(2),
+            square_total=np.ones(2),
+            n_patients=3,
+        )
+    with pytest.raises(UpdateError, match="1 pairs are impossible"):
+        CrossProducts(products=np.ones((1, 1)), pair_counts=np.full((1, 1), SUPPRESSED))
 
 
 def test_an_sd_of_zero_is_refused():

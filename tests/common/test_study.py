@@ -112,6 +112,7 @@ def test_a_default_written_out_does_not_change_the_hash():
         {"pretraining": {"masking": {"mcar": 0.61}}},
         {"survival": {"interval_ends": [365]}},
         {"rounds": {"mandatory_sites": ["h1"]}},
+        {"vocabulary": {"genes": ["TP53"]}},
     ],
 )
 def test_another_value_makes_another_hash(change):
@@ -219,3 +220,49 @@ def test_what_cannot_be_run_is_refused_before_the_run(changes, named):
 def test_every_preset_of_the_model_can_be_named():
     for name in PRESETS:
         assert Study.read({"name": "x", "preset": name}, "test").preset == name
+
+
+def test_the_genes_of_a_study_are_distinct_symbols_in_any_order():
+    genes = ("TP53", "BRCA1")
+
+    assert study(vocabulary={"genes": genes}).vocabulary.genes == genes
+    twice = {"genes": ["TP53", "BRCA1", "TP53"]}
+    assert "genes must be distinct" in refusal(vocabulary=twice)
+    for symbol in ("", "TP53 ", "TP53\nBRCA1"):
+        assert "vocabulary.genes.0" in refusal(vocabulary={"genes": [symbol]})
+
+
+def fixed(by_site: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"name": "fedavg", "weights": "fixed", "site_weights": by_site} | changes
+
+
+def test_fixed_weights_are_positive_numbers_of_named_sites():
+    found = study(strategy=fixed({"north": 2, "south": 0.5}))
+
+    assert found.strategy.site_weights == {"north": 2.0, "south": 0.5}
+    for weight in (0, -1, "inf", "nan"):
+        message = refusal(strategy=fixed({"north": weight}))
+        assert "strategy.site_weights.north" in message
+    assert "strategy.site_weights.Nord" in refusal(strategy=fixed({"Nord": 1}))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (fixed({}), 'weights = "fixed" needs site_weights'),
+        (fixed({"north": 1}, weights="equal"), 'are for weights = "fixed" alone'),
+        (fixed({"north": 1}, name="median"), "median takes no weights"),
+        (fixed({"north": 1}, name="trimmed-mean"), "trimmed-mean takes no weights"),
+    ],
+)
+def test_fixed_weights_are_given_where_they_are_used_and_nowhere_else(
+    strategy, message
+):
+    assert message in refusal(strategy=strategy)
+
+
+def test_the_order_of_fixed_weights_does_not_change_the_hash():
+    one = study(strategy=fixed({"north": 2, "south": 1}))
+    other = study(strategy=fixed({"south": 1.0, "north": 2.0}))
+
+    assert one.hash == other.hash

@@ -154,7 +154,7 @@ def test_a_run_that_missed_its_quorum_goes_on_once_the_sites_are_back(
     study = consortium.study(rounds={"quorum": SITES})
     sites = tmp_path / "sites"
     shutil.copytree(consortium.sites, sites)
-    settings = sites / consortium.names[0] / "site.toml"
+    settings = sites / consortium.names[0] / "policy.toml"
     permitted = settings.read_text()
     settings.write_text(permitted.replace(', "survival"]', "]"))
     run_dir = tmp_path / "run"

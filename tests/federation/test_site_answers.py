@@ -18,6 +18,7 @@ import fedgex.client.app
 from fedgex.client import local_training
 from fedgex.common import keys
 from fedgex.common.records import to_arrays
+from fedgex.common.statistics import SUPPRESSED
 
 if TYPE_CHECKING:
     from .conftest import Consortium, Finished
@@ -136,7 +137,7 @@ def _wrong_hash(message: Message) -> None:
 
 
 def _wrong_version(message: Message) -> None:
-    message.content.config_records[keys.STUDY][keys.VERSION] = "0.0.0"
+    message.content.config_records[keys.SERVER][keys.VERSION] = "0.0.0"
 
 
 def _changed_study(message: Message) -> None:
@@ -261,10 +262,141 @@ def test_a_site_with_unusable_files_is_left_out_with_the_code_of_the_finding(
     assert len(run.rounds) == 1
 
 
+# ---- what a policy withholds ----
+
+
+LOSSES_ONLY = 'metrics = ["train-loss", "judged-loss"]'
+ALL_METRICS = 'metrics = ["train-loss", "judged-loss", "seconds", "num-patients"]'
+
+
+def test_metrics_that_a_policy_does_not_permit_do_not_leave_and_are_null(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    withheld = 'metrics = ["judged-loss", "num-patients"]'
+    sites = _copy_with(consortium, tmp_path, 0, ALL_METRICS, withheld)
+
+    run = consortium.conduct(consortium.study(**SHORT), tmp_path / "run", sites=sites)
+
+    (reply,) = [
+        _plain(e.reply)
+        for e in run.exchanges
+        if e.site == consortium.names[0] and e.message_type == keys.TRAIN
+    ]
+    assert set(reply["metrics"]) == {"num-examples", "num-loss-terms", "judged-loss"}
+    assert reply["withheld"] == {"metrics": ["seconds", "train-loss"]}
+    (event,) = run.events("round")
+    told = event["sites"][consortium.names[0]]
+    assert told["state"] == "contributed"
+    assert told["train_loss"] is None
+    assert told["seconds"] is None
+    others = [event["sites"][name] for name in consortium.names[1:]]
+    assert event["train_loss"] == pytest.approx(
+        np.average(
+            [site["train_loss"] for site in others],
+            weights=[site["num_examples"] for site in others],
+        )
+    )
+
+
+def test_a_loss_that_every_site_withholds_is_null(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = tmp_path / "sites"
+    shutil.copytree(consortium.sites, sites)
+    for path in sites.glob("*/policy.toml"):
+        path.write_text(path.read_text().replace('"train-loss", ', ""))
+
+    run = consortium.conduct(consortium.study(**SHORT), tmp_path / "run", sites=sites)
+
+    (event,) = run.events("round")
+    assert event["train_loss"] is None
+    assert event["judged_loss"] > 0
+
+
+def test_a_number_of_patients_may_be_withheld_where_all_weigh_the_same(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = _copy_with(consortium, tmp_path, 0, ALL_METRICS, LOSSES_ONLY)
+    study = consortium.study(
+        **SHORT | {"strategy": {"name": "fedavg", "weights": "equal"}}
+    )
+
+    run = consortium.conduct(study, tmp_path / "run", sites=sites)
+
+    for exchange in run.exchanges:
+        if exchange.site == consortium.names[0]:
+            for name, record in _plain(exchange.reply).items():
+                assert name == "withheld" or not {
+                    "num-patients",
+                    "num-examples",
+                    "num-loss-terms",
+                } & set(record)
+    (event,) = run.events("round")
+    told = event["sites"].values()
+    assert {site["state"] for site in told} == {"contributed"}
+    assert event["sites"][consortium.names[0]]["num_examples"] is None
+    assert event["train_loss"] == pytest.approx(
+        np.mean([site["train_loss"] for site in told])
+    )
+    assert run.final.trained_on["patients"] is None
+
+
+def test_a_site_that_withholds_its_patients_refuses_to_be_weighted_by_them(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = _copy_with(consortium, tmp_path, 0, ALL_METRICS, LOSSES_ONLY)
+
+    run = consortium.conduct(consortium.study(**SHORT), tmp_path / "run", sites=sites)
+
+    (left_out,) = run.events("not-answered")
+    assert (left_out["state"], left_out["reason"]) == ("refused", "FX-SITE-002")
+    assert run.events("run-started")[0]["sites"] == list(consortium.names[1:])
+
+
+def test_a_site_that_demands_privacy_refuses_a_study_without(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = _copy_with(
+        consortium, tmp_path, 0, "demand_privacy = false", "demand_privacy = true"
+    )
+
+    run = consortium.conduct(consortium.study(**SHORT), tmp_path / "run", sites=sites)
+
+    (left_out,) = run.events("not-answered")
+    assert left_out["reason"] == "FX-SITE-002"
+
+
+def test_patients_who_opt_out_during_a_run_are_missing_from_its_next_round(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    sites = tmp_path / "sites"
+    shutil.copytree(consortium.sites, sites)
+    site = sites / consortium.names[0]
+    path = site / "site.toml"
+    path.write_text(
+        path.read_text().replace("[data]\n", '[data]\nopt_outs = "opt-outs.txt"\n')
+    )
+    (site / "opt-outs.txt").write_text("# nobody yet\n")
+    patient = pd.read_csv(site / "clinical.csv")["patient"][0]
+
+    def alter(name: str, message: Message) -> None:
+        number = message.content.config_records.get(keys.ROUND, {}).get(keys.NUMBER)
+        if name == consortium.names[0] and number == 2:
+            (site / "opt-outs.txt").write_text(f"{patient}\n")
+
+    study = consortium.study(**SHORT | {"pretraining": {"rounds": 2}})
+    run = consortium.conduct(study, tmp_path / "run", sites=sites, alter=alter)
+
+    first, second = (
+        e["sites"][consortium.names[0]]["num_examples"] for e in run.events("round")
+    )
+    assert second == first - 1
+
+
 # ---- statistics ----
 
 
-def test_counts_below_the_floor_are_zeroed(
+def test_counts_below_the_floor_are_suppressed_and_never_nought(
     consortium: Consortium, tmp_path: Path
 ) -> None:
     sites = tmp_path / "sites"
@@ -283,13 +415,16 @@ def test_counts_below_the_floor_are_zeroed(
     replies = {e.message_type: e.reply for e in run.exchanges if e.site == site}
     genes = list(run.final.vocabulary.genes)
     moments = to_arrays(replies[keys.STATISTICS].array_records[keys.MOMENTS])
-    for array in moments.values():
-        assert array[genes.index(below)] == 0
+    assert moments["count"][genes.index(below)] == SUPPRESSED
+    assert moments["total"][genes.index(below)] == 0
+    assert moments["square-total"][genes.index(below)] == 0
     assert moments["count"][genes.index(at)] == FLOOR
     assert moments["total"][genes.index(at)] > 0
     sent = to_arrays(replies[keys.CROSS_PRODUCTS].array_records[keys.PRODUCTS])
-    assert not set(range(1, FLOOR)) & set(sent["pair-counts"].ravel().tolist())
-    assert (sent["products"][sent["pair-counts"] == 0] == 0).all()
+    counts = sent["pair-counts"]
+    assert not set(range(FLOOR)) & set(counts.tolist())
+    assert (counts == SUPPRESSED).any()
+    assert (sent["products"][counts == SUPPRESSED] == 0).all()
 
 
 def test_a_site_stricter_than_the_study_is_obeyed(
@@ -305,7 +440,8 @@ def test_a_site_stricter_than_the_study_is_obeyed(
     told = [e.reply for e in run.exchanges if e.site == consortium.names[0]]
     for reply in told:
         for record in reply.array_records.values():
-            assert all(not array.any() for array in to_arrays(record).values())
+            for key, array in to_arrays(record).items():
+                assert (array == (SUPPRESSED if "count" in key else 0)).all()
     assert consortium.names[0] not in {
         name
         for event in run.events("round")
@@ -361,10 +497,10 @@ def _covariance(
 def _copy_with(
     consortium: Consortium, folder: Path, at: int, old: str, new: str
 ) -> Path:
-    """Copy the hospitals' folders and change one line of one site.toml."""
+    """Copy the hospitals' folders and change one line of one policy.toml."""
     sites = folder / "sites"
     shutil.copytree(consortium.sites, sites)
-    path = sites / consortium.names[at] / "site.toml"
+    path = sites / consortium.names[at] / "policy.toml"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     return sites

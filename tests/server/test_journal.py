@@ -2,6 +2,8 @@ import json
 import logging
 import math
 import os
+import resource
+import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -54,7 +56,12 @@ def test_each_event_is_synchronised_to_the_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode):  # the folder is synchronised too
+            sizes.append(os.fstat(handle).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     writer = Journal(path)
 
     writer.write("phase-finished", phase="survival")
@@ -113,6 +120,24 @@ def test_a_journal_that_was_torn_can_be_continued(
 
     assert [e["event"] for e in journal.read(path)] == ["run-started", "run-failed"]
     assert "cut 14 bytes" in caplog.text
+
+
+def test_an_event_that_does_not_fit_is_refused_and_leaves_no_trace(path: Path) -> None:
+    writer = Journal(path)
+    writer.write("run-started", study="tiny")
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+    try:
+        with pytest.raises(FedgexError, match=r"journal.jsonl could not be written: F"):
+            writer.write("run-finished", checkpoint="model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert path.read_bytes() == before
+    writer.write("run-finished", checkpoint="model")
+    assert [e["event"] for e in journal.read(path)] == ["run-started", "run-finished"]
 
 
 def test_the_tail_gives_each_event_once(path: Path) -> None:

@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +22,10 @@ from numpy.typing import NDArray
 from fedgex.common import keys
 from fedgex.common.errors import FederationError
 from fedgex.common.records import Arrays, to_record
-from fedgex.common.study import RoundRule
-from fedgex.server.rounds import RoundOutcome, Site, ask, train_round
+from fedgex.common.study import RoundRule, Study
+from fedgex.server.asking import Line, Request, Simulated
+from fedgex.server.journal import Journal
+from fedgex.server.rounds import RoundOutcome, Site, train_round
 
 EXPECTED = {"bias": (2,), "weight": (2, 3)}
 NAMES = ("h1", "h2", "h3")
@@ -45,6 +48,9 @@ class FakeGrid:
         self.replies = replies
         self.deaf = deaf
         self.sent: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return [1, 2, 3]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
@@ -132,30 +138,54 @@ def run(tmp_path: Path) -> Run:
     """Run a round of NAMES whose nodes all answer well, but for what is given."""
 
     def run(
-        *, deaf: frozenset[int] = frozenset(), floor: int = 10, **replies: Reply
+        *,
+        deaf: frozenset[int] = frozenset(),
+        floor: int = 10,
+        weighted_by: str | None = keys.NUM_EXAMPLES,
+        update: str = "parameters",
+        absent: dict[str, dict[str, str]] | None = None,
+        **replies: Reply,
     ) -> RoundOutcome:
         rule = cast(RoundRule, replies.pop("rule", RoundRule(deadline_s=0.05)))
         answers: dict[int, Reply] = {
             i: replies.get(name, reply()) for i, name in enumerate(NAMES, start=1)
         }
-        return train_round(
-            cast(Grid, FakeGrid(answers, deaf)),
-            [
-                Site(
-                    name=name,
-                    node=i,
-                    measured=np.array([True, i > 1, False]),
-                    n_patients=100,
-                )
-                for i, name in enumerate(NAMES, start=1)
-            ],
-            RecordDict({keys.MODEL: to_record(good_arrays())}),
-            EXPECTED,
-            rule,
-            floor=floor,
-            group="pretraining-1",
-            spool_dir=tmp_path,
+        nodes = {name: i for i, name in enumerate(NAMES, start=1)}
+        line = Line(
+            grid=cast(Grid, FakeGrid(answers, deaf)),
+            peers=Simulated(nodes),
+            journal=Journal(tmp_path / "journal.jsonl"),
             poll_s=0.01,
+        )
+        study = Study.model_validate(
+            {
+                "name": "small",
+                "minimum_cohort": floor,
+                "strategy": {
+                    "name": "fedavg",
+                    "weights": "patients" if weighted_by else "equal",
+                    "update": update,
+                },
+                "rounds": rule.model_dump(),
+            }
+        )
+        return train_round(
+            line,
+            [
+                Site(name=name, measured=np.array([True, i > 1, False]), n_patients=100)
+                for name, i in nodes.items()
+            ],
+            Request(
+                type=keys.TRAIN,
+                content=lambda: RecordDict({keys.MODEL: to_record(good_arrays())}),
+                group="pretraining-1",
+                phase="pretraining",
+                round=1,
+            ),
+            {k: np.zeros(shape, np.float32) for k, shape in EXPECTED.items()},
+            study,
+            absent={} if absent is None else absent,
+            spool_dir=tmp_path,
         )
 
     return run
@@ -179,6 +209,51 @@ def test_every_good_update_is_taken_with_its_numbers(run: Run) -> None:
         "judged_loss": 0.75,
         "seconds": 2.5,
     }
+
+
+def withholding(*names: str) -> RecordDict:
+    """Return an acceptable reply of a site whose policy keeps some metrics back."""
+    content = reply(**{name.replace("-", "_"): None for name in names})
+    content[keys.WITHHELD] = ConfigRecord({keys.METRICS: list(names)})
+    return content
+
+
+def test_a_withheld_number_is_none_and_never_nought(run: Run) -> None:
+    outcome = run(h2=withholding(keys.TRAIN_LOSS, keys.SECONDS))
+
+    assert outcome.sites["h2"] == {
+        "state": "contributed",
+        "reason": None,
+        "num_examples": 40,
+        "num_loss_terms": 400,
+        "train_loss": None,
+        "judged_loss": 0.75,
+        "seconds": None,
+    }
+
+
+def test_patients_may_be_withheld_where_updates_are_weighted_otherwise(
+    run: Run,
+) -> None:
+    outcome = run(
+        weighted_by=None, h2=withholding(keys.NUM_EXAMPLES, keys.NUM_LOSS_TERMS)
+    )
+
+    assert outcome.updates[1].num_examples is None
+    assert outcome.updates[1].num_loss_terms is None
+    assert outcome.sites["h2"]["num_examples"] is None
+
+
+def test_nobody_withholds_the_number_that_weighs_its_update(run: Run) -> None:
+    outcome = run(
+        weighted_by=keys.NUM_EXAMPLES,
+        h2=withholding(keys.NUM_EXAMPLES, keys.NUM_LOSS_TERMS),
+    )
+
+    assert outcome.sites["h2"]["state"] == "quarantined"
+    assert (
+        outcome.sites["h2"]["reason"] == '"num-examples" is not a number of 0 or more'
+    )
 
 
 def test_half_precision_is_as_good_as_single(run: Run) -> None:
@@ -341,29 +416,62 @@ def test_the_bytes_of_arrays_are_counted_both_ways(run: Run) -> None:
 
     outcome = run()
 
-    assert outcome.bytes_down == 3 * n_bytes
+    assert outcome.bytes_down == 3 * (n_bytes + len(version("fedgex")))
     assert outcome.bytes_up == 3 * n_bytes
 
 
-def test_each_answer_comes_once_and_the_late_ones_come_last() -> None:
-    grid = FakeGrid({1: None, 2: reply(), 3: refusal("FX-SITE-001")}, frozenset())
+def times(factor: float) -> Arrays:
+    return {name: (factor * a).astype(np.float32) for name, a in good_arrays().items()}
 
-    answers = list(
-        ask(
-            cast(Grid, grid),
-            [1, 2, 3],
-            RecordDict(),
-            keys.PREPARE,
-            group="prepare",
-            deadline_s=0.05,
-            poll_s=0.01,
-        )
-    )
 
-    assert [(answer.node, answer.state) for answer in answers] == [
-        (2, "contributed"),
-        (3, "refused"),
-        (1, "late"),
-    ]
-    assert all(m.metadata.group_id == "prepare" for m in grid.sent.values())
-    assert all(m.metadata.message_type == keys.PREPARE for m in grid.sent.values())
+@pytest.mark.parametrize("kind", ["parameters", "delta"])
+def test_an_update_with_a_norm_far_beyond_the_others_is_quarantined(
+    run: Run, kind: str
+) -> None:
+    # The model began with zeros: the norm of the others is sqrt(1 + 4 + 6 * 1).
+    outcome = run(h2=reply(times(10.01)), update=kind)
+
+    assert outcome.sites["h2"] == {
+        "state": "quarantined",
+        "reason": "its change of the model has norm 33.2, more than 10 times the "
+        "others' median of 3.32",
+    }
+    assert [update.site for update in outcome.updates] == ["h1", "h3"]
+
+
+def test_just_under_ten_times_the_others_norm_is_taken(run: Run) -> None:
+    assert len(run(h2=reply(times(9.99))).updates) == 3
+
+
+def test_the_ratio_of_norms_is_the_studys(run: Run) -> None:
+    rule: Any = RoundRule(deadline_s=0.05, max_norm_ratio=2)
+
+    outcome = run(h2=reply(times(2.1)), rule=rule)
+
+    assert outcome.sites["h2"]["state"] == "quarantined"
+
+
+def test_two_updates_are_too_few_to_call_one_of_them_large(run: Run) -> None:
+    outcome = run(h1=refusal("FX-SITE-003"), h2=reply(times(1e6)))
+
+    assert [update.site for update in outcome.updates] == ["h2", "h3"]
+
+
+def test_the_quorum_counts_after_norms_were_compared(run: Run) -> None:
+    rule: Any = RoundRule(quorum=3, deadline_s=0.05)
+
+    with pytest.raises(FederationError, match="2 of 3 sites contributed") as caught:
+        run(h2=reply(times(1e30)), rule=rule)
+
+    assert "h2: quarantined (its change of the model has norm" in str(caught.value)
+
+
+def test_a_site_that_was_not_asked_stands_among_the_others_with_its_reason(
+    run: Run,
+) -> None:
+    gone = {"state": "refused", "reason": "FX-STUDY-002"}
+
+    outcome = run(absent={"h0": gone})
+
+    assert outcome.sites["h0"] == gone
+    assert list(outcome.sites) == ["h0", "h1", "h2", "h3"]

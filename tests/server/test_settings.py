@@ -106,3 +106,65 @@ def test_everything_wrong_in_a_study_is_named_at_once(tmp_path: Path) -> None:
     assert "study.toml: pretraining.rounds: " in message
     assert "study.toml: pretraining.epoch: " in message
     assert "study.toml: rounds.quorum: " in message
+
+
+def test_a_file_stands_for_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("STUDY", "RUN_DIR", "N_SITES"):
+        monkeypatch.delenv(PREFIX + name)
+    path = tmp_path / "settings.json"
+    values = {"study": "s.json", "run_dir": "run", "n_sites": 4, "poll_s": 0.2}
+    path.write_text(json.dumps(values))
+
+    settings = ServerSettings.load(path)
+
+    assert settings.job == "conduct"
+    assert (settings.n_sites, settings.poll_s) == (4, 0.2)
+    assert settings.run_dir == Path("run")
+
+
+def test_between_hospitals_the_state_directory_says_where_everything_lies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("STUDY", "RUN_DIR", "N_SITES"):
+        monkeypatch.delenv(PREFIX + name)
+    path = tmp_path / "settings.json"
+    values = {"state_dir": "state", "contract": "0" * 64, "run": "small-1"}
+    path.write_text(json.dumps(values | {"holdout": None}))
+
+    settings = ServerSettings.load(path)
+
+    assert settings.run_dir == Path("state/runs/small-1")
+    assert settings.study == Path("state/runs/small-1/study.json")
+    assert settings.bundle == Path("state/releases/small-1.fedgex")
+    assert settings.holdout is None
+
+
+@pytest.mark.parametrize(
+    ("values", "missing"),
+    [
+        ({"state_dir": "state"}, "contract, run"),
+        ({"job": "publish", "run_dir": "x"}, "state_dir, contract"),
+        ({"job": "deliver", "state_dir": "state", "contract": "0" * 64}, "run"),
+    ],
+)
+def test_a_job_that_lacks_something_names_it(
+    tmp_path: Path, values: dict[str, str], missing: str
+) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(values))
+
+    with pytest.raises(ConfigError) as caught:
+        ServerSettings.load(path)
+
+    assert f"{path}: settings: " in str(caught.value)
+    assert str(caught.value).endswith(f"needs {missing}")
+
+
+def test_a_key_that_there_is_not_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text('{"pol_s": 1}')
+
+    with pytest.raises(ConfigError, match=r"settings\.json: pol_s: "):
+        ServerSettings.load(path)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE, GexBert, preset
 from fedgex.common.records import Arrays, parameters
 from fedgex.common.study import StrategyRule
@@ -309,3 +310,27 @@ def test_a_spooled_update_is_read_back_bit_by_bit(tmp_path: Path) -> None:
 
     for name, array in arrays.items():
         np.testing.assert_array_equal(spooled.read(name), array)
+
+
+def test_fixed_weights_count_whatever_the_number_of_patients(tmp_path: Path) -> None:
+    fixed = rule("fedavg", weights="fixed", site_weights={"a": 3, "b": 1, "away": 9})
+    updates = [
+        update(tmp_path, "a", constant(1), patients=10, terms=5),
+        update(
+            tmp_path, "b", constant(5), patients=990, terms=7, measured=(1, 1, 1, 0)
+        ),
+    ]
+
+    new, _ = combine(fixed, constant(0), updates, 1, {})
+
+    np.testing.assert_allclose(new[SHARED], 2.0)  # (3 * 1 + 1 * 5) / 4
+    np.testing.assert_allclose(new[GENES][:3], 2.0)
+    np.testing.assert_allclose(new[GENES][3], 1.0)  # b did not measure the gene
+
+
+def test_a_site_without_a_fixed_weight_is_refused_by_its_name(tmp_path: Path) -> None:
+    fixed = rule("fedavg", weights="fixed", site_weights={"a": 3, "b": 1})
+    updates = [update(tmp_path, site, constant(1)) for site in ("a", "c")]
+
+    with pytest.raises(UpdateError, match=r'site "c" has no fixed weight.* a, b'):
+        combine(fixed, constant(0), updates, 1, {})

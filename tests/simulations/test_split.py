@@ -160,9 +160,10 @@ def test_the_site_file_says_what_a_hospital_would(data: Path, tmp_path: Path):
     folder = tmp_path / "out" / "sites" / "region"
     settings = SiteSettings.load(folder / "site.toml")
     assert settings.name == "region"
-    assert settings.minimum_cohort == 2
-    assert settings.tasks == ("pretraining", "classification", "survival")
-    assert not settings.share_cross_products
+    assert settings.policy.minimum_cohort == 2
+    assert settings.policy.tasks == ("pretraining", "classification", "survival")
+    assert not settings.policy.share_cross_products
+    assert settings.policy.threads == 1
     assert settings.data.expression == folder / "expression.parquet"
     assert settings.data.clinical == folder / "clinical.csv"
     assert settings.data.scale == "log2p1"

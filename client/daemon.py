@@ -1,0 +1,160 @@
+"""`fedgex-site start`: SuperNode and worker of a hospital, kept alive.
+
+One dies, both are started again: the SuperNode signs its node off, the server hears at
+once that the message failed, asks again, and the stored reply is sent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from fedgex.client import supernode
+from fedgex.client.gate import read_working, stop_working
+from fedgex.client.identity import Identity
+from fedgex.client.settings import SiteSettings
+from fedgex.common import chain
+from fedgex.common.errors import FedgexError
+from fedgex.common.files import write_atomic
+from fedgex.common.processes import Child
+
+logger = logging.getLogger(__name__)
+
+TIME_LIMIT = "FX-SITE-007"
+LOOK_S = 0.5
+STATUS_S = 5.0
+
+
+def run(site_toml: Path) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises
+    ------
+    ConfigError
+        If settings or policy cannot be used, or the hospital has not joined.
+    TrustError
+        If the audit log was changed.
+    FedgexError
+        If another daemon serves this state directory.
+    """
+    site_toml = site_toml.resolve()
+    settings = SiteSettings.load(site_toml)
+    Identity.load(settings.state_dir)
+    with (settings.state_dir / "daemon.lock").open("a+") as lock:
+        _lock(lock.fileno(), settings.state_dir)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        audit = settings.state_dir / "audit.jsonl"
+        if audit.exists():
+            chain.verify(audit)
+        chain.Chain(audit).append("daemon-started", pid=os.getpid())
+        _Daemon(site_toml, settings).serve()
+        chain.Chain(audit).append("daemon-stopped", pid=os.getpid())
+
+
+def daemon_pid(state_dir: Path) -> int | None:
+    """Return the process number of the running daemon, None if there is none.
+
+    A file that a dead daemon left behind does not count: its lock is gone.
+    """
+    path = state_dir / "daemon.lock"
+    if not path.exists():
+        return None
+    with path.open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(lock.read() or 0) or None
+    return None
+
+
+class _Daemon:
+    def __init__(self, site_toml: Path, settings: SiteSettings) -> None:
+        self.site_toml, self.settings = site_toml, settings
+        self.stopping = False
+        self.started = datetime.now(UTC)
+        port, secret = _free_port(), secrets.token_hex(32)
+        environment = {supernode.SECRET_VARIABLE: secret}
+        told = json.dumps({"site_toml": str(site_toml), "port": port})
+        self.node = Child("fedgex.client.supernode", [told], environment)
+        self.worker = Child(
+            "fedgex.client.worker",
+            [str(site_toml), str(port)],
+            environment | {"OMP_NUM_THREADS": str(settings.policy.threads)},
+        )
+
+    def serve(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        told = 0.0
+        try:
+            while not self.stopping:
+                self._enforce_limit()
+                for one, other in (
+                    (self.worker, self.node),
+                    (self.node, self.worker),
+                ):
+                    if one.starts and not one.alive and other.alive:
+                        other.stop()
+                self.node.keep()
+                self.worker.keep()
+                if time.monotonic() - told > STATUS_S:
+                    told = time.monotonic()
+                    self._tell()
+                time.sleep(LOOK_S)
+        finally:
+            self.node.stop()
+            self.worker.stop()
+            self._tell()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+    def _enforce_limit(self) -> None:
+        """End a computation that takes longer than the policy permits."""
+        working = read_working(self.settings.state_dir)
+        if working is None or working.get("code"):
+            return
+        limit = SiteSettings.load(self.site_toml).policy.message_limit_s
+        if time.monotonic() - float(str(working["since"])) > limit:
+            logger.warning("a message took more than %g s; it is stopped", limit)
+            stop_working(self.settings.state_dir, TIME_LIMIT)
+            self.worker.stop(grace_s=0)
+
+    def _tell(self) -> None:
+        told = {
+            "pid": os.getpid(),
+            "started": self.started.isoformat(),
+            "supernode": self.node.alive,
+            "worker": self.worker.alive,
+            "restarts": max(self.node.starts, self.worker.starts) - 1,
+            "stopped": self.stopping,
+        }
+        path = self.settings.state_dir / "status.json"
+        write_atomic(path, json.dumps(told).encode())
+
+
+def _lock(lock: int, state_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FedgexError(
+            f"another daemon serves {state_dir} (process {daemon_pid(state_dir)}); "
+            "stop it with fedgex-site stop, or use it."
+        ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

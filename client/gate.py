@@ -1,0 +1,324 @@
+"""The gate of a hospital: what comes in, what goes out, and the record of both.
+
+It stands around the app (`client.app`) that also runs in the simulator. A message
+passes if a person approved its contract here, the message is what the contract says,
+and the policy lets the site answer now. What was answered is signed, stored and logged
+before it leaves, and sent again, byte for byte, to whoever asks the same again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedgex.client.decisions import DIFFERS, UNTRUSTED, Desk, Refusal
+from fedgex.client.identity import Identity
+from fedgex.client.replies import AnotherRequestError, Replies
+from fedgex.client.settings import SiteSettings
+from fedgex.common import failpoints, keys, pki
+from fedgex.common.chain import Chain, Head
+from fedgex.common.contract import Contract
+from fedgex.common.errors import TrustError
+from fedgex.common.files import write_atomic
+from fedgex.common.pki import Signed
+from fedgex.common.receipt import Part, Receipt, reply_digest, request_digest
+from fedgex.common.records import text, to_arrays
+from fedgex.common.study import NAME_PATTERN
+
+logger = logging.getLogger(__name__)
+
+App = Callable[[Message, Context], Message]
+
+FAILED, PAUSED, CLOSED = "FX-SITE-001", "FX-SITE-004", "FX-SITE-005"
+UNKNOWN_RUN, ANSWERED, RESTORED = "FX-RUN-001", "FX-RUN-002", "FX-RUN-003"
+
+STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN)
+"""Answered once. `prepare` says what is so now, and may say it again."""
+
+WORKING = "working.json"
+"""Says what is computed now, for the daemon and for who comes after a death."""
+
+MAX_DEATHS = 3
+"""A request during which the process died this often is refused."""
+
+
+class Gate:
+    """What the executor calls for every message."""
+
+    def __init__(self, site_toml: Path, app: App) -> None:
+        """Open the gate of the hospital of a site.toml.
+
+        Raises
+        ------
+        ConfigError
+            If settings or policy cannot be used, or the hospital has not joined.
+        TrustError
+            If the audit log was changed.
+        """
+        self.site_toml, self.app = site_toml, app
+        settings = SiteSettings.load(site_toml)
+        self.state_dir = settings.state_dir
+        self.identity = Identity.load(self.state_dir)
+        self.audit = Chain(self.state_dir / "audit.jsonl")
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message; whatever goes wrong leaves as a code."""
+        try:
+            settings = SiteSettings.load(self.site_toml)
+            reply = self._answer(message, context, settings)
+        except Refusal as refusal:
+            reply = self._refuse(message, refusal)
+        except Exception as error:
+            logger.exception("failed")
+            reply = self._refuse(message, Refusal(FAILED, type(error).__name__))
+        return Message(reply, reply_to=message)
+
+    def _answer(
+        self, message: Message, context: Context, settings: SiteSettings
+    ) -> RecordDict:
+        kind, content = message.metadata.message_type, message.content
+        desk = Desk.of(settings)
+        run, contract_hash = _run(content)
+        phase, number = _round(content)
+        request = request_digest(kind, content)
+        about = {
+            "contract": contract_hash,
+            "run": run,
+            "type": kind,
+            "phase": phase,
+            "round": number,
+            "request": request,
+        }
+        if kind == keys.CONTRACT:
+            return self._logged(self._contract(content, desk), about)
+        contract = desk.admitted(contract_hash)
+        self._keep_receipt(content, contract_hash, run)
+        if kind == keys.RELEASE:
+            return self._logged(self._release(content, run), about)
+        _same(content, contract)
+        self._open_now(settings)
+        question = f"{kind.removeprefix('query.')}-{phase}-{number:05d}"
+        replies = Replies(self.state_dir / "replies" / run)
+        try:
+            stored = replies.find(question, request) if kind in STORED else None
+        except AnotherRequestError as error:
+            raise Refusal(ANSWERED, str(error)) from error
+        if stored is not None:
+            self.audit.append("replayed", **about)
+            return stored
+        self._begin(request)
+        self.audit.append("asked", **about)
+        failpoints.reach("site.before_train")
+        reply: RecordDict = self.app(message, context).content
+        failpoints.reach("site.after_train")
+        desk.admitted(contract_hash)  # withdrawn meanwhile: nothing leaves
+        reply = self._logged(reply, about)
+        if kind in STORED and _code(reply) is None:
+            replies.store(question, request, reply)
+        self._end()
+        failpoints.reach("site.before_send")
+        return reply
+
+    def _contract(self, content: RecordDict, desk: Desk) -> RecordDict:
+        """Take a contract in, and say whether it may run here."""
+        record = content.config_records[keys.SIGNED_CONTRACT]
+        try:
+            signed = Signed.from_json(text(record, keys.JSON), "the contract sent")
+        except TrustError as error:
+            raise Refusal(UNTRUSTED, str(error)) from error
+        received = desk.receive(signed)
+        self._same_log(content)
+        desk.admitted(received.hash)
+        decision = self.state_dir / "decisions" / f"{received.hash}.json"
+        site = ConfigRecord(
+            {keys.NAME: self.identity.name, keys.DECISION: decision.read_text()}
+        )
+        return RecordDict({keys.SITE: site})
+
+    def _release(self, content: RecordDict, run: str) -> RecordDict:
+        """Keep a released model for predictions."""
+        bundle = to_arrays(content.array_records[keys.BUNDLE])[keys.BUNDLE]
+        folder = self.state_dir / "models"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        write_atomic(folder / f"{run}.fedgex", bundle.tobytes(), point="release")
+        self.audit.append("model-received", run=run, bytes=bundle.nbytes)
+        return RecordDict({keys.SITE: ConfigRecord({keys.NAME: self.identity.name})})
+
+    def _same_log(self, content: RecordDict) -> None:
+        """Compare our log with its last line that the server holds our signature of."""
+        record = content.config_records.get(keys.RECEIPT)
+        known = str(record.get(keys.HEAD, "")) if record is not None else ""
+        if not known:
+            return
+        index, _, digest = known.partition(":")
+        if not self.audit.contains(Head(int(index), digest)):
+            raise Refusal(
+                RESTORED,
+                f"the server holds our signature over line {index} of the audit log, "
+                "and our log does not have that line: it was cut, or restored from a "
+                "backup. Nothing is answered. See docs/hospital-operation.md.",
+            )
+
+    def _keep_receipt(self, content: RecordDict, contract: str, run: str) -> None:
+        """Keep the coordinator's receipt of the round before, once verified."""
+        record = content.config_records.get(keys.RECEIPT)
+        sent = str(record.get(keys.JSON, "")) if record is not None else ""
+        if not sent:
+            return
+        try:
+            signed = Signed.from_json(sent, "the receipt sent")
+            receipt = Receipt.read_signed(signed)
+            if not signed.signers(
+                self.identity.authority, "coordinator", at=receipt.time
+            ):
+                raise TrustError("the receipt sent bears no signature.")
+        except TrustError as error:
+            raise Refusal(UNTRUSTED, str(error)) from error
+        if (receipt.contract, receipt.run) != (contract, run):
+            raise Refusal(DIFFERS, "the receipt sent is of another run.")
+        path = self.state_dir / "receipts" / run / f"{receipt.index:05d}.json"
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(path, sent.encode())
+        self.audit.append("receipt", run=run, index=receipt.index, digest=signed.hash)
+
+    def _open_now(self, settings: SiteSettings) -> None:
+        if (self.state_dir / "paused").exists():
+            raise Refusal(PAUSED, "the operator paused this site.")
+        if not settings.policy.open_at(datetime.now()):
+            raise Refusal(CLOSED, f"policy.toml answers {settings.policy.hours} only.")
+
+    def _logged(self, reply: RecordDict, about: dict[str, object]) -> RecordDict:
+        """Write down that this goes out, and sign it with the log's head beside it."""
+        code = _code(reply)
+        head = self.audit.append(
+            "answered" if code is None else "refused",
+            **about,
+            code=code,
+            reply=reply_digest(reply),
+            bytes=_size(reply),
+        )
+        patients = reply.metric_records.get(keys.METRICS, {}).get(keys.NUM_EXAMPLES)
+        part = Part.read(
+            {
+                **about,
+                "site": self.identity.name,
+                "reply": reply_digest(reply),
+                "head": {"index": head.index, "hash": head.hash},
+                "patients": "suppressed" if patients is None else patients,
+            },
+            "our part",
+        ).to_json()
+        reply[keys.PART] = ConfigRecord(
+            {
+                keys.JSON: part,
+                keys.SIGNATURE: self.identity.sign(part.encode()),
+                keys.CERTIFICATE: pki.to_pem(self.identity.certificate),
+            }
+        )
+        return reply
+
+    def _refuse(self, message: Message, refusal: Refusal) -> RecordDict:
+        logger.warning("refused: %s", refusal)
+        self.audit.append(
+            "refused",
+            type=message.metadata.message_type,
+            code=refusal.code,
+            why=refusal.why,
+        )
+        self._end()
+        return RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: refusal.code})})
+
+    # ---- what the daemon needs to know of a computation ----
+
+    def _begin(self, request: str) -> None:
+        """Note what is computed, unless it has killed this process too often."""
+        path = self.state_dir / WORKING
+        before = read_working(self.state_dir)
+        deaths = 0
+        if before is not None and before["request"] == request:
+            if before.get("code"):
+                path.unlink()
+                raise Refusal(str(before["code"]), "the computation was stopped.")
+            deaths = int(str(before["deaths"])) + 1
+        if deaths >= MAX_DEATHS:
+            path.unlink()
+            raise Refusal(FAILED, f"the process died {deaths} times over this request.")
+        now = {"request": request, "deaths": deaths, "since": time.monotonic()}
+        write_atomic(path, json.dumps(now).encode())
+
+    def _end(self) -> None:
+        (self.state_dir / WORKING).unlink(missing_ok=True)
+
+
+def read_working(state_dir: Path) -> dict[str, object] | None:
+    """Return what the site computes now: request, deaths, since (monotonic seconds)."""
+    try:
+        found: dict[str, object] = json.loads((state_dir / WORKING).read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def stop_working(state_dir: Path, code: str) -> None:
+    """Have the present request refused with a code when it is asked again."""
+    found = read_working(state_dir)
+    if found is not None:
+        content = json.dumps(found | {"code": code}).encode()
+        write_atomic(state_dir / WORKING, content)
+
+
+def _run(content: RecordDict) -> tuple[str, str]:
+    """Return run and contract hash of a message."""
+    record = content.config_records.get(keys.RUN)
+    if record is None:
+        raise Refusal(
+            UNKNOWN_RUN,
+            "the message names no run and no contract; it does not come from "
+            "fedgex-admin run launch.",
+        )
+    run = text(record, keys.RUN_NAME)
+    if run and not re.fullmatch(NAME_PATTERN, run):
+        raise Refusal(UNKNOWN_RUN, "the run's name cannot name a file.")
+    return run, text(record, keys.CONTRACT_HASH)
+
+
+def _same(content: RecordDict, contract: Contract) -> None:
+    """Refuse a message whose study or vocabulary is not the contract's."""
+    study = text(content.config_records[keys.STUDY], keys.JSON)
+    if study != contract.study.to_json():
+        raise Refusal(DIFFERS, "the study of the message is not the contract's.")
+    vocabulary = content.config_records.get(keys.VOCABULARY)
+    if vocabulary is None:
+        return
+    genes = vocabulary[keys.GENES]
+    if list(contract.study.vocabulary.genes) != genes:
+        raise Refusal(DIFFERS, "the genes of the message are not the contract's.")
+
+
+def _round(content: RecordDict) -> tuple[str, int]:
+    record = content.config_records.get(keys.ROUND)
+    if record is None:
+        return "", 0
+    return text(record, keys.PHASE), int(str(record[keys.NUMBER]))
+
+
+def _code(reply: RecordDict) -> str | None:
+    refusal = reply.config_records.get(keys.REFUSAL)
+    return None if refusal is None else text(refusal, keys.CODE)
+
+
+def _size(reply: RecordDict) -> int:
+    return sum(
+        len(array.data)
+        for record in reply.array_records.values()
+        for array in record.values()
+    )

@@ -1,0 +1,69 @@
+"""Replies that a site has given, kept so that the same question has one answer.
+
+A reply is on the disk before it is sent. Asked again, the site sends the same bytes and
+computes nothing: no round is trained twice, and nothing random is drawn twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+
+from fedgex.common.errors import FedgexError
+from fedgex.common.files import write_atomic
+
+KEPT_ROUNDS = 2
+"""A server that lost its last checkpoint asks for the round before, no earlier one."""
+
+
+class AnotherRequestError(FedgexError):
+    """The round was answered already, and what is asked now differs from then."""
+
+
+class Replies:
+    """The stored replies of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, question: str, request: str) -> RecordDict | None:
+        """Return the reply to a question, None if it was not answered yet.
+
+        Parameters
+        ----------
+        question
+            Type, phase and round.
+        request
+            Digest of what is asked.
+
+        Raises
+        ------
+        AnotherRequestError
+            If the question was answered for another request.
+        """
+        path = self._path(question)
+        if not path.exists():
+            return None
+        answered, _, content = path.read_bytes().partition(b"\n")
+        if answered.decode() != request:
+            raise AnotherRequestError(
+                f"{question} was answered for request {answered.decode()[:16]}, and "
+                f"this is request {request[:16]}."
+            )
+        return recorddict_from_proto(RecordDictProto.FromString(content))
+
+    def store(self, question: str, request: str, reply: RecordDict) -> None:
+        """Put a reply on the disk, and forget those of earlier rounds."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        content = recorddict_to_proto(reply).SerializeToString(deterministic=True)
+        path = self._path(question)
+        write_atomic(path, request.encode() + b"\n" + content, point="reply")
+        group = question.rsplit("-", 1)[0]
+        for old in sorted(self.folder.glob(f"{group}-*.reply"))[:-KEPT_ROUNDS]:
+            old.unlink()
+
+    def _path(self, question: str) -> Path:
+        return self.folder / f"{question}.reply"

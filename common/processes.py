@@ -1,0 +1,136 @@
+"""Child processes that end with their parent and are started again when they die."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+"""Flower asks nobody on the internet and installs nothing."""
+
+MAX_PAUSE_S = 30.0
+CALM_S = 60.0
+"""A child that lived this long is started again at once when it dies."""
+
+
+def log_to_stderr() -> None:
+    """Write our log lines to stderr, and leave Flower's to its own handler."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    logging.getLogger("flwr").propagate = False
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def begin() -> None:
+    """Begin a child process: log to stderr, and end when the parent is gone."""
+    log_to_stderr()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Watch the parent from now on, and end this process when it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
+class Child:
+    """A Python module of ours, run as a process that is kept alive.
+
+    What it prints goes where our own output goes, so that systemd or the container
+    runtime collects it.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.module, self.arguments = module, list(arguments)
+        self.environment = {**os.environ, **OFFLINE, **(environment or {})}
+        self.starts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = self._not_before = 0.0
+        self._pause = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """Process number, None while it does not run."""
+        return self._process.pid if self._process is not None and self.alive else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the last process; negative is a signal's number."""
+        return None if self._process is None else self._process.poll()
+
+    def start(self) -> None:
+        """Start the process."""
+        self.starts += 1
+        self._started = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", self.module, *self.arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def keep(self) -> bool:
+        """Start the process if it does not run, with growing pauses if it keeps dying.
+
+        Returns
+        -------
+        bool
+            Whether it was started now.
+        """
+        if self.alive:
+            return False
+        now = time.monotonic()
+        if self._process is not None and self._not_before <= self._started:
+            calm = now - self._started > CALM_S
+            self._pause = 0.0 if calm else min(self._pause * 2 + 0.5, MAX_PAUSE_S)
+            self._not_before = now + self._pause
+            logger.warning(
+                "%s ended with %s; starting it again in %.1f s",
+                self.module,
+                self.exit_code,
+                self._pause,
+            )
+        if now < self._not_before:
+            return False
+        self.start()
+        self._not_before = self._started
+        return True
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """End the process: ask, wait for `grace_s`, then kill."""
+        if self._process is None:
+            return
+        if self.alive:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=grace_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()

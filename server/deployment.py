@@ -1,0 +1,370 @@
+"""What a run between hospitals has and a simulated one has not.
+
+A contract with its sites, their certificates and nodes, what the guard saw of them,
+and the coordinator's signature. All of it lies in the consortium's state directory, and
+what others write there is read anew each time:
+
+    contracts/HASH.json            the contract, signed by administrators
+    contracts/HASH.answers.json    what each site decided about it (server/studies.py)
+    contracts/HASH/delivered.json  how far it came to each site
+    nodes.json                     Flower's number of each site's node
+    activity.json                  when each node last moved a byte, or was idle
+    heads/SITE.json                last line of a site's audit log that a receipt holds
+    releases/RUN.delivered.json    who has a released model
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedgex.common import checkpoint, keys
+from fedgex.common.contract import Contract
+from fedgex.common.errors import ConfigError, FederationError, TrustError
+from fedgex.common.files import write_atomic
+from fedgex.common.pki import Signed
+from fedgex.common.receipt import Receipt, reply_digest, verify_part
+from fedgex.common.records import text
+from fedgex.server import studies
+from fedgex.server.asking import Activity, Line, Request, Sealed, ask, said
+from fedgex.server.consortium import Consortium
+from fedgex.server.journal import Journal
+from fedgex.server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_ONCE: frozenset[str] = frozenset()
+"""When a contract is merely published, no refusal is waited for: nobody approves it
+while a message is under way."""
+
+
+@dataclass(kw_only=True)
+class Deployment:
+    """The consortium's side of one run; its sites are the peers of `asking.ask`."""
+
+    consortium: Consortium
+    signed: Signed
+    contract: Contract
+    run: str
+    """Empty while a contract is published."""
+    last_receipt: str = ""
+    """The run's last receipt, JSON; it travels with every message."""
+
+    @classmethod
+    def load(cls, settings: ServerSettings) -> Self | None:
+        """Open what the settings name; None in the simulator.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such consortium or contract, or this fedgex is outside the
+            contract's window.
+        TrustError
+            If the contract is not what its name or its signatures say.
+        FederationError
+            If the contract expired.
+        """
+        if settings.state_dir is None:
+            return None
+        consortium = Consortium(settings.state_dir)
+        path = settings.state_dir / "contracts" / f"{settings.contract}.json"
+        try:
+            signed = Signed.from_json(path.read_text(encoding="utf-8"), str(path))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        if signed.hash != settings.contract:
+            raise TrustError(
+                f"{path} hashes to {signed.hash[:16]}, expected "
+                f"{settings.contract[:16]}: the contract was changed. Restore the file."
+            )
+        contract = Contract.read_signed(signed)
+        if contract.expired():
+            raise FederationError(
+                f"contract {signed.hash[:16]} expired on {contract.expires}; have a "
+                "new one signed, published and approved."
+            )
+        if not contract.supports(version("fedgex")):
+            raise ConfigError(
+                f"this server runs fedgex {version('fedgex')}, and contract "
+                f"{signed.hash[:16]} is for {contract.code_version}; install fedgex "
+                f"{contract.code_version}.x here, or have a contract for "
+                f"{version('fedgex')} signed and approved."
+            )
+        return cls(
+            consortium=consortium, signed=signed, contract=contract, run=settings.run
+        )
+
+    # ---- the peers of `asking.ask` ----
+
+    def nodes(self) -> Mapping[str, int]:
+        """Return Flower's number of each node, from nodes.json as it is now."""
+        return _read(self.consortium.folder / "nodes.json")
+
+    def activity(self) -> Mapping[int, Activity]:
+        """Return what the guard saw, from activity.json as it is now."""
+        seen = _read(self.consortium.folder / "activity.json")
+        return {int(node): Activity(**each) for node, each in seen.items()}
+
+    def barred(self) -> Mapping[str, str]:
+        """Return the contract's sites that are revoked or unknown."""
+        known = self.consortium.sites()
+        unknown = set(self.contract.sites) - set(known)
+        revoked = {n for n, entry in known.items() if entry.state == "revoked"}
+        return dict.fromkeys(revoked, "revoked") | dict.fromkeys(
+            unknown, "not among the consortium's sites"
+        )
+
+    def records(self, site: str) -> Mapping[str, ConfigRecord]:
+        """Name contract and run, and hand over the last receipt and the site's head."""
+        head = _read(self._head(site))
+        known = f"{head['index']}:{head['hash']}" if head else ""
+        return {
+            keys.RUN: ConfigRecord(
+                {keys.CONTRACT_HASH: self.signed.hash, keys.RUN_NAME: self.run}
+            ),
+            keys.RECEIPT: ConfigRecord(
+                {keys.JSON: self.last_receipt, keys.HEAD: known}
+            ),
+        }
+
+    def verify(
+        self, site: str, request: Request, asked: str, reply: RecordDict
+    ) -> Sealed | None:
+        """Return the site's signed part; None where none is due.
+
+        None is due for a refusal, for a released model, and for a contract, where the
+        signed decision stands for it and is kept. All else must be signed under the
+        certificate that the consortium has of this site.
+
+        Raises
+        ------
+        TrustError, UpdateError
+            If it is missing, cannot be trusted, or is of another site, run, round,
+            question or reply.
+        """
+        if request.type == keys.CONTRACT:
+            if said(reply) is None:
+                self._keep_decision(site, reply)
+            return None
+        if request.type == keys.RELEASE:
+            return None
+        record = reply.config_records.get(keys.PART)
+        if record is None:
+            if said(reply) is not None:
+                return None
+            raise TrustError(f'the reply is not signed: it has no "{keys.PART}"')
+        certificate = self.consortium.site(site).certificate
+        content, signature = text(record, keys.JSON), text(record, keys.SIGNATURE)
+        part = verify_part(
+            content,
+            signature,
+            certificate,
+            self.consortium.authority,
+            revoked=self.consortium.revoked(),
+        )
+        expected = {
+            "site": site,
+            "contract": self.signed.hash,
+            "run": self.run,
+            "type": request.type,
+            "phase": request.phase,
+            "round": request.round,
+            "request": asked,
+            "reply": reply_digest(reply),
+        }
+        wrong = [
+            f"signed for {key} {_short(getattr(part, key))}, this is {_short(value)}"
+            for key, value in expected.items()
+            if getattr(part, key) != value
+        ]
+        if wrong:
+            raise TrustError("; ".join(wrong))
+        return Sealed(
+            part=part, text=content, signature=signature, certificate=certificate
+        )
+
+    # ---- receipts ----
+
+    def seal(self, receipt: Receipt) -> Signed:
+        """Return the receipt with the coordinator's signature."""
+        return Signed(receipt.to_json()).signed_by(
+            self.consortium.coordinator_key, self.consortium.coordinator
+        )
+
+    def committed(self, receipt: Signed, sealed: Mapping[str, Sealed]) -> None:
+        """Remember a receipt that is on the disk, and the sites' heads in it."""
+        self.last_receipt = receipt.to_json()
+        for site, seal in sealed.items():
+            facts = {
+                **asdict(seal.part.head),
+                "part": seal.text,
+                "signature": seal.signature,
+                "certificate": seal.certificate,
+            }
+            path = self._head(site)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomic(path, json.dumps(facts).encode())
+
+    # ---- the contract ----
+
+    def offer(
+        self, line: Line, deadline_s: float, temporary: Collection[str]
+    ) -> dict[str, dict[str, str | None]]:
+        """Take the contract to every site that it names; return how each answered.
+
+        What becomes of it is on the disk as it comes, for whoever waits for approvals.
+        """
+        contract = ConfigRecord({keys.JSON: self.signed.to_json()})
+        request = Request(
+            type=keys.CONTRACT,
+            content=lambda: RecordDict({keys.SIGNED_CONTRACT: contract}),
+            group=keys.CONTRACT,
+        )
+        folder = self.consortium.folder / "contracts" / self.signed.hash
+        return _collect(
+            line,
+            self.contract.sites,
+            request,
+            folder / "delivered.json",
+            deadline_s=deadline_s,
+            temporary=temporary,
+        )
+
+    def _keep_decision(self, site: str, reply: RecordDict) -> None:
+        """Keep the approval with which a site answers a contract.
+
+        Raises
+        ------
+        TrustError, UpdateError
+            If there is none, or it is not this site's.
+        """
+        record = reply.config_records.get(keys.SITE, ConfigRecord())
+        signed = Signed.from_json(
+            text(record, keys.DECISION), f"the decision of {site}"
+        )
+        signer = studies.record_answer(self.consortium, self.signed.hash, signed)
+        if signer != site:
+            raise TrustError(f"the decision is signed by {signer}, expected {site}")
+
+    def _head(self, site: str) -> Path:
+        return self.consortium.folder / "heads" / f"{site}.json"
+
+
+def publish(grid: Grid, settings: ServerSettings) -> None:
+    """Take a signed contract to its sites, once; nobody's approval is waited for.
+
+    Raises
+    ------
+    ConfigError, TrustError, FederationError
+        As for `Deployment.load`, or if no administrator signed the contract.
+    """
+    deployment = _loaded(settings)
+    if not deployment.consortium.signers(deployment.signed):
+        raise TrustError(
+            f"contract {deployment.signed.hash[:16]} bears no administrator's "
+            "signature; have it signed, then publish it."
+        )
+    line = _line(grid, deployment, settings)
+    deployment.offer(line, settings.start_deadline_s, PUBLISHED_ONCE)
+
+
+def deliver(grid: Grid, settings: ServerSettings) -> None:
+    """Take a released model to the sites of its contract, and note who has it.
+
+    Raises
+    ------
+    ConfigError, TrustError, FederationError
+        As for `Deployment.load`, or if the bundle cannot be read.
+    """
+    deployment = _loaded(settings)
+    bundle = settings.bundle
+    assert bundle is not None, "settings without a bundle are refused"
+    try:
+        content = np.fromfile(bundle, dtype=np.uint8)
+    except OSError as error:
+        raise ConfigError(f"{bundle} cannot be read: {error}") from error
+    run = deployment.consortium.folder / "runs" / settings.run
+    last = checkpoint.latest(run / "checkpoints")
+    if last is not None and (last / "receipt.json").exists():
+        deployment.last_receipt = (last / "receipt.json").read_text()
+    request = Request(
+        type=keys.RELEASE,
+        content=lambda: RecordDict(
+            {keys.BUNDLE: ArrayRecord({keys.BUNDLE: Array(content)})}
+        ),
+        group=keys.RELEASE,
+    )
+    folder = deployment.consortium.folder / "releases"
+    _collect(
+        _line(grid, deployment, settings),
+        deployment.contract.sites,
+        request,
+        folder / f"{settings.run}.delivered.json",
+        deadline_s=settings.start_deadline_s,
+        temporary=keys.TEMPORARY,
+    )
+
+
+def _loaded(settings: ServerSettings) -> Deployment:
+    deployment = Deployment.load(settings)
+    assert deployment is not None, "settings without a state_dir are refused"
+    return deployment
+
+
+def _line(grid: Grid, deployment: Deployment, settings: ServerSettings) -> Line:
+    settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    journal = Journal(settings.run_dir / "journal.jsonl")
+    return Line(grid=grid, peers=deployment, journal=journal, poll_s=settings.poll_s)
+
+
+def _collect(
+    line: Line,
+    sites: Collection[str],
+    request: Request,
+    path: Path,
+    *,
+    deadline_s: float,
+    temporary: Collection[str],
+) -> dict[str, dict[str, str | None]]:
+    """Ask all sites and keep on the disk what each answered, from the first on."""
+    outcome: dict[str, dict[str, str | None]] = {
+        site: {"state": "waiting", "reason": None} for site in sorted(sites)
+    }
+
+    def keep() -> None:
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        told = {"at": at, "sites": outcome}
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(told, indent=1, sort_keys=True).encode())
+
+    keep()
+    for answer in ask(
+        line, sorted(sites), request, deadline_s=deadline_s, temporary=temporary
+    ):
+        outcome[answer.site] = {"state": answer.state, "reason": answer.reason}
+        keep()
+    return outcome
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one if there is no file."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return values
+
+
+def _short(value: object) -> object:
+    """Shorten digests, which nobody reads whole."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value

@@ -1,0 +1,380 @@
+"""Before the first round: who is here, which genes, their moments, cross-products.
+
+    (contract) -> prepare -> statistics -> (cross-products) -> the first parameters
+
+A site whose answer cannot be used is left out of what it was for, and the journal says
+why.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save, save_file
+
+from fedgex.common import keys, tasks
+from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.errors import FederationError, UpdateError
+from fedgex.common.files import write_atomic
+from fedgex.common.records import text, to_arrays, to_record
+from fedgex.common.statistics import (
+    CrossProducts,
+    GeneMoments,
+    Standardisation,
+    pool,
+    unpack,
+)
+from fedgex.common.study import NAME_PATTERN, Study
+from fedgex.common.vocabulary import Vocabulary, agree
+from fedgex.server.asking import Line, Request, Simulated, ask
+from fedgex.server.deployment import Deployment
+from fedgex.server.journal import Journal
+from fedgex.server.rounds import Site, require_quorum, withheld
+from fedgex.server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+Parsed = TypeVar("Parsed")
+
+MIN_CROSS_PRODUCT_SITES = 2
+"""With fewer, the covariance that everyone receives would be one site's own."""
+
+
+def study_record(study: Study) -> ConfigRecord:
+    """Return the study as it travels."""
+    return ConfigRecord({keys.JSON: study.to_json(), keys.HASH: study.hash})
+
+
+def vocabulary_record(vocabulary: Vocabulary) -> ConfigRecord:
+    """Return the vocabulary as it travels."""
+    return ConfigRecord(
+        {keys.GENES: list(vocabulary.genes), keys.HASH: vocabulary.hash}
+    )
+
+
+def standardisation_record(scale: Standardisation) -> Any:
+    """Return means and standard deviations as they travel."""
+    return to_record({"mean": scale.mean, "sd": scale.sd})
+
+
+@dataclass(kw_only=True)
+class Opening:
+    """The sites of a run, found and asked for all that the first round needs."""
+
+    grid: Grid
+    settings: ServerSettings
+    study: Study
+    journal: Journal
+    deployment: Deployment | None
+    line: Line = field(init=False)
+    """The way to the sites that are present."""
+    present: dict[str, ConfigRecord] = field(init=False, default_factory=dict)
+    """What each site said of itself, in order of name."""
+    absent: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
+    """State and reason of each invited site that takes no part."""
+
+    def gather(self) -> None:
+        """Wait for the sites, and ask each who it is.
+
+        Raises
+        ------
+        FederationError
+            If fewer come than the quorum, or not all mandatory ones.
+        """
+        if self.deployment is None:
+            self._gather_simulated()
+        else:
+            self._gather_invited(self.deployment)
+        self.present = dict(sorted(self.present.items()))
+
+    def sites(self, vocabulary: Vocabulary) -> list[Site]:
+        """Return the sites that are present, with what they measure."""
+        sites = []
+        for name, told in self.present.items():
+            genes: Any = told[keys.GENES]
+            patients: Any = told.get(keys.NUM_PATIENTS)
+            measured = np.isin(vocabulary.genes, genes)
+            sites.append(Site(name=name, measured=measured, n_patients=patients))
+        return sites
+
+    def begin(self) -> Checkpoint:
+        """Return the model before the first round: genes, their scale, parameters.
+
+        Raises
+        ------
+        UpdateError
+            If no site sends statistics.
+        FederationError
+            If the study asks for cross-products and fewer than two sites send them.
+        """
+        vocabulary = self._vocabulary()
+        sites = self.sites(vocabulary)
+        scale = self._standardisation(vocabulary)
+        parameters = tasks.initial(self.study, len(vocabulary))
+        if self.study.cross_products:
+            covariance = self._cross_products(vocabulary, scale)
+            parameters |= tasks.linear_start(self.study, covariance)
+        return Checkpoint(
+            study=self.study,
+            vocabulary=vocabulary,
+            standardisation=scale,
+            phase=next(iter(self.study.phases)),
+            round=0,
+            parameters=parameters,
+            trained_on={
+                "sites": [site.name for site in sites],
+                "patients": _total(site.n_patients for site in sites),
+            },
+        )
+
+    # ---- who is here ----
+
+    def _gather_simulated(self) -> None:
+        end = time.monotonic() + self.settings.start_deadline_s
+        nodes = list(self.grid.get_node_ids())
+        while len(nodes) < self.settings.n_sites and time.monotonic() < end:
+            time.sleep(self.settings.poll_s)
+            nodes = list(self.grid.get_node_ids())
+        unnamed = {f"node {node}": node for node in sorted(nodes)}
+        self.line = self._line(Simulated(unnamed))
+        named = {}
+        for node, content in self._ask(unnamed, RecordDict(), keys.PREPARE, _same):
+            introduced = self._introduced(node, content)
+            if introduced is None:
+                continue
+            name, told = introduced
+            if name in named:
+                raise FederationError(
+                    f'two nodes call themselves "{name}"; give each site its own name.'
+                )
+            named[name], self.present[name] = unnamed[node], told
+        needed = self.study.rounds.quorum
+        if len(named) < needed:
+            raise FederationError(
+                f"{len(named)} of {self.settings.n_sites} sites are ready, the quorum "
+                f"is {needed}; the journal says who refused and why."
+            )
+        self.line = self._line(Simulated(named))
+
+    def _gather_invited(self, deployment: Deployment) -> None:
+        """Have the contract admitted by the sites that it names, and ask those."""
+        self.line = self._line(deployment)
+        rule = self.study.rounds
+        answers = deployment.offer(
+            self.line, self.settings.start_deadline_s, keys.TEMPORARY
+        )
+        for site, answer in answers.items():
+            if answer["state"] != "contributed":
+                self._report(site, str(answer["state"]), str(answer["reason"]))
+        require_quorum(answers, rule, "the contract")
+        ready = [s for s, a in answers.items() if a["state"] == "contributed"]
+        for site, content in self._ask(ready, RecordDict(), keys.PREPARE, _same):
+            introduced = self._introduced(site, content)
+            if introduced is None:
+                continue
+            name, told = introduced
+            if name == site:
+                self.present[site] = told
+            else:
+                reason = f'it calls itself "{name}", and its node is that of "{site}"'
+                self._report(site, "quarantined", reason)
+        here = {name: {"state": "contributed"} for name in self.present}
+        require_quorum(here | self.absent, rule, "the start")
+
+    def _introduced(
+        self, who: str, content: RecordDict
+    ) -> tuple[str, ConfigRecord] | None:
+        try:
+            return _introduction(content, self.study.minimum_cohort)
+        except (KeyError, UpdateError) as error:
+            self._report(who, "quarantined", f"the reply cannot be used: {error}")
+            return None
+
+    def _line(self, peers: Simulated | Deployment) -> Line:
+        return Line(
+            grid=self.grid,
+            peers=peers,
+            journal=self.journal,
+            poll_s=self.settings.poll_s,
+        )
+
+    # ---- what they measure ----
+
+    def _vocabulary(self) -> Vocabulary:
+        rule = self.study.vocabulary
+        if rule.genes:
+            return Vocabulary(tuple(sorted(rule.genes)))
+        panels: dict[str, Any] = {n: t[keys.GENES] for n, t in self.present.items()}
+        return agree(panels, rule.min_share)
+
+    def _standardisation(self, vocabulary: Vocabulary) -> Standardisation:
+        """Pool the moments, once in a run.
+
+        Whoever is there when the run begins anew, the sites have answered questions
+        that hold these very numbers, and answer no others.
+        """
+        path = self.settings.run_dir / f"start-{self.study.hash[:16]}.safetensors"
+        if path.exists():
+            kept = load_file(path)
+            return Standardisation(mean=kept["mean"], sd=kept["sd"])
+        moments = dict(
+            self._ask(
+                self.present,
+                RecordDict({keys.VOCABULARY: vocabulary_record(vocabulary)}),
+                keys.STATISTICS,
+                lambda content: _moments(content, len(vocabulary)),
+            )
+        )
+        pooled = pool(moments[name] for name in sorted(moments))
+        write_atomic(path, save({"mean": pooled.mean, "sd": pooled.sd}))
+        return Standardisation(mean=pooled.mean, sd=pooled.sd)
+
+    def _cross_products(
+        self, vocabulary: Vocabulary, scale: Standardisation
+    ) -> NDArray[np.float64]:
+        """Pool the cross-products of the sites that permit it; keep the covariance."""
+        content = RecordDict(
+            {
+                keys.VOCABULARY: vocabulary_record(vocabulary),
+                keys.STANDARDISATION: standardisation_record(scale),
+            }
+        )
+        spool = self.settings.run_dir / "spool"
+
+        def to_disk(answer: RecordDict) -> Path:
+            arrays = to_arrays(answer.array_records[keys.PRODUCTS])
+            _products(arrays, len(vocabulary))  # refused now, not when added up
+            path = spool / f"{len(list(spool.iterdir()))}.safetensors"
+            save_file(arrays, path)
+            return path
+
+        spool.mkdir(exist_ok=True)
+        by_site = dict(self._ask(self.present, content, keys.CROSS_PRODUCTS, to_disk))
+        if len(by_site) < MIN_CROSS_PRODUCT_SITES:
+            raise FederationError(
+                f"the study asks for cross-products and {len(by_site)} sites sent "
+                f"them, expected {MIN_CROSS_PRODUCT_SITES} or more, so that none "
+                "stands alone; set share_cross_products = true at more sites, or "
+                "cross_products = false in the study."
+            )
+        total = functools.reduce(
+            operator.add,
+            (
+                _products(load_file(by_site[name]), len(vocabulary))
+                for name in sorted(by_site)
+            ),
+        )
+        shutil.rmtree(spool)
+        covariance = total.covariance()
+        path = self.settings.run_dir / "covariance.safetensors"
+        write_atomic(path, save({"covariance": covariance}))
+        return covariance
+
+    # ---- asking ----
+
+    def _ask(
+        self,
+        sites: Collection[str],
+        content: RecordDict,
+        message_type: str,
+        parse: Callable[[RecordDict], Parsed],
+    ) -> Iterable[tuple[str, Parsed]]:
+        """Yield each site's answer; those that gave none are in the journal."""
+        content[keys.STUDY] = study_record(self.study)
+        request = Request(
+            type=message_type, content=lambda: content, group=message_type
+        )
+        deadline_s = self.study.rounds.deadline_s
+        for answer in ask(self.line, sites, request, deadline_s=deadline_s):
+            site = answer.site
+            if answer.content is None:
+                self._report(site, answer.state, str(answer.reason))
+                continue
+            try:
+                parsed = parse(answer.content)
+            except (KeyError, UpdateError) as error:
+                self._report(site, "quarantined", f"the reply cannot be used: {error}")
+                continue
+            finally:
+                del answer
+            yield site, parsed
+
+    def _report(self, who: str, state: str, reason: str) -> None:
+        logger.warning("%s state=%s reason=%s", who, state, reason)
+        self.journal.write("not-answered", site=who, state=state, reason=reason)
+        if self.deployment is not None and who not in self.present:
+            self.absent[who] = {"state": state, "reason": reason}
+
+
+def _same(content: RecordDict) -> RecordDict:
+    return content
+
+
+def _introduction(answer: RecordDict, floor: int) -> tuple[str, ConfigRecord]:
+    """Return a site's name, which names files too, and all that it said of itself."""
+    told = answer.config_records[keys.SITE]
+    name, genes = text(told, keys.NAME), told[keys.GENES]
+    if keys.NUM_PATIENTS in withheld(answer):
+        patients = None
+    else:
+        patients = told[keys.NUM_PATIENTS]
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UpdateError("its name is not of lower-case letters, digits and hyphens")
+    if patients is not None and (not isinstance(patients, int) or patients < floor):
+        raise UpdateError(f"the site has fewer than {floor} patients")
+    if not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes):
+        raise UpdateError("its genes are no list of names")
+    return name, told
+
+
+def _moments(answer: RecordDict, n_genes: int) -> GeneMoments:
+    arrays = to_arrays(answer.array_records[keys.MOMENTS])
+    counts = _whole(arrays["count"])
+    if counts.shape != (n_genes,):
+        raise UpdateError(f"moments of shape {counts.shape}, expected ({n_genes},)")
+    if keys.NUM_PATIENTS in withheld(answer):
+        counted: Any = int(counts.max(initial=0))
+    else:
+        counted = answer.metric_records[keys.METRICS][keys.NUM_PATIENTS]
+    if not isinstance(counted, int):
+        raise UpdateError(f'"{keys.NUM_PATIENTS}" is no whole number')
+    return GeneMoments(
+        count=counts,
+        total=arrays["total"].astype(np.float64),
+        square_total=arrays["square-total"].astype(np.float64),
+        n_patients=counted,
+    )
+
+
+def _products(arrays: Mapping[str, NDArray[Any]], n_genes: int) -> CrossProducts:
+    products = unpack(arrays["products"].astype(np.float64))
+    if products.shape != (n_genes, n_genes):
+        raise UpdateError(f"cross-products of {len(products)}, not of {n_genes} genes")
+    counts = unpack(_whole(arrays["pair-counts"]))
+    return CrossProducts(products=products, pair_counts=counts)
+
+
+def _whole(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """Return counts that are of an integer type, as int64."""
+    if counts.dtype.kind not in "iu":
+        raise UpdateError(f"counts are of type {counts.dtype}, expected whole numbers")
+    return counts.astype(np.int64)
+
+
+def _total(numbers: Iterable[int | None]) -> int | None:
+    """Return the sum, or None where a number is withheld."""
+    every = list(numbers)
+    return None if None in every else sum(n for n in every if n is not None)

@@ -1,0 +1,123 @@
+"""The receipt of each round: made, sealed, and verified when a run goes on.
+
+It lies beside the parameters that it is about, and names the receipt before. Between
+hospitals the coordinator signs it and it holds what the sites signed; in the simulator
+it has the same form, and nobody's signature.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.errors import CheckpointError
+from fedgex.common.pki import Signed
+from fedgex.common.receipt import (
+    NO_RECEIPT,
+    Receipt,
+    SitePart,
+    parameters_digest,
+    verify_chain,
+)
+from fedgex.server.deployment import Deployment
+from fedgex.server.rounds import RoundOutcome
+
+
+def make(
+    last: Checkpoint,
+    new: Checkpoint,
+    outcome: RoundOutcome,
+    deployment: Deployment | None,
+) -> Signed:
+    """Return the receipt of the round that led from one checkpoint to the next."""
+    if last.receipt is None:
+        index, previous = 1, NO_RECEIPT
+        incoming = parameters_digest(last.parameters)
+    else:
+        signed = Signed.from_json(last.receipt, "the last receipt")
+        before = Receipt.read_signed(signed)
+        index, previous, incoming = before.index + 1, signed.hash, before.outgoing
+    receipt = Receipt(
+        contract=new.study.hash if deployment is None else deployment.signed.hash,
+        run=new.study.name if deployment is None else deployment.run,
+        index=index,
+        phase=new.phase,
+        round=new.round,
+        incoming=incoming,
+        outgoing=parameters_digest(new.parameters),
+        sites={name: _entry(name, outcome) for name in outcome.sites},
+        previous=previous,
+        time=datetime.now(UTC),
+    )
+    if deployment is None:
+        return Signed(receipt.to_json())
+    return deployment.seal(receipt)
+
+
+def verify(checkpoints: Path, last: Checkpoint, deployment: Deployment | None) -> None:
+    """Refuse to go on from a checkpoint whose receipts do not hold.
+
+    Parameters
+    ----------
+    checkpoints
+        Folder of the run's checkpoints.
+    last
+        The one to go on from.
+
+    Raises
+    ------
+    CheckpointError
+        If one is missing, changed, or not of this model.
+    TrustError
+        If a signature between hospitals does not hold.
+    """
+    paths = sorted(checkpoints.glob("[0-9]*/receipt.json"))
+    receipts = [Signed.from_json(path.read_bytes(), str(path)) for path in paths]
+    if deployment is not None:
+        verify_chain(receipts, deployment.consortium.authority)
+    read = [Receipt.read_signed(signed) for signed in receipts]
+    hashes = [NO_RECEIPT, *(signed.hash for signed in receipts)]
+    for path, receipt, previous in zip(paths, read, hashes, strict=False):
+        if receipt.previous != previous:
+            raise CheckpointError(
+                f"{path} does not follow the receipt before it: one was changed or "
+                "removed. Restore the run's folder from a copy."
+            )
+    for before, after in itertools.pairwise(read):
+        if after.incoming != before.outgoing:
+            raise CheckpointError(
+                f"receipt {after.index} begins with other parameters than receipt "
+                f"{before.index} ended with. Restore the run's folder from a copy."
+            )
+    if not last.round and not read:
+        return
+    if not read or read[-1].outgoing != parameters_digest(last.parameters):
+        raise CheckpointError(
+            f"the last checkpoint in {checkpoints} and its receipt are not of the same "
+            "parameters, or the receipt is missing, as in runs of fedgex 0.1.0. "
+            "Restore the run's folder from a copy, or begin a new run."
+        )
+
+
+def _entry(name: str, outcome: RoundOutcome) -> SitePart:
+    site, sealed = outcome.sites[name], outcome.sealed.get(name)
+    contributed = site["state"] == "contributed"
+    facts: Mapping[str, object] = {}
+    if sealed is not None:
+        facts = {
+            "patients": sealed.part.patients if contributed else None,
+            "update": sealed.part.reply,
+            "part": sealed.text,
+            "signature": sealed.signature,
+            "certificate": sealed.certificate,
+        }
+    elif contributed:
+        patients = site["num_examples"]
+        facts = {"patients": "suppressed" if patients is None else patients}
+    return SitePart.read(
+        {"state": site["state"], "reason": site["reason"], **facts},
+        f"the part of {name}",
+    )

@@ -1,0 +1,192 @@
+"""`fedgex-admin study`: draft, sign and publish contracts; see what sites answered."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cryptography import x509
+
+from fedgex.common import pki
+from fedgex.common.errors import TrustError
+from fedgex.server import studies
+from fedgex.server.command_line import (
+    Format,
+    KeyFile,
+    State,
+    note,
+    one_line,
+    refusals,
+    show,
+    show_rows,
+    write_out,
+)
+from fedgex.server.consortium import Consortium
+from fedgex.server.studies import Answer
+
+study = typer.Typer(no_args_is_help=True, help="Contracts: draft, sign, publish, read.")
+
+ContractToml = Annotated[
+    Path, typer.Argument(metavar="CONTRACT_TOML", help="The contract's file.")
+]
+Which = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONTRACT", help="Hash, six or more characters of it, or study's name."
+    ),
+]
+
+
+@study.command("new")
+def study_new(
+    study_toml: Annotated[
+        Path, typer.Option("--study", help="TOML with a [study]; a scenario will do.")
+    ],
+    genes: Annotated[Path, typer.Option(help="Gene symbols, one a line.")],
+    purpose: Annotated[str, typer.Option(help="For what, as the approver reads it.")],
+    expires: Annotated[
+        datetime, typer.Option(formats=["%Y-%m-%d"], help="Last day, UTC.")
+    ],
+    sites: Annotated[str, typer.Option(help="Hospitals, with commas between them.")],
+    out: Annotated[Path, typer.Option(help="File for the contract.")],
+    administrators: Annotated[
+        int, typer.Option(help="How many must order the release.")
+    ] = 2,
+    form: Format = "text",
+) -> None:
+    """Draft a contract around a study: a TOML file to be read, edited and signed."""
+    with refusals():
+        text = studies.draft(
+            study_toml,
+            genes,
+            purpose=purpose,
+            expires=expires.date(),
+            sites=[name.strip() for name in sites.split(",") if name.strip()],
+            administrators=administrators,
+        )
+        write_out(out, text)
+    show({"contract": str(out), "hash": pki.Signed(text).hash}, form)
+    note("Read it through; each change until it is signed changes its hash.")
+
+
+@study.command("sign")
+def study_sign(
+    contract: ContractToml,
+    key: KeyFile,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(
+            help="The administrator's certificate; without it, the key's name with "
+            ".crt, else the one in the state directory."
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option("--state", envvar="FEDGEX_STATE", help="The state directory."),
+    ] = None,
+    form: Format = "text",
+) -> None:
+    """Add an administrator's signature to a contract, in a file beside it."""
+    with refusals():
+        private = pki.load_key(key)
+        signed = studies.sign(contract, private, _own(private, key, certificate, state))
+    facts = {
+        "signatures": str(studies.signatures_path(contract)),
+        "hash": signed.hash,
+        "signed_by": [each.name for each in signed.signatures],
+    }
+    show(facts, form)
+
+
+@study.command("publish")
+def study_publish(
+    contract: ContractToml, key: KeyFile, state: State, form: Format = "text"
+) -> None:
+    """Store a signed contract and order that its hospitals receive it."""
+    with refusals():
+        found = Consortium(state)
+        order = studies.publish(found, contract, pki.load_key(key))
+        served = found.is_served()
+    show({"contract": order.subject, "token": order.token}, form)
+    if not served:
+        note("The server is not running; it sends the contract once it is started.")
+
+
+@study.command("list")
+def study_list(state: State, form: Format = "text") -> None:
+    """List the published contracts and how many hospitals approved each."""
+    with refusals():
+        found = Consortium(state)
+        rows = []
+        for each in studies.published(found):
+            told = [a.decision for a in studies.answers(found, each.hash).values()]
+            contract = each.contract
+            rows.append(
+                {
+                    "hash": each.hash if form == "json" else each.hash[:12],
+                    "study": contract.study.name,
+                    "state": _state(each),
+                    "expires": contract.expires,
+                    "signed_by": ", ".join(each.signers),
+                    "approved": f"{told.count('approved')} of {len(contract.sites)}",
+                }
+            )
+    show_rows(rows, form, "no contract yet; see fedgex-admin study publish")
+
+
+@study.command("show")
+def study_show(contract: Which, state: State, form: Format = "text") -> None:
+    """Show a published contract, who signed it, and what each hospital answered."""
+    with refusals():
+        found = Consortium(state)
+        each = studies.find(found, contract)
+        answers = studies.answers(found, each.hash)
+        told = {name: _told(answers.get(name), form) for name in each.contract.sites}
+    facts = {
+        "hash": each.hash,
+        "study": each.contract.study.name,
+        "state": _state(each),
+        "signed_by": list(each.signers),
+        "answers": told,
+    }
+    if form == "json":
+        show(facts | {"contract": each.contract.model_dump(mode="json")}, form)
+        return
+    show({name: value for name, value in facts.items() if name != "answers"}, form)
+    for name, answer in told.items():
+        typer.echo(f"answer of {name}: {answer}")
+    typer.echo(f"\n{each.signed.content}", nl=False)
+
+
+def _own(
+    private: pki.Key, key: Path, certificate: Path | None, state: Path | None
+) -> x509.Certificate:
+    """Return the certificate that belongs to an administrator's key."""
+    beside = certificate or key.with_suffix(".crt")
+    if beside.is_file():
+        return pki.from_pem(beside.read_text())
+    if certificate is None and state is not None:
+        return Consortium(state).administrator(private)[1]
+    raise TrustError(
+        f"{beside} does not exist; expected the certificate that came back for the "
+        "request. Put it there, name it with --certificate, or give --state."
+    )
+
+
+def _state(each: studies.Published) -> str:
+    if each.contract.expired():
+        return "expired"
+    return "usable" if each.contract.supports(version("fedgex")) else "other version"
+
+
+def _told(answer: Answer | None, form: str) -> object:
+    if form == "json":
+        return None if answer is None else answer.model_dump(mode="json")
+    if answer is None:
+        return "none yet"
+    until = f" until {answer.expires}" if answer.expires else ""
+    reason = f": {one_line(answer.reason)}" if answer.reason else ""
+    return f"{answer.decision}{until} by {one_line(answer.by)}{reason}"

@@ -1,0 +1,476 @@
+"""A whole consortium on this machine, over the network: real processes, keys and TLS.
+
+What people do by hand between hospitals happens here by the same commands, one after
+the other: found the consortium, admit administrators and hospitals, publish and approve
+a study, run it, release the model, predict. The tests of failures use the same class,
+and kill what it started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from fedgex.client.settings import SiteSettings
+from fedgex.client.validation import load_cohort
+from fedgex.common import checkpoint
+from fedgex.common.cohort import save_cohort
+from fedgex.common.errors import ConfigError, FederationError
+from fedgex.common.study import Study
+from fedgex.server import journal
+from fedgex.simulations import engine
+from fedgex.simulations.cohorts import new_data
+from fedgex.simulations.scenario import Scenario, find
+from fedgex.simulations.split import split
+
+ADMINISTRATORS = ("first-administrator", "second-administrator")
+HOST = "localhost"
+RUN_LIMIT_S = 600.0
+CHANGES: Mapping[str, Any] = {
+    "name": "rehearsal",
+    "pretraining": {"rounds": 3},
+    "classification": {"rounds": 3},
+    "survival": {"rounds": 2},
+}
+"""Of the scenario's study, so that a rehearsal takes minutes."""
+
+Told = Callable[[str], None]
+"""Takes one line of what is happening."""
+
+
+@dataclass
+class Rehearsal:
+    """A consortium under one folder, and the processes that serve it.
+
+    Use it as a context manager: leaving it ends every process.
+    """
+
+    folder: Path
+    study: Study
+    sites: Sequence[str]
+    """Hospitals; their data lie in `folder/split/sites/NAME`."""
+    told: Told = print
+    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """More environment variables, by site, or for "server"."""
+    servers: dict[str, str] = field(default_factory=dict)
+    """host:port that a hospital connects to, where it is not the server's own."""
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __enter__(self) -> Rehearsal:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End every process."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    # ---- places ----
+
+    @property
+    def state(self) -> Path:
+        """The consortium's state directory."""
+        return self.folder / "server"
+
+    def site_toml(self, site: str) -> Path:
+        """Return the settings file of a hospital."""
+        return self.folder / "sites" / site / "site.toml"
+
+    def site_state(self, site: str) -> Path:
+        """Return the state directory of a hospital."""
+        return SiteSettings.load(self.site_toml(site)).state_dir
+
+    def key(self, administrator: str) -> Path:
+        """Return the private key of an administrator."""
+        return self.folder / "administrators" / f"{administrator}.key"
+
+    @property
+    def contract(self) -> Path:
+        """The contract's TOML."""
+        return self.folder / "contract.toml"
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return self.state / "runs" / self.study.name
+
+    # ---- commands ----
+
+    def admin(self, *arguments: str | Path) -> Any:
+        """Run `fedgex-admin`, and return what it says as JSON."""
+        words = [*map(str, arguments), "--format", "json"]
+        return _json(self._command("fedgex-admin", words))
+
+    def site(self, *arguments: str | Path) -> str:
+        """Run `fedgex-site`, and return what it prints."""
+        return self._command("fedgex-site", [str(each) for each in arguments])
+
+    def _command(self, command: str, words: list[str]) -> str:
+        # Ends with the same exit code and message as for a person at a terminal.
+        program = Path(sys.executable).with_name(command)
+        done = subprocess.run(
+            [program, *words],
+            capture_output=True,
+            text=True,
+            env=self._environment("commands"),
+        )
+        if done.returncode:
+            shown = " ".join([command, *words])
+            raise FederationError(
+                f"{shown} ended with {done.returncode}: {done.stderr.strip()}"
+            )
+        return done.stdout
+
+    def _environment(self, who: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "FEDGEX_STATE": str(self.state),
+            **self.environments.get(who, {}),
+        }
+
+    # ---- steps ----
+
+    def provision(self) -> None:
+        """Found the consortium, admit two administrators and every hospital."""
+        port, control, health, metrics = _free_ports(4)
+        self.admin(
+            "consortium", "init", "rehearsal", "--state", self.state, "--host", HOST,
+            "--port", port, "--interface", "127.0.0.1", "--control-port", control,
+            "--health-port", health, "--metrics-port", metrics,
+        )  # fmt: skip
+        for name in ADMINISTRATORS:
+            folder = self.folder / "administrators"
+            made = self.admin("administrator", "request", name, "--out", folder)
+            self.admin(
+                "administrator", "add", folder / f"{name}.request.json",
+                "--fingerprint", made["fingerprint"],
+            )  # fmt: skip
+        for name in self.sites:
+            self.admit(name, self.servers.get(name, f"{HOST}:{port}"))
+        holdout = self.folder / "split" / "holdout" / "checked"
+        shutil.copytree(holdout, self.state / "holdout")
+        self.told(f"provisioned: {len(self.sites)} hospitals, {len(ADMINISTRATORS)} "
+                  f"administrators, one port ({port})")  # fmt: skip
+
+    def admit(self, name: str, server: str) -> None:
+        """Set up one hospital, and have the consortium admit it."""
+        source, folder = self.folder / "split" / "sites" / name, self.folder / "sites"
+        shutil.copytree(source, folder / name)
+        site_toml = self.site_toml(name)
+        site_toml.write_text(f'server = "{server}"\n' + site_toml.read_text())
+        words = ("--name", name, "--server", server)
+        fingerprint = self.site("init", folder / name, *words).strip()
+        request = self.site_state(name) / "request.json"
+        kit = folder / name / "kit.json"
+        self.admin(
+            "site", "add", name, "--request", request, "--fingerprint", fingerprint,
+            "--out", kit,
+        )  # fmt: skip
+        if name in self.servers:  # as if the hospital's name service said so
+            values = json.loads(kit.read_text()) | {"server": server}
+            kit.write_text(json.dumps(values))
+        self.site("join", site_toml, kit)
+
+    def start_server(self) -> None:
+        """Start the server, and wait until it is healthy."""
+        self._start("server", ["fedgex-admin", "server", "start"])
+        self._until("the server serves", lambda: self._healthy())
+
+    def start_site(self, name: str) -> None:
+        """Start a hospital's daemon."""
+        self._start(name, ["fedgex-site", "start", str(self.site_toml(name))])
+
+    def start(self) -> None:
+        """Start server and hospitals."""
+        self.start_server()
+        for name in self.sites:
+            self.start_site(name)
+        self.told("started: server and daemons")
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End server or hospital with a signal, children included."""
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        process.wait(timeout=30)
+
+    def draft(self) -> str:
+        """Write and sign the contract; return its hash."""
+        study = self.folder / "study.toml"
+        study.write_text(_toml({"study": json.loads(self.study.to_json())}))
+        genes = self.folder / "genes.txt"
+        genes.write_text("\n".join(self.study.vocabulary.genes) + "\n")
+        expires = (datetime.now(UTC) + timedelta(days=30)).date()
+        drafted = self.admin(
+            "study", "new", "--study", study, "--genes", genes,
+            "--purpose", "Rehearsal of a federation on one machine",
+            "--expires", expires, "--sites", ",".join(self.sites),
+            "--out", self.contract,
+        )  # fmt: skip
+        self.admin("study", "sign", self.contract, "--key", self.key(ADMINISTRATORS[0]))
+        return str(drafted["hash"])
+
+    def publish(self) -> str:
+        """Publish the contract, and wait until every hospital has it."""
+        hash = self.draft()
+        self.admin(
+            "study", "publish", self.contract, "--key", self.key(ADMINISTRATORS[0])
+        )
+        for name in self.sites:
+            path = self.site_state(name) / "contracts" / f"{hash}.json"
+            self._until(f"{name} received the contract", path.exists)
+        self.told(f"published: contract {hash[:12]}")
+        return hash
+
+    def approve(self, hash: str, sites: Iterable[str] | None = None) -> None:
+        """Have a person at each hospital approve the contract."""
+        expires = (datetime.now(UTC) + timedelta(days=20)).date()
+        for name in self.sites if sites is None else sites:
+            self.site(
+                "study", "approve", self.site_toml(name), hash, "--by", "data-officer",
+                "--expires", str(expires),
+            )  # fmt: skip
+        self.told("approved: by a person at every hospital")
+
+    def launch(self, hash: str) -> None:
+        """Order the run."""
+        self.admin("run", "launch", hash, "--key", self.key(ADMINISTRATORS[0]))
+
+    def wait(self, limit_s: float = RUN_LIMIT_S) -> str:
+        """Wait until the run has ended; return how: finished, failed or stopped."""
+        state, shown = self.run_dir / "state.json", 0
+
+        def ended() -> bool:
+            nonlocal shown
+            for event in self.events()[shown:]:
+                shown += 1
+                self._tell(event)
+            return (
+                state.exists() and json.loads(state.read_text())["state"] != "running"
+            )
+
+        self._until("the run ends", ended, limit_s)
+        return self.state_of_run
+
+    def release(self) -> Path:
+        """Have both administrators release the model, wait for its delivery."""
+        for name in ADMINISTRATORS:
+            self.admin("model", "release", self.study.name, "--key", self.key(name))
+        for name in self.sites:
+            path = self.site_state(name) / "models" / f"{self.study.name}.fedgex"
+            self._until(f"{name} received the model", path.exists)
+        bundle = self.state / "releases" / f"{self.study.name}.fedgex"
+        self.told(f"released: by {len(ADMINISTRATORS)} administrators, delivered")
+        return bundle
+
+    def predict(self, name: str) -> Path:
+        """Restore a hospital's missing values with the released model."""
+        model = self.site_state(name) / "models" / f"{self.study.name}.fedgex"
+        out = self.folder / "sites" / name / "restored.csv"
+        self.site(
+            "predict", "impute", self.site_toml(name), "--model", model, "--out", out
+        )
+        self.told(f"predicted: {out}")
+        return out
+
+    def simulate(self) -> str:
+        """Run the same study in the simulator; return the digest of its model."""
+        run_dir, sites = self.folder / "simulated", self.folder / "simulated-sites"
+        for name in self.sites:
+            shutil.copytree(self.folder / "split" / "sites" / name, sites / name)
+        study = self.folder / "study.json"
+        study.write_text(self.study.to_json())
+        process = engine.start(
+            study=study,
+            sites=sites,
+            n_sites=len(self.sites),
+            holdout=self.folder / "split" / "holdout" / "checked",
+            run_dir=run_dir,
+            workers=1,
+            log=self.folder / "engine.log",
+        )
+        process.wait()
+        return digest(run_dir)
+
+    # ---- looks ----
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the run's journal so far."""
+        path = self.run_dir / "journal.jsonl"
+        return journal.tail(path, 0)[0]
+
+    @property
+    def state_of_run(self) -> str:
+        """How the run stands: running, stopped, failed or finished."""
+        return str(json.loads((self.run_dir / "state.json").read_text())["state"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the run's last model."""
+        return digest(self.run_dir)
+
+    def _tell(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "round":
+            states = [site["state"] for site in event["sites"].values()]
+            self.told(
+                f"{event['phase']} {event['round']}/{event['rounds']}: "
+                f"{states.count('contributed')} of {len(states)} contributed, "
+                f"{event['seconds'] or 0:.1f} s"
+            )
+        elif event["event"] in ("run-failed", "run-finished", "asked-again"):
+            reason = event.get("reason", "")
+            self.told(f"{event['event']} {event.get('site', '')} {reason}".strip())
+
+    def _healthy(self) -> bool:
+        path = self.state / "nodes.json"
+        return path.exists() and len(json.loads(path.read_text())) == len(self.sites)
+
+    def _start(self, name: str, command: list[str]) -> None:
+        program, *words = command
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [Path(sys.executable).with_name(program), *words],
+                env=self._environment(name),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def _until(
+        self, what: str, reached: Callable[[], bool], limit_s: float = 120
+    ) -> None:
+        end = time.monotonic() + limit_s
+        while not reached():
+            for name, process in self.processes.items():
+                if process.poll() is not None:
+                    raise FederationError(
+                        f"{name} ended with {process.returncode} before {what}; see "
+                        f"{self.folder / name}.log"
+                    )
+            if time.monotonic() > end:
+                raise FederationError(f"{what}: not within {limit_s:g} s")
+            time.sleep(0.2)
+
+
+def rehearse(
+    data: Path | None, folder: Path, n_sites: int, told: Told, *, compare: bool
+) -> None:
+    """Take a study from founding the consortium to a prediction at a hospital.
+
+    Parameters
+    ----------
+    data
+        Folder of the real data (scenario `tcga`); None for synthetic ones (`demo`).
+    compare
+        Run the study in the simulator too, and say whether the models are equal.
+
+    Raises
+    ------
+    FederationError
+        If any step fails, or the compared models differ.
+    ConfigError
+        If the folder is in use, or the data do not fit.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; choose a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    scenario = find("demo" if data is None else "tcga")
+    if data is None:
+        data = folder / "data"
+        new_data(data)
+    study, sites = prepare(scenario, data.resolve(), folder, n_sites, CHANGES)
+    with Rehearsal(folder=folder, study=study, sites=sites, told=told) as rehearsal:
+        rehearsal.provision()
+        rehearsal.start()
+        contract = rehearsal.publish()
+        rehearsal.approve(contract)
+        rehearsal.launch(contract)
+        state = rehearsal.wait()
+        if state != "finished":
+            raise FederationError(f"the run {state}: see {rehearsal.run_dir}")
+        told(f"model {rehearsal.digest[:16]}")
+        rehearsal.release()
+        rehearsal.predict(sites[0])
+        if compare:
+            simulated = rehearsal.simulate()
+            if simulated != rehearsal.digest:
+                raise FederationError(f"the simulator's model is {simulated[:16]}")
+            told("the simulator's model is the same, bit for bit")
+
+
+def prepare(
+    scenario: Scenario,
+    data: Path,
+    folder: Path,
+    n_sites: int,
+    changes: Mapping[str, Any],
+) -> tuple[Study, list[str]]:
+    """Split the data, take the largest hospitals, and fix the study's genes.
+
+    Parameters
+    ----------
+    changes
+        Of the scenario's study, by section and key.
+    """
+    parts = split(scenario, data, folder / "split")
+    by_size = sorted(parts.sites, key=lambda name: (-parts.sizes[name], name))
+    sites = sorted(by_size[:n_sites])
+    holdout = folder / "split" / "holdout"
+    settings = SiteSettings.load(holdout / "site.toml")
+    phases = tuple(scenario.study.phases)
+    cohort, _ = load_cohort(settings, scenario.study.scale, phases)
+    if not (holdout / "checked" / "clinical.parquet").exists():
+        save_cohort(cohort, holdout / "checked")
+    values = json.loads(scenario.study.to_json())
+    for section, keys in changes.items():
+        values[section] = values[section] | keys if isinstance(keys, Mapping) else keys
+    values["vocabulary"]["genes"] = sorted(cohort.genes)
+    return Study.read(values, "the rehearsal's study"), sites
+
+
+def digest(run_dir: Path) -> str:
+    """Return the SHA-256 of the last model of a run."""
+    return checkpoint.digest(checkpoint.find(run_dir) / "model.safetensors")
+
+
+def _toml(values: Mapping[str, Any], prefix: str = "") -> str:
+    """Write nested settings as TOML; JSON's scalars and lists are TOML's too."""
+    plain = [k for k, v in values.items() if not isinstance(v, Mapping)]
+    lines = [f"{k} = {json.dumps(values[k])}" for k in plain if values[k] is not None]
+    for name, section in values.items():
+        if isinstance(section, Mapping):
+            lines += ["", f"[{prefix}{name}]", _toml(section, f"{prefix}{name}.")]
+    return "\n".join(lines)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text) if text.strip() else None
+
+
+def _free_ports(number: int) -> list[str]:
+    found = [socket.socket() for _ in range(number)]
+    for each in found:
+        each.bind(("127.0.0.1", 0))
+    ports = [str(each.getsockname()[1]) for each in found]
+    for each in found:
+        each.close()
+    return ports

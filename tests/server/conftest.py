@@ -1,0 +1,105 @@
+"""A consortium of two hospitals and two administrators, as its folder stands."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedgex.common import pki
+from fedgex.server.consortium import (
+    Consortium,
+    ConsortiumSettings,
+    new_administrator,
+)
+
+STUDY = """
+[study]
+name = "small"
+[study.pretraining]
+rounds = 2
+"""
+
+
+@dataclass
+class Asked:
+    """A request of a hospital, and what the hospital keeps."""
+
+    path: Path
+    fingerprint: str
+    key: pki.Key
+
+
+@dataclass
+class Admitted:
+    """A consortium, and the private keys that others hold."""
+
+    consortium: Consortium
+    keys: dict[str, Path]
+    """Key file of each administrator."""
+    sites: dict[str, pki.Key]
+
+    @property
+    def folder(self) -> Path:
+        return self.consortium.folder
+
+    def key(self, administrator: str) -> pki.Key:
+        return pki.load_key(self.keys[administrator])
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., Asked]:
+    """Return a function that writes a hospital's request as fedgex-site init does."""
+
+    def make(name: str, **changed: object) -> Asked:
+        key = pki.new_key()
+        request = {
+            "format": 1,
+            "name": name,
+            "node_public_key": pki.public_ssh(pki.new_node_key()),
+            "certificate_request": pki.request(key, name, "site"),
+            "version": "0.1.0",
+        } | changed
+        text = json.dumps(request, sort_keys=True, separators=(",", ":"))
+        path = tmp_path / f"{name}.request.json"
+        path.write_text(json.dumps(request, indent=2))
+        return Asked(path, hashlib.sha256(text.encode()).hexdigest(), key)
+
+    return make
+
+
+@pytest.fixture
+def founded(tmp_path: Path) -> Consortium:
+    """Return a consortium that nobody has joined; nothing listens on its ports."""
+    settings = ConsortiumSettings(
+        name="alliance", host="fed.example.org", health_port=1
+    )
+    return Consortium.init(tmp_path / "state", settings)
+
+
+@pytest.fixture
+def admitted(
+    founded: Consortium, ask: Callable[..., Asked], tmp_path: Path
+) -> Admitted:
+    """Return the consortium with hospitals north and south, administrators ada, bo."""
+    keys, sites = {}, {}
+    for name in ("ada", "bo"):
+        request, asked = new_administrator(name, tmp_path / name)
+        founded.add_administrator(request, asked.fingerprint)
+        keys[name] = tmp_path / name / f"{name}.key"
+    for name in ("north", "south"):
+        asked_site = ask(name)
+        founded.add_site(asked_site.path, asked_site.fingerprint)
+        sites[name] = asked_site.key
+    return Admitted(founded, keys, sites)
+
+
+@pytest.fixture
+def drafted(tmp_path: Path) -> dict[str, Path]:
+    """Return the files from which a contract is drafted."""
+    study, genes = tmp_path / "study.toml", tmp_path / "genes.txt"
+    study.write_text(STUDY)
+    genes.write_text("# three genes\nTP53\nESR1  # oestrogen receptor\n\nMKI67\n")
+    return {"study": study, "genes": genes, "contract": tmp_path / "contract.toml"}

@@ -47,6 +47,7 @@ test: install
 	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation'
 	$(BIN)/pytest -rs -m federation  # one at a time: two Ray clusters starting at once can hang
 
+# the lists of tests are the markers of pyproject.toml
 ## test-federation  failures between hospitals, with real processes; minutes
 test-federation: install
 	$(BIN)/pytest -rs -m deployment

@@ -24,7 +24,7 @@ from fedgex.common.errors import CheckpointError, ConfigError, DataError, Findin
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.model import GexBert
 from fedgex.common.objectives import ModelImputer, embed_all
-from fedgex.common.records import load_parameters
+from fedgex.common.parameters import load_parameters
 from fedgex.common.scale import Scale, convert, floor
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.common.tasks import BACKBONE, Modules

@@ -28,7 +28,7 @@ from fedgex.common import tasks
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.harmonise import Patients
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
-from fedgex.common.records import load_parameters, parameters
+from fedgex.common.parameters import load_parameters, parameters
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.common.tasks import BACKBONE, Modules, Parameters

@@ -82,7 +82,7 @@ class SiteCollector(Collector):
         )
         restarts = CounterMetricFamily(
             "fedgex_site_restarts",
-            "Times that SuperNode or worker was started again, since the daemon's start.",
+            "Times that SuperNode or worker was started again, since the start.",
         )
         try:
             told = json.loads((self._state_dir / "status.json").read_text())

@@ -18,7 +18,7 @@ import pandas as pd
 import typer
 from cryptography import x509
 
-from fedgex.client import inference, prediction_files
+from fedgex.client import prediction_files
 from fedgex.client.prediction_files import FORMATS, Samples
 from fedgex.client.settings import DataSettings, SiteSettings
 from fedgex.client.sources import Code
@@ -137,6 +137,8 @@ def impute(
     force: Force = False,
 ) -> None:
     """Fill missing cells and missing genes; measured values stay as they are."""
+    from fedgex.client import inference  # torch takes seconds to load
+
     options = _Options(
         model=model,
         input=input_file,
@@ -176,6 +178,8 @@ def embed(
     force: Force = False,
 ) -> None:
     """Write one vector a sample, from the pretrained encoder."""
+    from fedgex.client import inference  # torch takes seconds to load
+
     options = _Options(
         model=model,
         input=input_file,
@@ -212,6 +216,8 @@ def risk(
     force: Force = False,
 ) -> None:
     """Write the log-hazard and, if the study models it, survival probabilities."""
+    from fedgex.client import inference  # torch takes seconds to load
+
     options = _Options(
         model=model,
         input=input_file,
@@ -251,6 +257,8 @@ def classify(
     force: Force = False,
 ) -> None:
     """Write the probability of each cancer type, and the most probable one."""
+    from fedgex.client import inference  # torch takes seconds to load
+
     options = _Options(
         model=model,
         input=input_file,
@@ -424,6 +432,8 @@ class _Job:
 
     def _owner_of_head(self) -> str | None:
         """Return the site whose own head was used, or None if heads are shared."""
+        from fedgex.client import inference  # torch takes seconds to load
+
         if self.site and inference.head_is_local(self.checkpoint.study, self.phase):
             return self.site.name
         return None
@@ -432,6 +442,8 @@ class _Job:
 @contextmanager
 def _open(options: _Options, phase: str) -> Iterator[_Job]:
     """Load the model and the site's settings; keep what else stands in the way."""
+    from fedgex.client import inference  # torch takes seconds to load
+
     problems = _Problems()
     site: SiteSettings | None = None
     job: _Job | None = None

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedgex.common import files
 from fedgex.common.errors import CheckpointError
-from fedgex.common.records import load_parameters, parameters
+from fedgex.common.parameters import load_parameters, parameters
 
 PANEL = "panel.sha256"
 """File with the digest of the genes and the scale that a run began with."""

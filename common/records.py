@@ -8,11 +8,9 @@ from collections.abc import Collection, Mapping
 from io import BytesIO
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.lib.format import read_array
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from fedgex.common.errors import UpdateError
 
@@ -49,32 +47,6 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
 def floats(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
     """Return the arrays as float32, the type of every parameter."""
     return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
-def parameters(modules: Mapping[str, nn.Module]) -> dict[str, NDArray[np.float32]]:
-    """Return all parameters of the modules, each named `module.parameter`."""
-    return {
-        f"{prefix}.{name}": tensor.detach().cpu().numpy().astype(np.float32)
-        for prefix, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def load_parameters(modules: Mapping[str, nn.Module], arrays: Arrays) -> None:
-    """Put arrays named `module.parameter` into the modules.
-
-    Raises
-    ------
-    UpdateError
-        If a parameter is missing or of another shape. Names of other modules are left
-        alone, so that a phase can take what it needs from a whole model.
-    """
-    for prefix, module in modules.items():
-        state: dict[str, Tensor] = module.state_dict()
-        check({f"{prefix}.{name}": tuple(t.shape) for name, t in state.items()}, arrays)
-        module.load_state_dict(
-            {name: torch.tensor(arrays[f"{prefix}.{name}"]) for name in state}
-        )
 
 
 def check(

@@ -21,7 +21,7 @@ from torch import nn
 from fedgex.common import model
 from fedgex.common.imputers import factor_analysis
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
-from fedgex.common.records import load_parameters, parameters
+from fedgex.common.parameters import load_parameters, parameters
 from fedgex.common.seeds import seeded
 from fedgex.common.study import (
     CLASSIFICATION,

@@ -102,10 +102,12 @@ def train_round(
         if answer.content is not None:
             path = spool_dir / f"{name}.safetensors"
             try:
-                numbers, norms[name] = _accept(answer.content, incoming, study, path)
+                numbers, norm = _accept(answer.content, incoming, study, path)
+                _require_signed_count(answer.sealed, numbers["num_examples"])
             except UpdateError as error:
-                state, reason = "quarantined", str(error)
+                state, reason, numbers = "quarantined", str(error), {}
             else:
+                norms[name] = norm
                 updates.append(
                     Update(
                         site=name,
@@ -236,6 +238,13 @@ def _accept(
     )
     spool(arrays, path)
     return numbers, float(np.sqrt(squares))
+
+
+def _require_signed_count(sealed: Sealed | None, counted: float | None) -> None:
+    """Refuse an update that counts by another number than the site signed."""
+    signed = None if sealed is None else sealed.part.patients
+    if isinstance(signed, int) and signed != counted:
+        raise UpdateError("its number of patients is not the one that it signed")
 
 
 def _require_readable(arrays: _Unread) -> None:

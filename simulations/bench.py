@@ -33,7 +33,7 @@ from fedgex.common.harmonise import Patients
 from fedgex.common.memory import resident_mb
 from fedgex.common.model import GexBert, n_parameters, select
 from fedgex.common.objectives import draw_hidden
-from fedgex.common.records import parameters
+from fedgex.common.parameters import parameters
 from fedgex.common.seeds import generator, seeded
 from fedgex.common.study import MaskingRule, Pretraining, StrategyRule
 from fedgex.server import journal

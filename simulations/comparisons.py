@@ -27,7 +27,7 @@ from fedgex.common import tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.imputers import Imputer, NearestNeighbours, fit_mixture
-from fedgex.common.records import parameters
+from fedgex.common.parameters import parameters
 from fedgex.common.seeds import derive
 from fedgex.common.statistics import CrossProducts
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study

@@ -16,7 +16,7 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.errors import CheckpointError, ConfigError, DataError
 from fedgex.common.model import GexBert
 from fedgex.common.objectives import ModelImputer, embed
-from fedgex.common.records import parameters
+from fedgex.common.parameters import parameters
 from fedgex.common.scale import Scale
 from fedgex.common.statistics import Standardisation
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study

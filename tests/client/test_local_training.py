@@ -20,7 +20,7 @@ from fedgex.client.training import fit, judge
 from fedgex.common import tasks
 from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.harmonise import Patients
-from fedgex.common.records import parameters
+from fedgex.common.parameters import parameters
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 

@@ -10,16 +10,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from torch import nn
 
 from fedgex.common.errors import UpdateError
-from fedgex.common.records import (
-    check,
-    digest,
-    floats,
-    load_parameters,
-    parameters,
-    text,
-    to_arrays,
-    to_record,
-)
+from fedgex.common.parameters import load_parameters, parameters
+from fedgex.common.records import check, digest, floats, text, to_arrays, to_record
 
 
 def test_arrays_survive_the_record_in_name_value_and_precision():

@@ -9,7 +9,7 @@ import torch
 from fedgex.common import tasks
 from fedgex.common.errors import UpdateError
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
-from fedgex.common.records import parameters
+from fedgex.common.parameters import parameters
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 
 V = 5

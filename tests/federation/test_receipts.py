@@ -213,7 +213,9 @@ class Deployed:
         told = {keys.NAME: site, keys.DECISION: said.to_json()}
         return RecordDict({keys.SITE: ConfigRecord(told)})
 
-    def _sign(self, site: str, message: Message, reply: RecordDict) -> RecordDict:
+    def _sign(
+        self, site: str, message: Message, reply: RecordDict, **changed: Any
+    ) -> RecordDict:
         about = message.content.config_records
         order = about.get(keys.ROUND, ConfigRecord())
         numbers = reply.metric_records.get(keys.METRICS)
@@ -231,7 +233,8 @@ class Deployed:
                 "reply": reply_digest(reply),
                 "head": {"index": 1, "hash": "a" * 64},
                 "patients": (numbers or {}).get(keys.NUM_EXAMPLES, "suppressed"),
-            },
+            }
+            | changed,
             "test",
         ).to_json()
         signature = pki.sign(self.keys[site], part.encode())
@@ -347,6 +350,27 @@ def test_last_rounds_reply_sent_again_is_quarantined_and_the_others_go_on(
         "signed for round 1, this is 2; signed for request "
     )
     assert second.sites[replayer].part is None
+    verify_chain(signed(deployed.run_dir), deployed.alliance.authority)
+
+
+def test_an_update_that_counts_by_more_patients_than_its_site_signed_is_quarantined(
+    deployed: Deployed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    liar = deployed.consortium.names[2]
+
+    def lie(site: str, message: Message, reply: RecordDict) -> RecordDict:
+        if site == liar and message.metadata.message_type == keys.TRAIN:
+            true = reply.metric_records[keys.METRICS][keys.NUM_EXAMPLES]
+            reply.metric_records[keys.METRICS][keys.NUM_EXAMPLES] = 10_000
+            del reply[keys.PART]
+            reply = deployed._sign(site, message, reply, patients=true)
+        return reply
+
+    deployed.conduct(monkeypatch, lie)
+
+    for receipt in receipts(deployed.run_dir):
+        assert receipt.sites[liar].state == "quarantined"
+        assert "not the one that it signed" in str(receipt.sites[liar].reason)
     verify_chain(signed(deployed.run_dir), deployed.alliance.authority)
 
 

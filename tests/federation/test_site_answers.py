@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,20 @@ def _wrong_hash(message: Message) -> None:
 
 def _wrong_version(message: Message) -> None:
     message.content.config_records[keys.SERVER][keys.VERSION] = "0.0.0"
+
+
+def test_another_patch_release_on_the_server_is_served(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    window = ".".join(version("fedgex").split(".")[:2])
+
+    def alter(site: str, message: Message) -> None:
+        message.content.config_records[keys.SERVER][keys.VERSION] = f"{window}.99"
+
+    run = consortium.conduct(consortium.study(**SHORT), tmp_path, alter=alter)
+
+    (event,) = run.events("round")
+    assert {s["state"] for s in event["sites"].values()} == {"contributed"}
 
 
 def _changed_study(message: Message) -> None:

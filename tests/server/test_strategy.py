@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE, GexBert, preset
-from fedgex.common.records import Arrays, parameters
+from fedgex.common.parameters import parameters
+from fedgex.common.records import Arrays
 from fedgex.common.study import StrategyRule
 from fedgex.server.strategy import Update, combine, spool
 

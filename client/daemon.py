@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from fedgex.client import supernode
+from fedgex.client import monitoring, supernode
 from fedgex.client.gate import read_working, stop_working
 from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
@@ -58,6 +58,7 @@ def run(site_toml: Path) -> None:
         if audit.exists():
             chain.verify(audit)
         chain.Chain(audit).append("daemon-started", pid=os.getpid())
+        monitoring.serve(settings)
         _Daemon(site_toml, settings).serve()
         chain.Chain(audit).append("daemon-stopped", pid=os.getpid())
 

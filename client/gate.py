@@ -206,7 +206,8 @@ class Gate:
             reply=reply_digest(reply),
             bytes=_size(reply),
         )
-        patients = reply.metric_records.get(keys.METRICS, {}).get(keys.NUM_EXAMPLES)
+        metrics = reply.metric_records.get(keys.METRICS)
+        patients = None if metrics is None else metrics.get(keys.NUM_EXAMPLES)
         part = Part.read(
             {
                 **about,
@@ -300,7 +301,7 @@ def _same(content: RecordDict, contract: Contract) -> None:
     if vocabulary is None:
         return
     genes = vocabulary[keys.GENES]
-    if list(contract.study.vocabulary.genes) != genes:
+    if sorted(contract.study.vocabulary.genes) != genes:
         raise Refusal(DIFFERS, "the genes of the message are not the contract's.")
 
 

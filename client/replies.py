@@ -20,7 +20,7 @@ KEPT_ROUNDS = 2
 
 
 class AnotherRequestError(FedgexError):
-    """The round was answered already, and what is asked now differs from then."""
+    """The round was answered already, and that answer cannot be given again."""
 
 
 class Replies:
@@ -48,6 +48,8 @@ class Replies:
         if not path.exists():
             return None
         answered, _, content = path.read_bytes().partition(b"\n")
+        if answered.decode() == request and not content:
+            raise AnotherRequestError(f"the reply to {question} is no longer kept.")
         if answered.decode() != request:
             raise AnotherRequestError(
                 f"{question} was answered for request {answered.decode()[:16]}, and "
@@ -56,14 +58,16 @@ class Replies:
         return recorddict_from_proto(RecordDictProto.FromString(content))
 
     def store(self, question: str, request: str, reply: RecordDict) -> None:
-        """Put a reply on the disk, and forget those of earlier rounds."""
+        """Put a reply on the disk; of earlier rounds, only what was asked stays."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = recorddict_to_proto(reply).SerializeToString(deterministic=True)
         path = self._path(question)
         write_atomic(path, request.encode() + b"\n" + content, point="reply")
         group = question.rsplit("-", 1)[0]
         for old in sorted(self.folder.glob(f"{group}-*.reply"))[:-KEPT_ROUNDS]:
-            old.unlink()
+            with old.open("rb") as file:
+                answered = file.readline()
+            write_atomic(old, answered)
 
     def _path(self, question: str) -> Path:
         return self.folder / f"{question}.reply"

@@ -97,7 +97,7 @@ def main(told: SuperNodeSettings, secret: str) -> None:
         runtime_ssl_keyfile=None,
     )
     _remember_node(settings.state_dir)
-    start_client_internal.time = SimpleNamespace(  # type: ignore[attr-defined]
+    start_client_internal.time = SimpleNamespace(  # type: ignore[assignment,attr-defined]
         sleep=lambda seconds: time.sleep(min(seconds, POLL_S))
     )
     state_factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
@@ -143,7 +143,7 @@ def _remember_node(state_dir: Path) -> None:
         told = {"node": node, "since": time.time()}
         (state_dir / NODE_FILE).write_text(json.dumps(told))
 
-    InMemoryNodeState.set_node_id = set_and_write  # type: ignore[method-assign]
+    InMemoryNodeState.set_node_id = set_and_write  # type: ignore[assignment,method-assign]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 
 SERVER_APP, CLIENT_APP = "flwr-serverapp", "flwr-clientapp"
@@ -44,7 +45,7 @@ def acquire(client: RuntimeHttpClient, kind: str) -> tuple[str, int] | None:
     return str(reply.token), int(reply.task.run_id)
 
 
-def _client(port: int, *interceptors: object) -> RuntimeHttpClient:
+def _client(port: int, *interceptors: ProtobufClientInterceptor) -> RuntimeHttpClient:
     return RuntimeHttpClient.from_server_address(
         f"127.0.0.1:{port}",
         True,

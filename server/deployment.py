@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedgex.common import checkpoint, keys
@@ -34,7 +34,7 @@ from fedgex.common.errors import ConfigError, FederationError, TrustError
 from fedgex.common.files import write_atomic
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Receipt, reply_digest, verify_part
-from fedgex.common.records import text
+from fedgex.common.records import text, to_record
 from fedgex.server import studies
 from fedgex.server.asking import Activity, Line, Request, Sealed, ask, said
 from fedgex.server.consortium import Consortium
@@ -299,9 +299,7 @@ def deliver(grid: Grid, settings: ServerSettings) -> None:
         deployment.last_receipt = (last / "receipt.json").read_text()
     request = Request(
         type=keys.RELEASE,
-        content=lambda: RecordDict(
-            {keys.BUNDLE: ArrayRecord({keys.BUNDLE: Array(content)})}
-        ),
+        content=lambda: RecordDict({keys.BUNDLE: to_record({keys.BUNDLE: content})}),
         group=keys.RELEASE,
     )
     folder = deployment.consortium.folder / "releases"

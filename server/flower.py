@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import version
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, user_config_to_proto
@@ -81,9 +82,10 @@ class Control:
 
     def register(self, site: str, node_public_key: str) -> int:
         """Register a site's node key (OpenSSH form); return Flower's number of it."""
-        key = public_key_to_bytes(load_ssh_public_key(node_public_key.encode()))
+        key = load_ssh_public_key(node_public_key.encode())
+        assert isinstance(key, ec.EllipticCurvePublicKey), "the registry took no other"
         reply = self._control.RegisterNode(
-            RegisterNodeRequest(public_key=key, name=site)
+            RegisterNodeRequest(public_key=public_key_to_bytes(key), name=site)
         )
         return int(reply.node_id)
 

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedgex.common import failpoints, keys
 from fedgex.common.errors import FederationError, UpdateError
-from fedgex.common.records import check, to_arrays
+from fedgex.common.records import check, packed
 from fedgex.common.study import RoundRule, Study
 from fedgex.server.aggregation import Array
 from fedgex.server.asking import Line, Request, Sealed, ask
-from fedgex.server.strategy import Update, spool
+from fedgex.server.strategy import Spooled, Update
 
 logger = logging.getLogger(__name__)
 
@@ -188,25 +188,6 @@ def withheld(content: RecordDict) -> frozenset[str]:
     return frozenset(map(str, names)) if isinstance(names, list) else frozenset()
 
 
-class _Unread(Mapping[str, NDArray[Any]]):
-    """The arrays of a record, each made when it is asked for and then forgotten."""
-
-    def __init__(self, record: ArrayRecord) -> None:
-        self.record = record
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return to_arrays(ArrayRecord({name: self.record[name]}))[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.record
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.record))
-
-    def __len__(self) -> int:
-        return len(self.record)
-
-
 def _accept(
     content: RecordDict, incoming: Mapping[str, Array], study: Study, path: Path
 ) -> tuple[dict[str, float | None], float]:
@@ -224,8 +205,9 @@ def _accept(
     """
     if keys.UPDATE not in content.array_records:
         raise UpdateError(f'the reply has no "{keys.UPDATE}"')
-    arrays = _Unread(content.array_records[keys.UPDATE])
-    _require_readable(arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(packed(content.array_records[keys.UPDATE]))
+    arrays = Spooled(path)
     check({name: a.shape for name, a in incoming.items()}, arrays, exact=True)
     numbers = _numbers(content, keys.WEIGHTED_BY.get(study.strategy.weights))
     patients = numbers["num_examples"]
@@ -236,7 +218,6 @@ def _accept(
         _square_norm(arrays[name], None if begun is None else begun[name])
         for name in arrays
     )
-    spool(arrays, path)
     return numbers, float(np.sqrt(squares))
 
 
@@ -245,17 +226,6 @@ def _require_signed_count(sealed: Sealed | None, counted: float | None) -> None:
     signed = None if sealed is None else sealed.part.patients
     if isinstance(signed, int) and signed != counted:
         raise UpdateError("its number of patients is not the one that it signed")
-
-
-def _require_readable(arrays: _Unread) -> None:
-    unreadable = []
-    for name in arrays:
-        try:
-            arrays[name]
-        except UpdateError as error:
-            unreadable.append(str(error))
-    if unreadable:
-        raise UpdateError("; ".join(unreadable))
 
 
 def _numbers(content: RecordDict, weighted_by: str | None) -> dict[str, float | None]:

@@ -120,6 +120,11 @@ def launch(consortium: Consortium, order: Order) -> Run:
         )
     run = Run(consortium.folder / "runs" / order.run)
     if (run.folder / "state.json").exists():
+        if run.facts["token"] != order.token:
+            raise FedgexError(
+                f'there is a run "{run.name}" already, launched with the token '
+                f"{run.facts['token']}; give this one another --name."
+            )
         return run
     run.folder.mkdir(parents=True, exist_ok=True)
     _settings(consortium, run.folder, contract, order.subject, order.run, "conduct")

@@ -6,22 +6,21 @@ name); the adaptive server optimisers are Flower's own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Array as FlowerArray
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedYogi
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fedgex.common import keys
 from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE
-from fedgex.common.records import Arrays, to_arrays, to_record
+from fedgex.common.records import Arrays
 from fedgex.common.study import StrategyRule
 from fedgex.server import aggregation
 from fedgex.server.aggregation import Array
@@ -43,42 +42,49 @@ class Update:
 
     def read(self, name: str) -> Array:
         """Read one array."""
-        with safe_open(self.path, framework="numpy") as file:
-            array: Array = file.get_tensor(name)
+        return Spooled(self.path)[name]
+
+
+class Spooled(Mapping[str, Array]):
+    """The arrays of a spooled update, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises
+        ------
+        UpdateError
+            If it does not hold arrays in safetensors' format.
+        """
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy") as file:
+                self._names = sorted(file.keys())
+        except SafetensorError as error:
+            raise UpdateError("the arrays cannot be read") from error
+
+    def __getitem__(self, name: str) -> Array:
+        """Read one array."""
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                array: Array = file.get_tensor(name)
+        except Exception as error:  # such as a number format that NumPy has not
+            raise UpdateError(f"{name} cannot be read") from error
         return array
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is an array of this name."""
+        return name in self._names
 
-def spool(arrays: Arrays, path: Path) -> None:
-    """Write an update to disk in safetensors' format, one array in memory at a time.
+    def __iter__(self) -> Iterator[str]:
+        """Return the names, sorted."""
+        return iter(self._names)
 
-    Memory then grows neither with the sites nor, if `arrays` reads each when it is
-    asked for, with the model.
-    """
-    header, end = {}, 0
-    for name in arrays:
-        array = arrays[name]
-        code, number = _number_format(array)
-        start, end = end, end + array.size * number.itemsize
-        header[name] = {
-            "dtype": code,
-            "shape": list(array.shape),
-            "data_offsets": [start, end],
-        }
-    described = json.dumps(header).encode()
-    described += b" " * (-len(described) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(described).to_bytes(8, "little") + described)
-        for name in arrays:
-            array = arrays[name]
-            little_endian = np.ascontiguousarray(array, _number_format(array)[1])
-            file.write(little_endian.data)
-
-
-def _number_format(array: NDArray[np.generic]) -> tuple[str, np.dtype[Any]]:
-    """Return the format that holds floating-point numbers, as named and as written."""
-    width = min(array.dtype.itemsize, 8)
-    return f"F{8 * width}", np.dtype(f"<f{width}")
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._names)
 
 
 def combine(
@@ -178,7 +184,7 @@ def _adapt(
     strategy.v_t = _part("second", server_state)
     content = RecordDict(
         {
-            keys.MODEL: to_record(mean),
+            keys.MODEL: ArrayRecord({name: FlowerArray(mean[name]) for name in mean}),
             keys.METRICS: MetricRecord({keys.NUM_EXAMPLES: 1}),
         }
     )
@@ -186,8 +192,7 @@ def _adapt(
     arrays, _ = strategy.aggregate_train(server_round, [reply])
     if arrays is None or strategy.m_t is None or strategy.v_t is None:
         raise AssertionError("Flower aggregates one valid reply")
-    stepped = to_arrays(arrays)
-    new = {name: stepped[name].astype(incoming[name].dtype) for name in incoming}
+    new = {name: arrays[name].numpy().astype(incoming[name].dtype) for name in incoming}
     state: dict[str, NDArray[np.generic]] = {}
     for prefix, moments in (("first", strategy.m_t), ("second", strategy.v_t)):
         state |= {f"{prefix}/{name}": array for name, array in moments.items()}

@@ -28,7 +28,15 @@ from fedgex.common import chain, checkpoint, runtime
 from fedgex.common.errors import FedgexError
 from fedgex.common.files import write_atomic
 from fedgex.common.processes import Child
-from fedgex.server import flower, orders, releases, runs, superlink, worker
+from fedgex.server import (
+    flower,
+    monitoring,
+    orders,
+    releases,
+    runs,
+    superlink,
+    worker,
+)
 from fedgex.server.consortium import Consortium
 from fedgex.server.orders import Order
 from fedgex.server.runs import Run
@@ -85,6 +93,7 @@ def serve(folder: Path) -> None:
         lock.flush()
         chain.verify(consortium.folder / "audit.jsonl")
         consortium.audit.append("server-started", pid=os.getpid())
+        monitoring.serve(consortium)
         _Supervisor(consortium).serve()
         consortium.audit.append("server-stopped", pid=os.getpid())
 
@@ -168,6 +177,8 @@ class _Supervisor:
         self.certificate = certificate
         if not self.superlink.keep():
             return
+        if self.superlink.starts > 1:
+            self.consortium.audit.append("superlink-restarted")
         end = time.monotonic() + START_S
         while not self.control.healthy():
             if not self.superlink.alive or time.monotonic() > end or self.stopping:
@@ -283,7 +294,9 @@ class _Supervisor:
             job.told = time.monotonic()
             job.task.SendTaskHeartbeat(SendTaskHeartbeatRequest())
 
-    def _ended(self, name: str, job: _Job, state: str, reason: str | None) -> None:
+    def _ended(
+        self, name: str, job: _Job, state: runs.State, reason: str | None
+    ) -> None:
         del self.jobs[name]
         if job.run is not None:
             job.run.set(state, reason=reason)

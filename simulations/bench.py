@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from fedgex.client.settings import SiteSettings
@@ -37,7 +37,7 @@ from fedgex.common.parameters import parameters
 from fedgex.common.seeds import generator, seeded
 from fedgex.common.study import MaskingRule, Pretraining, StrategyRule
 from fedgex.server import journal
-from fedgex.server.strategy import Update, combine, spool
+from fedgex.server.strategy import Update, combine
 from fedgex.simulations import cohorts, run
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import split
@@ -348,7 +348,8 @@ def aggregation_memory(sizes: Sizes, console: Console) -> list[Row]:
 
 def _spool_one(sizes: Sizes, file: Path) -> int:
     backbone = new_backbone(sizes.update_preset, sizes.update_genes)
-    spool(parameters({tasks.BACKBONE: backbone}), file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(parameters({tasks.BACKBONE: backbone}), file)
     return n_parameters(backbone)
 
 

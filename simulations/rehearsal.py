@@ -222,7 +222,7 @@ class Rehearsal:
         drafted = self.admin(
             "study", "new", "--study", study, "--genes", genes,
             "--purpose", "Rehearsal of a federation on one machine",
-            "--expires", expires, "--sites", ",".join(self.sites),
+            "--expires", str(expires), "--sites", ",".join(self.sites),
             "--out", self.contract,
         )  # fmt: skip
         self.admin("study", "sign", self.contract, "--key", self.key(ADMINISTRATORS[0]))
@@ -285,9 +285,11 @@ class Rehearsal:
         """Restore a hospital's missing values with the released model."""
         model = self.site_state(name) / "models" / f"{self.study.name}.fedgex"
         out = self.folder / "sites" / name / "restored.csv"
+        samples = self.folder / "split" / "sites" / name / "expression.parquet"
         self.site(
-            "predict", "impute", self.site_toml(name), "--model", model, "--out", out
-        )
+            "predict", "impute", "--site", self.site_toml(name), "--model", model,
+            "--input", samples, "--output", out,
+        )  # fmt: skip
         self.told(f"predicted: {out}")
         return out
 

@@ -7,7 +7,6 @@ Whatever goes wrong leaves the hospital as a code, never as text.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -97,15 +96,17 @@ def prepare(message: Message, settings: SiteSettings, study: Study) -> RecordDic
     counts = (~np.isnan(cohort.expression)).sum(axis=0)
     enough = study.vocabulary.min_patient_share * len(cohort.patients)
     known = counts >= max(_floor(settings, study), enough)
+    told = tuple(g for g, k in zip(cohort.genes, known, strict=True) if k)
     site = ConfigRecord(
         {
             keys.NAME: settings.name,
             keys.VERSION: version("fedgex"),
-            keys.GENES: [g for g, k in zip(cohort.genes, known, strict=True) if k],
+            keys.GENES: list(told),
             keys.SHARES_CROSS_PRODUCTS: settings.policy.share_cross_products,
         }
     )
-    state.remember_panel(_state_dir(settings, study), _panel(settings, cohort))
+    panel = state.Panel(settings.data.scale.value, cohort.genes, told)
+    state.remember_panel(_state_dir(settings, study), panel)
     content = RecordDict({keys.SITE: site})
     if keys.NUM_PATIENTS in settings.policy.metrics:
         site[keys.NUM_PATIENTS] = cohort.n_patients
@@ -292,16 +293,10 @@ def _failure(error: Exception) -> str:
     return NO_DEVICE if isinstance(error, torch.AcceleratorError) else FAILED
 
 
-def _panel(settings: SiteSettings, cohort: Cohort) -> str:
-    """Return a digest of what is measured and on which scale."""
-    measured = "\n".join([settings.data.scale.value, *sorted(cohort.genes)])
-    return hashlib.sha256(measured.encode()).hexdigest()
-
-
 def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
     """Refuse data that are no longer what `prepare` told the server of."""
-    told = state.panel(_state_dir(settings, study))
-    if told is None or told == _panel(settings, cohort):
+    panel = state.read_panel(_state_dir(settings, study))
+    if panel is None or panel.holds(settings.data.scale.value, cohort.genes):
         return
     raise DataError(
         [

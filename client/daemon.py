@@ -14,6 +14,8 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -23,7 +25,7 @@ from fedgex.client.gate import read_working, stop_working
 from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain
-from fedgex.common.errors import FedgexError
+from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.files import write_atomic
 from fedgex.common.processes import Child
 
@@ -126,11 +128,22 @@ class _Daemon:
         working = read_working(self.settings.state_dir)
         if working is None or working.get("code"):
             return
-        limit = SiteSettings.load(self.site_toml).policy.message_limit_s
+        if working["pid"] != self.worker.pid:  # a dead process computes nothing
+            return
+        limit = self._limit_s()
         if time.monotonic() - float(str(working["since"])) > limit:
             logger.warning("a message took more than %g s; it is stopped", limit)
-            stop_working(self.settings.state_dir, TIME_LIMIT)
             self.worker.stop(grace_s=0)
+            with _going_on():
+                stop_working(self.settings.state_dir, TIME_LIMIT)
+
+    def _limit_s(self) -> float:
+        """Return the policy's limit as it is now, or as it was if it cannot be read."""
+        try:
+            self.settings = SiteSettings.load(self.site_toml)
+        except ConfigError as error:
+            logger.error("the settings cannot be used, so nothing changes: %s", error)
+        return self.settings.policy.message_limit_s
 
     def _tell(self) -> None:
         told = {
@@ -142,7 +155,17 @@ class _Daemon:
             "stopped": self.stopping,
         }
         path = self.settings.state_dir / "status.json"
-        write_atomic(path, json.dumps(told).encode())
+        with _going_on():
+            write_atomic(path, json.dumps(told).encode())
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Log what cannot be written: a full disk must not end the service."""
+    try:
+        yield
+    except FedgexError as error:
+        logger.error("%s", error)
 
 
 def _lock(lock: int, state_dir: Path) -> None:

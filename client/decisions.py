@@ -76,14 +76,14 @@ class Decision(Settings):
     expires: date | None
     """Last day of an approval, UTC; null for the others."""
     reason: str = ""
-    """Why it was rejected or withdrawn; stays here."""
+    """Why it was rejected or withdrawn. Only approvals leave, and they have none."""
 
     @model_validator(mode="after")
     def _what_each_needs(self) -> Self:
         if (self.decision == "approved") != (self.expires is not None):
             raise ValueError("an approval has a last day, and nothing else has")
-        if self.decision != "approved" and not self.reason.strip():
-            raise ValueError("a rejection or withdrawal needs a reason")
+        if (self.decision == "approved") == bool(self.reason.strip()):
+            raise ValueError("a rejection or withdrawal has a reason, an approval none")
         return self
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -22,10 +24,10 @@ from fedgex.client.decisions import DIFFERS, UNTRUSTED, Desk, Refusal
 from fedgex.client.identity import Identity
 from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
-from fedgex.common import failpoints, keys, pki
+from fedgex.common import bundle, failpoints, keys, pki
 from fedgex.common.chain import Chain, Head
 from fedgex.common.contract import Contract
-from fedgex.common.errors import TrustError
+from fedgex.common.errors import TrustError, UpdateError
 from fedgex.common.files import write_atomic
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Part, Receipt, reply_digest, request_digest
@@ -38,6 +40,7 @@ App = Callable[[Message, Context], Message]
 
 FAILED, PAUSED, CLOSED = "FX-SITE-001", "FX-SITE-004", "FX-SITE-005"
 UNKNOWN_RUN, ANSWERED, RESTORED = "FX-RUN-001", "FX-RUN-002", "FX-RUN-003"
+NOT_RELEASED = "FX-RUN-004"
 
 STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN)
 """Answered once. `prepare` says what is so now, and may say it again."""
@@ -85,7 +88,8 @@ class Gate:
     ) -> RecordDict:
         kind, content = message.metadata.message_type, message.content
         desk = Desk.of(settings)
-        run, contract_hash = _run(content)
+        run, contract_hash = _run(kind, content)
+        self._same_log(content)
         phase, number = _round(content)
         request = request_digest(kind, content)
         about = {
@@ -101,7 +105,7 @@ class Gate:
         contract = desk.admitted(contract_hash)
         self._keep_receipt(content, contract_hash, run)
         if kind == keys.RELEASE:
-            return self._logged(self._release(content, run), about)
+            return self._logged(self._release(content, contract_hash, run), about)
         _same(content, contract)
         self._open_now(settings)
         question = f"{kind.removeprefix('query.')}-{phase}-{number:05d}"
@@ -112,6 +116,7 @@ class Gate:
             raise Refusal(ANSWERED, str(error)) from error
         if stored is not None:
             self.audit.append("replayed", **about)
+            self._end()  # of a process that died once it had stored the reply
             return stored
         self._begin(request)
         self.audit.append("asked", **about)
@@ -134,21 +139,30 @@ class Gate:
         except TrustError as error:
             raise Refusal(UNTRUSTED, str(error)) from error
         received = desk.receive(signed)
-        self._same_log(content)
-        desk.admitted(received.hash)
+        desk.admitted(received.hash)  # so what is sent now is an approval
         decision = self.state_dir / "decisions" / f"{received.hash}.json"
         site = ConfigRecord(
             {keys.NAME: self.identity.name, keys.DECISION: decision.read_text()}
         )
         return RecordDict({keys.SITE: site})
 
-    def _release(self, content: RecordDict, run: str) -> RecordDict:
-        """Keep a released model for predictions."""
-        bundle = to_arrays(content.array_records[keys.BUNDLE])[keys.BUNDLE]
+    def _release(self, content: RecordDict, contract: str, run: str) -> RecordDict:
+        """Keep a released model for predictions, once all of it is verified."""
+        name = f"{run}{bundle.SUFFIX}"
+        try:
+            sent = to_arrays(content.array_records[keys.BUNDLE])[keys.BUNDLE].tobytes()
+            with tempfile.TemporaryDirectory(prefix="fedgex-") as temporary:
+                arrived = Path(temporary) / name
+                arrived.write_bytes(sent)
+                release = bundle.verify(arrived, self.identity.authority).release
+        except (TrustError, UpdateError) as error:
+            raise Refusal(NOT_RELEASED, str(error)) from error
+        if (release.contract, release.run) != (contract, run):
+            raise Refusal(NOT_RELEASED, "the model sent is that of another run.")
         folder = self.state_dir / "models"
         folder.mkdir(exist_ok=True, mode=0o700)
-        write_atomic(folder / f"{run}.fedgex", bundle.tobytes(), point="release")
-        self.audit.append("model-received", run=run, bytes=bundle.nbytes)
+        write_atomic(folder / name, sent, point="release")
+        self.audit.append("model-received", run=run, bytes=len(sent))
         return RecordDict({keys.SITE: ConfigRecord({keys.NAME: self.identity.name})})
 
     def _same_log(self, content: RecordDict) -> None:
@@ -229,13 +243,13 @@ class Gate:
 
     def _refuse(self, message: Message, refusal: Refusal) -> RecordDict:
         logger.warning("refused: %s", refusal)
+        self._end()  # first: the log may be what cannot be written
         self.audit.append(
             "refused",
             type=message.metadata.message_type,
             code=refusal.code,
             why=refusal.why,
         )
-        self._end()
         return RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: refusal.code})})
 
     # ---- what the daemon needs to know of a computation ----
@@ -253,7 +267,12 @@ class Gate:
         if deaths >= MAX_DEATHS:
             path.unlink()
             raise Refusal(FAILED, f"the process died {deaths} times over this request.")
-        now = {"request": request, "deaths": deaths, "since": time.monotonic()}
+        now = {
+            "request": request,
+            "deaths": deaths,
+            "pid": os.getpid(),
+            "since": time.monotonic(),
+        }
         write_atomic(path, json.dumps(now).encode())
 
     def _end(self) -> None:
@@ -261,7 +280,10 @@ class Gate:
 
 
 def read_working(state_dir: Path) -> dict[str, object] | None:
-    """Return what the site computes now: request, deaths, since (monotonic seconds)."""
+    """Return what the site computes now: request, deaths, pid, since (monotonic, s).
+
+    The process may be dead; then it is what it died over.
+    """
     try:
         found: dict[str, object] = json.loads((state_dir / WORKING).read_text())
     except FileNotFoundError:
@@ -277,8 +299,8 @@ def stop_working(state_dir: Path, code: str) -> None:
         write_atomic(state_dir / WORKING, content)
 
 
-def _run(content: RecordDict) -> tuple[str, str]:
-    """Return run and contract hash of a message."""
+def _run(kind: str, content: RecordDict) -> tuple[str, str]:
+    """Return run and contract hash of a message; only a contract may be of no run."""
     record = content.config_records.get(keys.RUN)
     if record is None:
         raise Refusal(
@@ -287,7 +309,8 @@ def _run(content: RecordDict) -> tuple[str, str]:
             "fedgex-admin run launch.",
         )
     run = text(record, keys.RUN_NAME)
-    if run and not re.fullmatch(NAME_PATTERN, run):
+    published = kind == keys.CONTRACT and not run
+    if not published and not re.fullmatch(NAME_PATTERN, run):
         raise Refusal(UNKNOWN_RUN, "the run's name cannot name a file.")
     return run, text(record, keys.CONTRACT_HASH)
 

@@ -67,7 +67,8 @@ class Replies:
         for old in sorted(self.folder.glob(f"{group}-*.reply"))[:-KEPT_ROUNDS]:
             with old.open("rb") as file:
                 answered = file.readline()
-            write_atomic(old, answered)
+            if old.stat().st_size > len(answered):
+                write_atomic(old, answered)
 
     def _path(self, question: str) -> Path:
         return self.folder / f"{question}.reply"

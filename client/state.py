@@ -6,7 +6,9 @@ same head as the first time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.numpy import load_file, save
@@ -16,10 +18,27 @@ from fedgex.common import files
 from fedgex.common.errors import CheckpointError
 from fedgex.common.parameters import load_parameters, parameters
 
-PANEL = "panel.sha256"
-"""File with the digest of the genes and the scale that a run began with."""
+PANEL = "panel.json"
+"""File with the panel that a run began with."""
 KEPT_ROUNDS = 3
 """Rounds kept on disk: the server asks again for at most the last one."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a site measures, and what of it the server was told."""
+
+    scale: str
+    genes: tuple[str, ...]
+    told: tuple[str, ...]
+    """Those of enough patients."""
+
+    def holds(self, scale: str, genes: Collection[str]) -> bool:
+        """Return whether the data still are what the server was told of.
+
+        A gene of few patients may go: its last one may have opted out.
+        """
+        return scale == self.scale and set(self.told) <= set(genes) <= set(self.genes)
 
 
 def save_head(
@@ -41,18 +60,27 @@ def save_head(
     _path(state_dir, phase, number - KEPT_ROUNDS).unlink(missing_ok=True)
 
 
-def remember_panel(state_dir: Path, digest: str) -> None:
-    """Note what is measured as a run begins, see `panel`."""
+def remember_panel(state_dir: Path, panel: Panel) -> None:
+    """Note what is measured as a run begins, see `read_panel`.
+
+    Raises
+    ------
+    FedgexError
+        If it cannot be written; then the panel is the one noted before.
+    """
     path = state_dir / PANEL
     with files.explained(path):
         state_dir.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, digest.encode())
+    files.write_atomic(path, json.dumps(asdict(panel)).encode())
 
 
-def panel(state_dir: Path) -> str | None:
+def read_panel(state_dir: Path) -> Panel | None:
     """Return what was measured when the run began; None if it has not."""
     path = state_dir / PANEL
-    return path.read_text() if path.exists() else None
+    if not path.exists():
+        return None
+    told = json.loads(path.read_text())
+    return Panel(told["scale"], tuple(told["genes"]), tuple(told["told"]))
 
 
 def load_head(

@@ -106,6 +106,7 @@ def train_round(
                 _require_signed_count(answer.sealed, numbers["num_examples"])
             except UpdateError as error:
                 state, reason, numbers = "quarantined", str(error), {}
+                path.unlink(missing_ok=True)
             else:
                 norms[name] = norm
                 updates.append(

@@ -53,8 +53,8 @@ class RunState:
     phase: str = ""
     last_round: dict[str, Any] | None = None
     """The latest `round` event."""
-    seconds: list[float] = field(default_factory=list)
-    """Duration of each finished round."""
+    seconds: list[float | None] = field(default_factory=list)
+    """Duration of each finished round; None if the server died before it noted it."""
     holdout: list[float] = field(default_factory=list)
     """Hold-out restoration MSE of each round that was judged."""
     ending: dict[str, Any] | None = None
@@ -89,10 +89,11 @@ class RunState:
 
     def left_s(self) -> float | None:
         """Seconds to the end if rounds stay as long as they were; None before any."""
-        if not self.seconds:
+        known = [seconds for seconds in self.seconds if seconds is not None]
+        if not known:
             return None
         left = max(self.rounds_planned - len(self.seconds), 0)
-        return left * sum(self.seconds) / len(self.seconds)
+        return left * sum(known) / len(known)
 
 
 def holdout_mse(event: Mapping[str, Any]) -> float | None:

@@ -115,15 +115,14 @@ def pca_cox(
     Returns
     -------
     NDArray
-        Log-hazards up to a constant, shape (T,); all zero if no event was observed.
+        Log-hazards up to a constant, shape (T,); all zero if no event was observed, or
+        no gene varies.
     """
-    if not event.any():
-        return np.zeros(len(test))
     train, test = _standardise(train, test)
+    if not event.any() or not train.any():
+        return np.zeros(len(test))
     pca = PCA(min(n_components, *train.shape), svd_solver="full").fit(train)
     kept = pca.singular_values_ > 1e-8 * pca.singular_values_[0]
-    if not kept.any():
-        return np.zeros(len(test))
     frame = pd.DataFrame(pca.transform(train)[:, kept])
     frame = frame.assign(duration=duration, event=event)
     # lifelines averages its loss over patients, not events.

@@ -66,6 +66,9 @@ class Rehearsal:
     servers: dict[str, str] = field(default_factory=dict)
     """host:port that a hospital connects to, where it is not the server's own."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    reviving: bool = False
+    """Start what died instead of giving up, as systemd does."""
+    _commands: dict[str, list[str]] = field(default_factory=dict)
 
     def __enter__(self) -> Rehearsal:
         """Return itself."""
@@ -107,10 +110,9 @@ class Rehearsal:
         """The contract's TOML."""
         return self.folder / "contract.toml"
 
-    @property
-    def run_dir(self) -> Path:
-        """Folder of the run."""
-        return self.state / "runs" / self.study.name
+    def run_dir(self, run: str) -> Path:
+        """Return the folder of a run."""
+        return self.state / "runs" / run
 
     # ---- commands ----
 
@@ -193,7 +195,7 @@ class Rehearsal:
     def start_server(self) -> None:
         """Start the server, and wait until it is healthy."""
         self._start("server", ["fedgex-admin", "server", "start"])
-        self._until("the server serves", lambda: self._healthy())
+        self.until("the server serves", lambda: self._healthy())
 
     def start_site(self, name: str) -> None:
         """Start a hospital's daemon."""
@@ -236,7 +238,7 @@ class Rehearsal:
         )
         for name in self.sites:
             path = self.site_state(name) / "contracts" / f"{hash}.json"
-            self._until(f"{name} received the contract", path.exists)
+            self.until(f"{name} received the contract", path.exists)
         self.told(f"published: contract {hash[:12]}")
         return hash
 
@@ -250,40 +252,39 @@ class Rehearsal:
             )  # fmt: skip
         self.told("approved: by a person at every hospital")
 
-    def launch(self, hash: str) -> None:
-        """Order the run."""
-        self.admin("run", "launch", hash, "--key", self.key(ADMINISTRATORS[0]))
+    def launch(self, hash: str, run: str) -> None:
+        """Order a run of a contract."""
+        key = self.key(ADMINISTRATORS[0])
+        self.admin("run", "launch", hash, "--name", run, "--key", key)
 
-    def wait(self, limit_s: float = RUN_LIMIT_S) -> str:
-        """Wait until the run has ended; return how: finished, failed or stopped."""
-        state, shown = self.run_dir / "state.json", 0
+    def wait(self, run: str, limit_s: float = RUN_LIMIT_S) -> str:
+        """Wait until a run has ended; return how: finished, failed or stopped."""
+        shown = 0
 
         def ended() -> bool:
             nonlocal shown
-            for event in self.events()[shown:]:
+            for event in self.events(run)[shown:]:
                 shown += 1
                 self._tell(event)
-            return (
-                state.exists() and json.loads(state.read_text())["state"] != "running"
-            )
+            return self.state_of(run) not in ("ordered", "running")
 
-        self._until("the run ends", ended, limit_s)
-        return self.state_of_run
+        self.until("the run ends", ended, limit_s)
+        return self.state_of(run)
 
-    def release(self) -> Path:
+    def release(self, run: str) -> Path:
         """Have both administrators release the model, wait for its delivery."""
         for name in ADMINISTRATORS:
-            self.admin("model", "release", self.study.name, "--key", self.key(name))
+            self.admin("model", "release", run, "--key", self.key(name))
         for name in self.sites:
-            path = self.site_state(name) / "models" / f"{self.study.name}.fedgex"
-            self._until(f"{name} received the model", path.exists)
-        bundle = self.state / "releases" / f"{self.study.name}.fedgex"
+            path = self.site_state(name) / "models" / f"{run}.fedgex"
+            self.until(f"{name} received the model", path.exists)
+        bundle = self.state / "releases" / f"{run}.fedgex"
         self.told(f"released: by {len(ADMINISTRATORS)} administrators, delivered")
         return bundle
 
-    def predict(self, name: str) -> Path:
+    def predict(self, name: str, run: str) -> Path:
         """Restore a hospital's missing values with the released model."""
-        model = self.site_state(name) / "models" / f"{self.study.name}.fedgex"
+        model = self.site_state(name) / "models" / f"{run}.fedgex"
         out = self.folder / "sites" / name / "restored.csv"
         samples = self.folder / "split" / "sites" / name / "expression.parquet"
         self.site(
@@ -314,20 +315,20 @@ class Rehearsal:
 
     # ---- looks ----
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return the run's journal so far."""
-        path = self.run_dir / "journal.jsonl"
-        return journal.tail(path, 0)[0]
+    def events(self, run: str) -> list[dict[str, Any]]:
+        """Return a run's journal so far."""
+        return journal.tail(self.run_dir(run) / "journal.jsonl", 0)[0]
 
-    @property
-    def state_of_run(self) -> str:
-        """How the run stands: running, stopped, failed or finished."""
-        return str(json.loads((self.run_dir / "state.json").read_text())["state"])
+    def state_of(self, run: str) -> str:
+        """Return how a run stands: ordered, running, stopped, failed or finished."""
+        path = self.run_dir(run) / "state.json"
+        return (
+            str(json.loads(path.read_text())["state"]) if path.exists() else "ordered"
+        )
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the run's last model."""
-        return digest(self.run_dir)
+    def digest(self, run: str) -> str:
+        """Return the SHA-256 of a run's last model."""
+        return digest(self.run_dir(run))
 
     def _tell(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "round":
@@ -347,6 +348,7 @@ class Rehearsal:
 
     def _start(self, name: str, command: list[str]) -> None:
         program, *words = command
+        self._commands[name] = command
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [Path(sys.executable).with_name(program), *words],
@@ -356,11 +358,40 @@ class Rehearsal:
                 stderr=subprocess.STDOUT,
             )
 
-    def _until(
+    def children(self, name: str, module: str) -> list[int]:
+        """Return the processes of a module that server or a hospital has started."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                fields = (folder / "stat").read_text().rpartition(") ")[2].split()
+            except OSError:
+                continue  # it ended meanwhile
+            if int(fields[1]) == self.processes[name].pid and module.encode() in words:
+                found.append(int(folder.name))
+        return found
+
+    def revive(self) -> None:
+        """Start whatever died, as systemd does."""
+        for name, process in list(self.processes.items()):
+            if process.poll() is not None:
+                command = self._commands[name]
+                self._start(name, command)
+
+    def until(
         self, what: str, reached: Callable[[], bool], limit_s: float = 120
     ) -> None:
+        """Wait until something is so.
+
+        Raises
+        ------
+        FederationError
+            If it takes longer than `limit_s`, or server or a hospital ended.
+        """
         end = time.monotonic() + limit_s
         while not reached():
+            if self.reviving:
+                self.revive()
             for name, process in self.processes.items():
                 if process.poll() is not None:
                     raise FederationError(
@@ -405,16 +436,17 @@ def rehearse(
         rehearsal.start()
         contract = rehearsal.publish()
         rehearsal.approve(contract)
-        rehearsal.launch(contract)
-        state = rehearsal.wait()
+        rehearsal.launch(contract, study.name)
+        state = rehearsal.wait(study.name)
         if state != "finished":
-            raise FederationError(f"the run {state}: see {rehearsal.run_dir}")
-        told(f"model {rehearsal.digest[:16]}")
-        rehearsal.release()
-        rehearsal.predict(sites[0])
+            folder = rehearsal.run_dir(study.name)
+            raise FederationError(f"the run {state}: see {folder}")
+        told(f"model {rehearsal.digest(study.name)[:16]}")
+        rehearsal.release(study.name)
+        rehearsal.predict(sites[0], study.name)
         if compare:
             simulated = rehearsal.simulate()
-            if simulated != rehearsal.digest:
+            if simulated != rehearsal.digest(study.name):
                 raise FederationError(f"the simulator's model is {simulated[:16]}")
             told("the simulator's model is the same, bit for bit")
 

@@ -1,6 +1,7 @@
 """Parameters to Flower records and back, with everything wrong named at once."""
 
 import hashlib
+import struct
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from torch import nn
 
 from fedgex.common.errors import UpdateError
 from fedgex.common.parameters import load_parameters, parameters
-from fedgex.common.records import check, digest, floats, text, to_arrays, to_record
+from fedgex.common.records import (
+    check,
+    digest,
+    floats,
+    packed,
+    text,
+    to_arrays,
+    to_record,
+)
 
 
 def test_arrays_survive_the_record_in_name_value_and_precision():
@@ -23,18 +32,86 @@ def test_arrays_survive_the_record_in_name_value_and_precision():
 
     found = to_arrays(to_record(arrays))
 
-    assert list(found) == ["a", "b", "c"]
+    assert set(found) == set(arrays)
     for name, array in arrays.items():
         assert found[name].dtype == array.dtype
         assert found[name].shape == array.shape
         assert np.array_equal(found[name], array)
 
 
-def test_bytes_that_are_no_array_are_refused_by_name():
-    junk = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"junk")
-    record = ArrayRecord({"a": junk, "b": Array(np.zeros(1)), "c": junk})
+def pack(header: bytes, numbers: bytes) -> bytes:
+    """Return what safetensors' description of its format says, written naively."""
+    padded = header + b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(padded)) + padded + numbers
 
-    with pytest.raises(UpdateError, match=r"^a cannot be read; c cannot be read$"):
+
+def carrying(content: bytes, name: str = "safetensors") -> ArrayRecord:
+    return ArrayRecord({name: Array("uint8", (len(content),), "safetensors", content)})
+
+
+def test_a_record_is_one_piece_of_bytes_wider_types_first_then_by_name():
+    arrays = {
+        "half": np.array(3.0, dtype=np.float16),
+        "b": np.array([[1.5], [-2.0]], dtype=np.float32).T,
+        "a": np.zeros((0, 4), dtype=np.float32),
+    }
+
+    record = to_record(arrays)
+
+    header = (
+        b'{"a":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]},'
+        b'"b":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
+        b'"half":{"dtype":"F16","shape":[],"data_offsets":[8,10]}}'
+    )
+    expected = pack(header, struct.pack("<ffe", 1.5, -2.0, 3.0))
+    assert list(record) == ["safetensors"]
+    assert packed(record) == record["safetensors"].data == expected
+    assert record["safetensors"].dtype == "uint8"
+    assert record["safetensors"].shape == (len(expected),)
+
+
+def test_the_same_arrays_in_another_order_are_the_same_bytes():
+    arrays = {name: np.full(2, i) for i, name in enumerate(("b", "c", "a"))}
+
+    turned = to_record(dict(reversed(arrays.items())))
+
+    assert packed(turned) == packed(to_record(arrays))
+
+
+GOOD = packed(to_record({"a": np.ones(3, np.float32)}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\x93NUMPY\x01\x00", id="another format"),
+        pytest.param(GOOD[:-1], id="torn"),
+        pytest.param(GOOD + b"\0", id="more than it says"),
+        pytest.param(b"\xff" * 8 + GOOD[8:], id="a header beyond all bounds"),
+        pytest.param(
+            pack(b'{"a":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}', b"\0\0"),
+            id="a number format that NumPy lacks",
+        ),
+    ],
+)
+def test_bytes_that_are_no_arrays_are_refused(content):
+    with pytest.raises(UpdateError, match=r"^the arrays cannot be read$"):
+        to_arrays(carrying(content))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        pytest.param(ArrayRecord(), id="nothing"),
+        pytest.param(carrying(GOOD, "a"), id="another name"),
+        pytest.param(
+            ArrayRecord({**carrying(GOOD), "a": Array(np.zeros(1))}), id="one beside it"
+        ),
+    ],
+)
+def test_arrays_that_are_not_packed_are_refused(record):
+    with pytest.raises(UpdateError, match=r'^the arrays are not packed as "safeten'):
         to_arrays(record)
 
 
@@ -138,13 +215,16 @@ def test_the_digest_is_the_same_after_the_network():
 
 
 def test_the_order_of_records_and_keys_does_not_change_the_digest():
-    turned = RecordDict(dict(reversed(content().items())))
-    turned["model"] = ArrayRecord(dict(reversed(turned.array_records["model"].items())))
+    arrays = {name: Array(np.full(2, i)) for i, name in enumerate("ba")}
+    straight = content(several=ArrayRecord(arrays))
+
+    turned = RecordDict(dict(reversed(straight.items())))
+    turned["several"] = ArrayRecord(dict(reversed(arrays.items())))
     turned["round"] = ConfigRecord(
         dict(reversed(turned.config_records["round"].items()))
     )
 
-    assert digest(turned) == digest(content())
+    assert digest(turned) == digest(straight)
 
 
 def config(**values) -> dict[str, ConfigRecord]:

@@ -21,17 +21,16 @@ TYPES = ["type-1", "type-2"]
 N_SITES = 3
 
 STUDY: dict[str, Any] = {
-    "name": "rehearsal",
+    "name": "small",
     "minimum_cohort": 10,
     "cross_products": True,
     "linear_rank": 4,
-    "pretraining": {"rounds": 3, "local_epochs": 1},
+    "pretraining": {"rounds": 2, "local_epochs": 1},
     "classification": {"rounds": 1, "classes": TYPES},
-    "survival": {"rounds": 1, "cancer_types": TYPES},
     "evaluation": {"rates": [0.5], "panels": [10]},
     "rounds": {"quorum": N_SITES},
 }
-"""Three sites, five rounds, seconds each."""
+"""Three sites and three rounds, a second each."""
 
 SCENARIO: dict[str, Any] = {
     "study": STUDY,
@@ -45,33 +44,62 @@ SCENARIO: dict[str, Any] = {
     "reference": {"alone": False, "pooled": False},
 }
 
-Build = Callable[..., Rehearsal]
+
+def build(folder: Path, **changes: Any) -> Rehearsal:
+    """Return a consortium that is not provisioned yet."""
+    data = folder / "data"
+    new_data(
+        data,
+        n_sites=N_SITES,
+        n_holdouts=1,
+        patients_per_site=30,
+        n_genes=30,
+        n_cancer_types=len(TYPES),
+    )
+    scenario = Scenario.read(SCENARIO, "a test's scenario")
+    study, sites = rehearsal.prepare(scenario, data, folder, N_SITES, changes)
+    return Rehearsal(folder=folder, study=study, sites=sites, told=_silent)
 
 
-@pytest.fixture
-def consortium(tmp_path: Path) -> Iterator[Build]:
-    """Return what builds a consortium; its processes end with the test."""
-    opened: list[Rehearsal] = []
+@dataclass(frozen=True)
+class Served:
+    """A consortium that serves, its approved contract, and the simulator's model."""
 
-    def build(**changes: Any) -> Rehearsal:
-        data = tmp_path / "data"
-        new_data(
-            data,
-            n_sites=N_SITES,
-            n_holdouts=1,
-            patients_per_site=30,
-            n_genes=30,
-            n_cancer_types=len(TYPES),
+    consortium: Rehearsal
+    contract: str
+    simulated: str
+    """SHA-256 of the model that the simulator makes of the same study."""
+
+    def run(self, name: str, disturb: Callable[[], None] | None = None) -> str:
+        """Launch a run, disturb it in its second round, and return how it ended."""
+        self.consortium.launch(self.contract, name)
+        if disturb is not None:
+            self.until_round(name, 1)
+            disturb()
+        return self.consortium.wait(name)
+
+    def until_round(self, run: str, number: int) -> None:
+        """Wait until so many rounds of a run are finished."""
+        self.consortium.until(
+            f"{number} rounds of {run}", lambda: len(self.rounds(run)) >= number
         )
-        scenario = Scenario.read(SCENARIO, "a test's scenario")
-        study, sites = rehearsal.prepare(scenario, data, tmp_path, N_SITES, changes)
-        built = Rehearsal(folder=tmp_path, study=study, sites=sites, told=_silent)
-        opened.append(built)
-        return built
 
-    yield build
-    for each in opened:
-        each.__exit__()
+    def rounds(self, run: str) -> list[dict[str, Any]]:
+        """Return the finished rounds of a run, from its journal."""
+        return [e for e in self.consortium.events(run) if e["event"] == "round"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Provision, start and approve once for all tests of a file."""
+    with build(tmp_path_factory.mktemp("consortium")) as consortium:
+        consortium.reviving = True
+        consortium.provision()
+        simulated = consortium.simulate()
+        consortium.start()
+        contract = consortium.publish()
+        consortium.approve(contract)
+        yield Served(consortium, contract, simulated)
 
 
 @dataclass
@@ -84,11 +112,13 @@ class Link:
     target: tuple[str, int]
     delay_s: float = 0.0
     bytes_per_s: float = float("inf")
-    broken: bool = False
-    """Connections are refused, and those there are go dead without a word."""
+    silent: bool = False
+    """Bytes vanish, and nobody is told."""
+    refusing: bool = False
+    """New connections are closed at once."""
     flip_after: int | None = None
-    """Change one byte once so many have passed towards the server."""
-    passed: int = 0
+    """Change one byte once so many more have passed towards the server."""
+    flipped: int = 0
     _listener: socket.socket = field(default_factory=socket.socket)
     _sockets: list[socket.socket] = field(default_factory=list)
 
@@ -102,6 +132,11 @@ class Link:
     def cut(self) -> None:
         """Close every connection, as a firewall that restarts does."""
         for each in self._sockets:
+            # Closing alone does not wake a thread that reads.
+            try:
+                each.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
             each.close()
         self._sockets.clear()
 
@@ -116,7 +151,7 @@ class Link:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            if self.broken:
+            if self.refusing:
                 near.close()
                 continue
             far = socket.create_connection(self.target)
@@ -127,38 +162,23 @@ class Link:
                 ).start()
 
     def _pass(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
-        while True:
-            try:
-                content = bytearray(source.recv(16384))
-                if not content:
-                    sink.close()
-                    return
+        try:
+            while content := bytearray(source.recv(16384)):
                 time.sleep(self.delay_s + len(content) / self.bytes_per_s)
-                while self.broken:
-                    time.sleep(0.1)
-                if up:
-                    self.passed += len(content)
-                    if self.flip_after is not None and self.passed > self.flip_after:
+                if self.silent:
+                    continue
+                if up and self.flip_after is not None:
+                    self.flip_after -= len(content)
+                    if self.flip_after <= 0:
                         content[len(content) // 2] ^= 1
                         self.flip_after = None
+                        self.flipped += 1
                 sink.sendall(content)
-            except OSError:
-                return
-
-
-@pytest.fixture
-def links() -> Iterator[Callable[[tuple[str, int]], Link]]:
-    """Return what opens a link to a target; all are closed with the test."""
-    opened: list[Link] = []
-
-    def make(target: tuple[str, int]) -> Link:
-        link = Link(target)
-        opened.append(link)
-        return link
-
-    yield make
-    for each in opened:
-        each.close()
+        except OSError:
+            pass
+        finally:
+            source.close()
+            sink.close()
 
 
 def _silent(line: str) -> None:

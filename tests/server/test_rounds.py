@@ -1,4 +1,5 @@
 import logging
+import math
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from io import BytesIO
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import (
     Array,
+    ArrayRecord,
     ConfigRecord,
     Error,
     Message,
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from fedgex.common import keys
 from fedgex.common.errors import FederationError
-from fedgex.common.records import Arrays, to_record
+from fedgex.common.records import Arrays, packed, to_record
 from fedgex.common.study import RoundRule, Study
 from fedgex.server.asking import Line, Request, Simulated
 from fedgex.server.journal import Journal
@@ -110,12 +112,26 @@ def changed(name: str, array: NDArray[np.generic]) -> RecordDict:
     return reply(good_arrays() | {name: array})
 
 
-def unreadable(data: bytes) -> RecordDict:
+def sending(pack: bytes, name: str = "safetensors") -> RecordDict:
+    """Return a reply that is acceptable but for the bytes of its update."""
     content = reply()
-    content.array_records[keys.UPDATE]["bias"] = Array(
-        "float32", (2,), "numpy.ndarray", data
-    )
+    array = Array("uint8", (len(pack),), "safetensors", pack)
+    content[keys.UPDATE] = ArrayRecord({name: array})
     return content
+
+
+def pack(header: bytes, numbers: bytes) -> bytes:
+    padded = header + b" " * (-len(header) % 8)
+    return len(padded).to_bytes(8, "little") + padded + numbers
+
+
+def beside() -> RecordDict:
+    content = reply()
+    content.array_records[keys.UPDATE]["bias"] = Array(np.ones(2, np.float32))
+    return content
+
+
+GOOD_PACK = packed(to_record(good_arrays()))
 
 
 def archive() -> bytes:
@@ -285,9 +301,36 @@ CANNOT_BE_AGGREGATED: dict[str, tuple[RecordDict, str]] = {
         reply({"bias": np.array([np.nan, 0], np.float32), "weight": np.ones(4)}),
         "bias holds NaN or infinity; weight has shape (4,), expected (2, 3)",
     ),
-    "a torn array": (unreadable(b"\x93NUMPY\x01\x00torn"), "bias cannot be read"),
-    "an empty array": (unreadable(b""), "bias cannot be read"),
-    "an archive for an array": (unreadable(archive()), "bias cannot be read"),
+    "a torn pack": (sending(GOOD_PACK[:-1]), "the arrays cannot be read"),
+    "an empty pack": (sending(b""), "the arrays cannot be read"),
+    "an archive for a pack": (sending(archive()), "the arrays cannot be read"),
+    "a pack without arrays": (reply({}), "bias is missing; weight is missing"),
+    "a pack under another name": (
+        sending(GOOD_PACK, "pack"),
+        'the arrays are not packed as "safetensors"',
+    ),
+    "an array beside the pack": (
+        beside(),
+        'the arrays are not packed as "safetensors"',
+    ),
+    "no pack": (
+        RecordDict({**reply(), keys.UPDATE: ArrayRecord()}),
+        'the arrays are not packed as "safetensors"',
+    ),
+    "a number format that NumPy lacks": (
+        sending(
+            pack(
+                b'{"bias":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},'
+                b'"weight":{"dtype":"F32","shape":[2,3],"data_offsets":[4,28]}}',
+                bytes(28),
+            )
+        ),
+        "bias cannot be read",
+    ),
+    "complex numbers": (
+        changed("bias", np.ones(2, np.complex64)),
+        "bias is of type complex64, expected floating point",
+    ),
     "no arrays": (without(keys.UPDATE), 'the reply has no "update"'),
     "no metrics": (without(keys.METRICS), 'the reply has no "metrics"'),
     "no number of patients": (
@@ -411,8 +454,12 @@ def test_a_mandatory_site_that_was_never_there_is_named(run: Run) -> None:
 
 
 def test_the_bytes_of_arrays_are_counted_both_ways(run: Run) -> None:
-    # An array of n bytes travels as a .npy file, whose header is 128 bytes.
-    n_bytes = (128 + 2 * 4) + (128 + 6 * 4)
+    # Length of the header, the header in whole eights of bytes, the numbers.
+    header = (
+        '{"bias":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        '"weight":{"dtype":"F32","shape":[2,3],"data_offsets":[8,32]}}'
+    )
+    n_bytes = 8 + 8 * math.ceil(len(header) / 8) + (2 + 6) * 4
 
     outcome = run()
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE, GexBert, preset
 from fedgex.common.parameters import parameters
-from fedgex.common.records import Arrays
+from fedgex.common.records import Arrays, packed, to_record
 from fedgex.common.study import StrategyRule
-from fedgex.server.strategy import Update, combine, spool
+from fedgex.server.strategy import Spooled, Update, combine
 
 GENES = "backbone.encoder.tokens.identity.weight"  # a row for each gene, (4, 2)
 SHARED = "backbone.encoder.norm.weight"  # (3,)
@@ -53,7 +53,7 @@ def update(
     measured: Sequence[int] = (1, 1, 1, 1),
 ) -> Update:
     path = folder / f"{site}.safetensors"
-    spool(arrays, path)
+    path.write_bytes(packed(to_record(arrays)))
     return Update(
         site=site,
         path=path,
@@ -307,10 +307,49 @@ def test_a_spooled_update_is_read_back_bit_by_bit(tmp_path: Path) -> None:
     arrays = random_arrays(3)
     arrays["transposed"] = np.arange(6, dtype=np.float32).reshape(2, 3).T
 
-    spooled = update(tmp_path / "not" / "there" / "yet", "a", arrays)
+    spooled = update(tmp_path, "a", arrays)
 
     for name, array in arrays.items():
         np.testing.assert_array_equal(spooled.read(name), array)
+
+
+def test_a_spooled_update_is_a_mapping_in_order_of_name(tmp_path: Path) -> None:
+    spooled = Spooled(update(tmp_path, "a", random_arrays(3)).path)
+
+    assert list(spooled) == sorted(SHAPES)
+    assert len(spooled) == len(SHAPES)
+    assert SHARED in spooled
+    assert "other" not in spooled
+    assert 3 not in spooled
+    with pytest.raises(KeyError, match="other"):
+        spooled["other"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no arrays", b"\xff" * 64])
+def test_a_spooled_file_of_other_bytes_is_refused(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+
+    with pytest.raises(UpdateError, match=r"^the arrays cannot be read$"):
+        Spooled(tmp_path / "a.safetensors")
+
+
+def test_an_array_in_a_format_that_numpy_lacks_is_refused_by_name_and_no_other(
+    tmp_path: Path,
+) -> None:
+    header = (
+        b'{"brain":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]},'
+        b'"other":{"dtype":"F16","shape":[1],"data_offsets":[2,4]}}'
+    )
+    one = np.float16(1).tobytes()
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + one + one)
+
+    spooled = Spooled(tmp_path / "a")
+
+    assert spooled["other"].tolist() == [1]
+    with pytest.raises(UpdateError, match=r"^brain cannot be read$"):
+        spooled["brain"]
 
 
 def test_fixed_weights_count_whatever_the_number_of_patients(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ endif
 
 ## rehearsal a consortium of four sites on this machine, with real processes; DATA=FOLDER
 rehearsal: install
+	rm -rf runs/rehearsal
 	$(BIN)/fedgex-sim rehearse $(if $(DATA),--data $(DATA)) --out runs/rehearsal
 
 ## check     formatting, lint, strict types, import contracts, deploy/
@@ -42,19 +43,18 @@ check: install
 	$(BIN)/lint-imports
 	deploy/check.sh $(BIN)
 
-## test      every test; those on real data need FEDGEX_DATA (../shared/data)
+## test      all that is quick; those on real data need FEDGEX_DATA (../shared/data)
 test: install
-	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation'
+	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation and not deployment and not chaos'
 	$(BIN)/pytest -rs -m federation  # one at a time: two Ray clusters starting at once can hang
 
-# the lists of tests are the markers of pyproject.toml
-## test-federation  failures between hospitals, with real processes; minutes
+## test-federation  failures between hospitals, with real processes; some twenty minutes
 test-federation: install
 	$(BIN)/pytest -rs -m deployment
 
-## chaos     kill at every named fail-point, on both sides; hours
+## chaos     kill at every named fail-point, on both sides; FEDGEX_CHAOS=N tries N of them
 chaos: install
-	$(BIN)/pytest -rs -m chaos
+	FEDGEX_CHAOS=$${FEDGEX_CHAOS:-all} $(BIN)/pytest -rs -m chaos
 
 ## bench     throughput, overhead, memory and cost, as ratios of one run
 bench: install

@@ -32,7 +32,7 @@ from fedgex.server.superlink import SECRET_HEADER
 SETTINGS = "settings"
 """Key of a run's configuration: the path of its settings file."""
 
-_BUNDLE = """\
+BUNDLE = """\
 [project]
 name = "fedgex"
 version = "{version}"
@@ -68,7 +68,7 @@ class Control:
     def __init__(self, port: int, secret: str) -> None:
         self._address = f"127.0.0.1:{port}"
         self._secret = secret
-        self._control = ControlHttpClient.from_server_address(
+        self.client = ControlHttpClient.from_server_address(
             self._address, True, None, [_Secret(secret)]
         )
 
@@ -84,14 +84,14 @@ class Control:
         """Register a site's node key (OpenSSH form); return Flower's number of it."""
         key = load_ssh_public_key(node_public_key.encode())
         assert isinstance(key, ec.EllipticCurvePublicKey), "the registry took no other"
-        reply = self._control.RegisterNode(
+        reply = self.client.RegisterNode(
             RegisterNodeRequest(public_key=public_key_to_bytes(key), name=site)
         )
         return int(reply.node_id)
 
     def unregister(self, node: int) -> None:
         """Shut a node out; its next call is refused."""
-        self._control.UnregisterNode(UnregisterNodeRequest(node_id=node))
+        self.client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
     def start_run(self, settings: str) -> int:
         """Start a Flower run of our server app; return Flower's number of it.
@@ -105,17 +105,17 @@ class Control:
             fab=fab_to_proto(bundle()),
             override_config=user_config_to_proto({SETTINGS: settings}),
         )
-        return int(self._control.StartRun(request).run_id)
+        return int(self.client.StartRun(request).run_id)
 
     def stop_run(self, run: int) -> None:
         """Stop a Flower run; what it has on disk stays."""
-        self._control.StopRun(StopRunRequest(run_id=run))
+        self.client.StopRun(StopRunRequest(run_id=run))
 
 
 @cache
 def bundle() -> Fab:
     """Return the bundle of every run: configuration, and not one line of code."""
     content, _ = build_fab_from_files(
-        {"pyproject.toml": _BUNDLE.format(version=version("fedgex")).encode()}
+        {"pyproject.toml": BUNDLE.format(version=version("fedgex")).encode()}
     )
     return Fab(hashlib.sha256(content).hexdigest(), content, {})

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fedgex.common.errors import FedgexError
 from fedgex.simulations import bench as benchmark
-from fedgex.simulations import cohorts, rehearsal, scenario
+from fedgex.simulations import bench_deployment, cohorts, rehearsal, scenario
 from fedgex.simulations import run as simulation
 
 app = typer.Typer(
@@ -113,6 +113,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small run, to see that it works.")
     ] = False,
+    deployment: Annotated[
+        bool, typer.Option("--deployment", help="What the network costs instead.")
+    ] = False,
     form: Annotated[
         Format, typer.Option("--format", help="Lines for people, or JSON for scripts.")
     ] = Format.TEXT,
@@ -120,7 +123,10 @@ def bench(
     """Measure what fedgex costs here, as ratios within one run (docs/benchmarks.md)."""
     sizes = benchmark.QUICK if quick else benchmark.FULL
     try:
-        rows = benchmark.measure(sizes, errors)
+        if deployment:
+            rows = bench_deployment.measure(errors, quick=quick)
+        else:
+            rows = benchmark.measure(sizes, errors)
     except FedgexError as error:
         _refuse(error)
     if form is Format.JSON:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -133,10 +134,8 @@ class Link:
         """Close every connection, as a firewall that restarts does."""
         for each in self._sockets:
             # Closing alone does not wake a thread that reads.
-            try:
+            with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             each.close()
         self._sockets.clear()
 
@@ -183,3 +182,23 @@ class Link:
 
 def _silent(line: str) -> None:
     """Say nothing."""
+
+
+@pytest.fixture(scope="session")
+def builder() -> Callable[..., Rehearsal]:
+    """Return what builds a consortium in a folder."""
+    return build
+
+
+@pytest.fixture(scope="module")
+def link() -> Iterator[Link]:
+    """Return a link whose target is to be set."""
+    made = Link(("127.0.0.1", 0))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def serving() -> type[Served]:
+    """Return the class of a consortium that serves."""
+    return Served

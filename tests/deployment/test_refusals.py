@@ -1,0 +1,192 @@
+"""What is refused between real processes, and what its reader sees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import fab_to_proto, run_from_proto
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.supercore.fab import Fab
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedgex.common import chain, keys, runtime
+from fedgex.server import flower, superlink
+from fedgex.server.consortium import Consortium
+
+pytestmark = pytest.mark.deployment
+
+
+def test_only_the_fleet_and_health_are_reachable_from_outside(served):
+    """Launch, stop, register and taking a task are tried, and answered with 404."""
+    consortium = Consortium(served.consortium.state)
+    address = f"https://localhost:{consortium.settings.port}"
+    authority = str(consortium.folder / "pki" / "authority.crt")
+    tried = [
+        "/v1/control/start-run",
+        "/v1/control/stop-run",
+        "/v1/control/register-node",
+        "/v1/control/list-runs",
+        "/v1/runtime/acquire-task",
+        "/v1/runtime/pull-task-input",
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/docs",
+        "/openapi.json",
+        "/v1/fleet/../control/list-runs",
+        "/v1/fleet/%2e%2e/control/list-runs",
+    ]
+    with httpx.Client(verify=authority) as client:
+        found = {
+            path: client.post(
+                address + path,
+                content=b"",
+                headers={"content-type": "application/x-protobuf"},
+            ).status_code
+            for path in tried
+        }
+        assert set(found.values()) == {404}, found
+        assert client.get(f"{address}/health").status_code == 200
+    denied = chain.read(consortium.folder / "audit.jsonl")
+    assert sum(line["event"] == "denied" for line in denied) >= len(tried)
+
+
+def test_control_on_the_loopback_interface_wants_the_supervisors_secret(served):
+    port = Consortium(served.consortium.state).settings.control_port
+    reply = httpx.post(f"http://127.0.0.1:{port}/v1/control/list-runs", content=b"")
+    assert reply.status_code == 401
+
+
+def test_code_in_a_bundle_never_runs_at_a_site(served, tmp_path: Path):
+    """A coordinator who turned evil pushes code and a message of his own."""
+    marker = tmp_path / "ran"
+    evil = f"import pathlib; pathlib.Path({str(marker)!r}).write_text('ran')\n"
+    content, _ = build_fab_from_files(
+        {
+            "pyproject.toml": flower.BUNDLE.format(version="6.6.6").encode(),
+            "fedgex/__init__.py": evil.encode(),
+            "fedgex/client/app.py": evil.encode(),
+            "sitecustomize.py": evil.encode(),
+        }
+    )
+    bundle = Fab(_sha256(content), content, {})
+    supervisor = served.consortium.processes["server"].pid
+    (pid,) = served.consortium.children("server", "fedgex.server.superlink")
+    secret = _environment(pid)[superlink.SECRET_VARIABLE]
+    port = Consortium(served.consortium.state).settings.control_port
+    os.kill(supervisor, signal.SIGSTOP)  # it would take the task, and leave it alone
+    try:
+        control = flower.Control(port, secret)
+        request = StartRunRequest(fab=fab_to_proto(bundle))
+        run = control.client.StartRun(request).run_id
+        task = runtime.acquire(runtime.executor(port, secret), runtime.SERVER_APP)
+        assert task is not None
+        assert task[1] == run
+        codes = _send(port, task[0], served)
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    assert codes == {"FX-RUN-001"}
+    assert not marker.exists()
+    for name in served.consortium.sites:
+        state = served.consortium.site_state(name)
+        lines = chain.read(state / "audit.jsonl")
+        assert bundle.hash_str in {e.get("digest") for e in lines}
+        assert lines[-1]["code"] == "FX-RUN-001"
+
+
+def test_a_site_whose_key_was_struck_is_refused_and_named(served):
+    """The site is revoked between two rounds; the quorum wants it, so the run fails."""
+    name = served.consortium.sites[-1]
+
+    def strike() -> None:
+        served.consortium.admin("site", "revoke", name, "--reason", "a test")
+
+    assert served.run("revoked", strike) == "failed"
+    state = served.consortium.run_dir("revoked") / "state.json"
+    reason = json.loads(state.read_text())["reason"]
+    assert name in reason
+    assert "revoked" in reason
+
+
+def test_new_keys_bring_a_struck_site_back_without_touching_other_kits(served):
+    """Rotation: new keys, new kit, approval anew; the failed run is resumed."""
+    consortium, name = served.consortium, served.consortium.sites[-1]
+    others = {
+        n: (consortium.site_state(n) / "identity" / "kit.json").read_bytes()
+        for n in consortium.sites[:-1]
+    }
+    process = consortium.processes.pop(name)
+    process.terminate()
+    process.wait()
+    state, site_toml = consortium.site_state(name), consortium.site_toml(name)
+    (state / "identity").rename(state / "identity.before")
+    port = Consortium(consortium.state).settings.port
+    words = ("--name", name, "--server", f"localhost:{port}")
+    fingerprint = consortium.site("init", site_toml.parent, *words).strip()
+    kit = site_toml.parent / "new-kit.json"
+    consortium.admin(
+        "site", "add", name, "--request", state / "request.json",
+        "--fingerprint", fingerprint, "--out", kit,
+    )  # fmt: skip
+    consortium.site("join", site_toml, kit)
+    consortium.approve(served.contract, [name])
+    consortium.start_site(name)
+    key = consortium.key("first-administrator")
+    consortium.admin("run", "resume", "revoked", "--key", key)
+    consortium.until("resumed", lambda: consortium.state_of("revoked") == "running")
+    assert consortium.wait("revoked") == "finished"
+    assert consortium.digest("revoked") == served.simulated
+    for other, kit_before in others.items():
+        path = consortium.site_state(other) / "identity" / "kit.json"
+        assert path.read_bytes() == kit_before
+
+
+def test_the_servers_new_certificate_is_taken_up_during_a_run(served):
+    def renew() -> None:
+        served.consortium.admin("consortium", "renew")
+
+    assert served.run("renewed", renew) == "finished"
+    assert served.consortium.digest("renewed") == served.simulated
+
+
+def _send(port: int, token: str, served: Any) -> set[str]:
+    """Send every site a message of the evil run; return the codes of the refusals."""
+    grid = HttpGrid(f"127.0.0.1:{port}", insecure=True, token=token)
+    task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+    TaskIdentity.run_id, TaskIdentity.node_id = task.run.run_id, task.context.node_id
+    TaskIdentity.task_id = task.task_id
+    grid.set_run(run_from_proto(task.run))
+    content = RecordDict({"evil": ConfigRecord({"wants": "rows"})})
+    nodes = list(grid.get_node_ids())
+    assert len(nodes) == len(served.consortium.sites)
+    waiting = set(
+        grid.push_messages([Message(content, node, keys.TRAIN) for node in nodes])
+    )
+    codes, end = set(), time.monotonic() + 60
+    while waiting and time.monotonic() < end:
+        for reply in grid.pull_messages(list(waiting)):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            codes.add(str(reply.content.config_records[keys.REFUSAL][keys.CODE]))
+        time.sleep(0.2)
+    assert not waiting
+    return codes
+
+
+def _environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -83,7 +83,9 @@ class Decision(Settings):
         if (self.decision == "approved") != (self.expires is not None):
             raise ValueError("an approval has a last day, and nothing else has")
         if (self.decision == "approved") == bool(self.reason.strip()):
-            raise ValueError("a rejection or withdrawal has a reason, an approval none")
+            raise ValueError(
+                "a rejection or withdrawal needs a reason, and an approval has none"
+            )
         return self
 
 

@@ -24,7 +24,7 @@ from fedgex.client.decisions import DIFFERS, UNTRUSTED, Desk, Refusal
 from fedgex.client.identity import Identity
 from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
-from fedgex.common import bundle, failpoints, keys, pki
+from fedgex.common import bundle, chain, failpoints, keys, pki
 from fedgex.common.chain import Chain, Head
 from fedgex.common.contract import Contract
 from fedgex.common.errors import TrustError, UpdateError
@@ -70,6 +70,7 @@ class Gate:
         self.state_dir = settings.state_dir
         self.identity = Identity.load(self.state_dir)
         self.audit = Chain(self.state_dir / "audit.jsonl")
+        chain.verify(self.audit.path)
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message; whatever goes wrong leaves as a code."""
@@ -106,7 +107,7 @@ class Gate:
         self._keep_receipt(content, contract_hash, run)
         if kind == keys.RELEASE:
             return self._logged(self._release(content, contract_hash, run), about)
-        _same(content, contract)
+        _same(kind, content, contract)
         self._open_now(settings)
         question = f"{kind.removeprefix('query.')}-{phase}-{number:05d}"
         replies = Replies(self.state_dir / "replies" / run)
@@ -117,7 +118,7 @@ class Gate:
         if stored is not None:
             self.audit.append("replayed", **about)
             self._end()  # of a process that died once it had stored the reply
-            return stored
+            return self._signed_now(stored, question, about, replies)
         self._begin(request)
         self.audit.append("asked", **about)
         failpoints.reach("site.before_train")
@@ -130,6 +131,22 @@ class Gate:
         self._end()
         failpoints.reach("site.before_send")
         return reply
+
+    def _signed_now(
+        self,
+        stored: RecordDict,
+        question: str,
+        about: dict[str, object],
+        replies: Replies,
+    ) -> RecordDict:
+        """Return a stored reply, signed anew if the hospital's keys were replaced."""
+        signed_by = text(stored.config_records[keys.PART], keys.CERTIFICATE)
+        if signed_by == pki.to_pem(self.identity.certificate):
+            return stored
+        del stored[keys.PART]
+        stored = self._logged(stored, about)
+        replies.store(question, str(about["request"]), stored)
+        return stored
 
     def _contract(self, content: RecordDict, desk: Desk) -> RecordDict:
         """Take a contract in, and say whether it may run here."""
@@ -315,11 +332,19 @@ def _run(kind: str, content: RecordDict) -> tuple[str, str]:
     return run, text(record, keys.CONTRACT_HASH)
 
 
-def _same(content: RecordDict, contract: Contract) -> None:
-    """Refuse a message whose study or vocabulary is not the contract's."""
+def _same(kind: str, content: RecordDict, contract: Contract) -> None:
+    """Refuse a message whose study, round or vocabulary is not the contract's."""
     study = text(content.config_records[keys.STUDY], keys.JSON)
     if study != contract.study.to_json():
         raise Refusal(DIFFERS, "the study of the message is not the contract's.")
+    phase, number = _round(content)
+    training = contract.study.phases.get(phase)
+    if kind == keys.TRAIN:
+        planned = training is not None and 1 <= number <= training.rounds
+    else:  # asked once in a run, whatever a number would make of it
+        planned = (phase, number) == ("", 0)
+    if not planned:
+        raise Refusal(DIFFERS, f"the contract has no {kind} {phase} {number}.")
     vocabulary = content.config_records.get(keys.VOCABULARY)
     if vocabulary is None:
         return

@@ -67,6 +67,14 @@ class _Job:
     told: float = 0.0
     """When the SuperLink last heard that the worker is alive."""
 
+    def forget(self) -> None:
+        """End the worker, if it lives, and be as one that was not started yet."""
+        if self.worker is not None:
+            self.worker.stop(grace_s=0)
+        if self.task is not None:
+            self.task.close()
+        self.worker = self.flower_run = self.task = None
+
 
 def serve(folder: Path) -> None:
     """Serve a consortium until SIGTERM or SIGINT.
@@ -170,9 +178,7 @@ class _Supervisor:
         if self.superlink.alive:
             return
         for job in self.jobs.values():
-            if job.worker is not None:
-                job.worker.stop(grace_s=0)
-            job.worker = job.flower_run = None
+            job.forget()
         self.nodes = {}
         self.certificate = certificate
         if not self.superlink.keep():
@@ -283,7 +289,7 @@ class _Supervisor:
                 self._ended(name, job, "failed", f"{why}; see the server's log")
                 return
             self.control.stop_run(job.flower_run)
-            job.worker = job.flower_run = None
+            job.forget()
             job.not_before = time.monotonic() + job.crashes - 1
 
     def _keep_task(self, job: _Job) -> None:
@@ -297,7 +303,7 @@ class _Supervisor:
     def _ended(
         self, name: str, job: _Job, state: runs.State, reason: str | None
     ) -> None:
-        del self.jobs[name]
+        self.jobs.pop(name).forget()
         if job.run is not None:
             job.run.set(state, reason=reason)
         self.consortium.audit.append("job-ended", job=name, state=state, reason=reason)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fedgex.common import checkpoint
 from fedgex.common.errors import FederationError
+from fedgex.common.memory import resident_mb
 from fedgex.server import journal
 from fedgex.simulations import rehearsal
 from fedgex.simulations.bench import Row
@@ -141,7 +142,7 @@ def _run(
         if consortium.wait(study.name, limit_s=3600) != "finished":
             raise FederationError(f"the run did not finish; see {folder}")
         (pid,) = consortium.children("server", SUPERLINK)
-        superlink_mb = _peak_mb(pid)
+        superlink_mb = resident_mb("VmHWM", pid)
         events = consortium.events(study.name)
         final = checkpoint.load(checkpoint.find(consortium.run_dir(study.name)))
     found = {
@@ -204,11 +205,3 @@ def _rest_mb() -> float:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     )
     return float(done.stdout)
-
-
-def _peak_mb(pid: int) -> float:
-    """Return the peak memory of a process, MiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise FederationError(f"process {pid} tells no peak memory")

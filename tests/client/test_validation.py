@@ -458,7 +458,7 @@ CASES: dict[str, Case | Any] = {
         {"opt_outs": opt_outs(folder, "PAT-003")},
     ),
 }
-ELSEWHERE = {f"FX-DATA-0{i}" for i in (28, 29, 36, 37, 40, 50, 51)}
+ELSEWHERE = {f"FX-DATA-0{i}" for i in (28, 29, 36, 37, 40, 50, 51, 74)}
 IN_SOURCES = {f"FX-DATA-00{i}" for i in (1, 2, 3, 4, 5, 7)}
 
 

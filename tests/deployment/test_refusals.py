@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,15 @@ def test_code_in_a_bundle_never_runs_at_a_site(served, tmp_path: Path):
     port = Consortium(served.consortium.state).settings.control_port
     os.kill(supervisor, signal.SIGSTOP)  # it would take the task, and leave it alone
     try:
-        control = flower.Control(port, secret)
         request = StartRunRequest(fab=fab_to_proto(bundle))
-        run = control.client.StartRun(request).run_id
-        task = runtime.acquire(runtime.executor(port, secret), runtime.SERVER_APP)
+        with closing(flower.Control(port, secret).client) as control:
+            run = control.StartRun(request).run_id
+        with closing(runtime.executor(port, secret)) as executor:
+            task = runtime.acquire(executor, runtime.SERVER_APP)
         assert task is not None
         assert task[1] == run
-        codes = _send(port, task[0], served)
+        with closing(_grid(port, task[0])) as grid:
+            codes = _send(grid, served)
     finally:
         os.kill(supervisor, signal.SIGCONT)
     assert codes == {"FX-RUN-001"}
@@ -160,13 +163,17 @@ def test_the_servers_new_certificate_is_taken_up_during_a_run(served):
     assert served.consortium.digest("renewed") == served.simulated
 
 
-def _send(port: int, token: str, served: Any) -> set[str]:
-    """Send every site a message of the evil run; return the codes of the refusals."""
+def _grid(port: int, token: str) -> HttpGrid:
     grid = HttpGrid(f"127.0.0.1:{port}", insecure=True, token=token)
     task = grid._runtime_client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.run_id, TaskIdentity.node_id = task.run.run_id, task.context.node_id
     TaskIdentity.task_id = task.task_id
     grid.set_run(run_from_proto(task.run))
+    return grid
+
+
+def _send(grid: HttpGrid, served: Any) -> set[str]:
+    """Send every site a message of the evil run; return the codes of the refusals."""
     content = RecordDict({"evil": ConfigRecord({"wants": "rows"})})
     nodes = list(grid.get_node_ids())
     assert len(nodes) == len(served.consortium.sites)

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from fedgex.common import chain, keys, pki
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Receipt, verify_chain
 from fedgex.common.study import Study
-from fedgex.server import orders, studies
+from fedgex.server import studies
 from fedgex.server.consortium import Consortium, ConsortiumSettings, new_administrator
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
@@ -198,8 +198,6 @@ class Alliance:
 
     folder: Path
     names: tuple[str, ...]
-    tampered: set[str] = field(default_factory=set)
-    """Hospitals whose audit log the test itself has spoiled."""
 
     @property
     def consortium(self) -> Consortium:

@@ -13,9 +13,10 @@ from fedgex.client import local_training, training
 from fedgex.common import tasks
 from fedgex.common.harmonise import Patients
 from fedgex.common.model import PER_GENE
+from fedgex.common.records import packed, to_record
 from fedgex.common.statistics import CrossProducts, GeneMoments, pool
 from fedgex.common.study import PRETRAINING, Study
-from fedgex.server.strategy import Update, combine, spool
+from fedgex.server.strategy import Update, combine
 
 N_GENES = 9
 SIZES = {"h1": 4, "h2": 7, "h3": 13}
@@ -84,7 +85,7 @@ def step(
         rules, PRETRAINING, 1, own, incoming, site=site, floor=1, state_dir=folder
     )
     path = folder / f"{site}.safetensors"
-    spool(result.update, path)
+    path.write_bytes(packed(to_record(result.update)))
     return Update(
         site=site,
         path=path,

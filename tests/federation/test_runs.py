@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedgex.common import keys
+from fedgex.common.records import to_arrays
 
 if TYPE_CHECKING:
     from .conftest import Consortium, Finished
@@ -167,7 +168,7 @@ def test_the_backbone_alone_travels_in_pretraining_and_the_head_alone_if_frozen(
     for exchange in finished.exchanges:
         if exchange.message_type == keys.TRAIN:
             phase = exchange.message.config_records[keys.ROUND][keys.PHASE]
-            for name in exchange.reply.array_records[keys.UPDATE]:
+            for name in to_arrays(exchange.reply.array_records[keys.UPDATE]):
                 roots.setdefault(str(phase), set()).add(
                     ".".join(name.split(".")[: 1 if phase == "pretraining" else 2])
                 )
@@ -186,5 +187,5 @@ def _heads(run: Finished, phase: str, way: str) -> int:
     return sum(
         name.startswith(f"{phase}.head.")
         for content in contents
-        for name in content.array_records[record]
+        for name in to_arrays(content.array_records[record])
     )

@@ -327,6 +327,16 @@ CANNOT_BE_AGGREGATED: dict[str, tuple[RecordDict, str]] = {
         ),
         "bias cannot be read",
     ),
+    "another shape beside that format": (
+        sending(
+            pack(
+                b'{"bias":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},'
+                b'"weight":{"dtype":"F32","shape":[3,2],"data_offsets":[4,28]}}',
+                bytes(28),
+            )
+        ),
+        "bias cannot be read; weight has shape (3, 2), expected (2, 3)",
+    ),
     "complex numbers": (
         changed("bias", np.ones(2, np.complex64)),
         "bias is of type complex64, expected floating point",

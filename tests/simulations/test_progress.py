@@ -39,7 +39,7 @@ def round_event(
     number: int,
     *,
     after_s: float = 0.0,
-    seconds: float = 10.0,
+    seconds: float | None = 10.0,
     mse: float | None = 0.5123,
     train_loss: float | None = 0.6834,
     sites: dict[str, Any] | None = None,
@@ -92,6 +92,25 @@ def test_a_round_is_one_line_with_elapsed_and_remaining_time() -> None:
         "round=2/4 phase=pretraining sites=2/2 train_loss=0.683 holdout_mse=0.512 "
         "elapsed=1:23 left=1:00"  # 4 of 6 rounds left, 15 s each
     )
+
+
+def test_a_round_of_unknown_length_counts_as_a_round_and_lengthens_nothing() -> None:
+    state = state_after(
+        started(),
+        round_event(1, seconds=10),
+        round_event(2, seconds=None),
+        round_event(3, seconds=20),
+    )
+
+    assert state.left_s() == 3 * 15  # 3 of 6 rounds left, 15 s each
+    assert "round 3 of 6" in drawn(state)
+
+
+def test_no_time_is_left_as_far_as_is_known_until_a_round_was_timed() -> None:
+    state = state_after(started(), round_event(1, seconds=None))
+
+    assert state.left_s() is None
+    assert "left" not in round_line(state)
 
 
 def test_what_was_not_measured_is_left_out_of_the_line() -> None:

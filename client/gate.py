@@ -216,7 +216,14 @@ class Gate:
             raise Refusal(DIFFERS, "the receipt sent is of another run.")
         path = self.state_dir / "receipts" / run / f"{receipt.index:05d}.json"
         if path.exists():
-            return
+            held = Signed.from_json(path.read_text(), path.name)
+            if held.content == signed.content:
+                return
+            raise Refusal(
+                UNTRUSTED,
+                f"the coordinator signed two different receipts {receipt.index} of "
+                f"{run}: it told hospitals different things. Keep {path} and the log.",
+            )
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomic(path, sent.encode())
         self.audit.append("receipt", run=run, index=receipt.index, digest=signed.hash)

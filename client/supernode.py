@@ -115,6 +115,10 @@ def main(told: SuperNodeSettings, secret: str) -> None:
         superexec_auth_secret=config.superexec_auth_secret,
         runtime_dependency_install=config.runtime_dependency_install,
     )
+    # Flower gave the connection up, as it does on some errors of TLS. Its runtime
+    # interface would keep this process alive, and the daemon would not notice.
+    logger.warning("the connection to the server was given up")
+    os._exit(1)
 
 
 def _sign_off(

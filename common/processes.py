@@ -54,6 +54,8 @@ def end_with_parent() -> None:
 class Child:
     """A Python module of ours, run as a process that is kept alive.
 
+    It is found where fedgex is installed, never in the working directory (`-P`).
+
     What it prints goes where our own output goes, so that systemd or the container
     runtime collects it.
     """
@@ -91,7 +93,7 @@ class Child:
         self.starts += 1
         self._started = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.module, *self.arguments],
+            [sys.executable, "-P", "-m", self.module, *self.arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
         )

@@ -153,7 +153,11 @@ class Link:
             if self.refusing:
                 near.close()
                 continue
-            far = socket.create_connection(self.target)
+            try:
+                far = socket.create_connection(self.target)
+            except OSError:  # the server is being started again
+                near.close()
+                continue
             self._sockets += [near, far]
             for source, sink, up in ((near, far, True), (far, near, False)):
                 threading.Thread(

@@ -77,6 +77,12 @@ def intercepting_proxy(folder: Path, asked: list[str]) -> str:
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
 
     def serve(near: socket.socket) -> None:
+        try:
+            pass_on(near)
+        except OSError:  # either side went away
+            near.close()
+
+    def pass_on(near: socket.socket) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
             head += near.recv(4096)

@@ -7,7 +7,6 @@ authority and the hospital's certificate.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pydantic import Field
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
 from fedgex.common import pki
 from fedgex.common.chain import Chain
+from fedgex.common.enrolment import SiteRequest
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.files import write_atomic
 from fedgex.common.study import NAME_PATTERN, Settings
@@ -29,27 +29,8 @@ AUDIT = "audit.jsonl"
 """The hospital's audit log, in its state directory."""
 
 
-class Request(Settings):
+class Request(SiteRequest):
     """`request.json`: what a hospital sends to be admitted."""
-
-    format: Literal[1] = 1
-    name: str = Field(pattern=NAME_PATTERN)
-    node_public_key: str
-    """OpenSSH text; authenticates the hospital's connection."""
-    certificate_request: str
-    """PEM; its key signs approvals and receipts."""
-    version: str
-    """The fedgex that made it."""
-
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        values = self.model_dump(mode="json")
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the canonical form, to be read out to the administrator."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -17,7 +17,6 @@ Each change is noted in the audit log before it is made.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import socket
 import tomllib
@@ -36,6 +35,7 @@ from pydantic import Field, model_validator
 
 from fedgex.common import pki
 from fedgex.common.chain import Chain
+from fedgex.common.enrolment import EnrolmentRequest, SiteRequest
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.files import explained, write_atomic
 from fedgex.common.study import NAME_PATTERN, Settings
@@ -89,35 +89,7 @@ class ConsortiumSettings(Settings):
         return self
 
 
-class _Request(Settings):
-    """What someone sends to be admitted; the private keys stay with them."""
-
-    format: Literal[1] = 1
-    name: str = Field(pattern=NAME_PATTERN)
-    certificate_request: str
-    """PEM."""
-
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        values = self.model_dump(mode="json")
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the canonical form, as its owner reads it out."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-class SiteRequest(_Request):
-    """`request.json` of a hospital, as `fedgex-site init` writes it."""
-
-    node_public_key: str
-    """OpenSSH text; authenticates the hospital's connection."""
-    version: str
-    """The fedgex that made it."""
-
-
-class AdministratorRequest(_Request):
+class AdministratorRequest(EnrolmentRequest):
     """An administrator's request, as `fedgex-admin administrator request` writes it."""
 
 
@@ -582,7 +554,7 @@ class Consortium:
         )
 
     def _issue_or_refuse(
-        self, asked: _Request, role: pki.Role, findings: list[str]
+        self, asked: EnrolmentRequest, role: pki.Role, findings: list[str]
     ) -> x509.Certificate:
         """Issue the certificate, or raise with all findings and the request's own."""
         try:
@@ -613,7 +585,7 @@ class Consortium:
         return findings
 
     def _findings(
-        self, asked: _Request, fingerprint: str, name: str | None, who: str
+        self, asked: EnrolmentRequest, fingerprint: str, name: str | None, who: str
     ) -> list[str]:
         findings = []
         given = "".join(fingerprint.replace(":", "").split()).lower()

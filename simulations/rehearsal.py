@@ -42,6 +42,7 @@ CHANGES: Mapping[str, Any] = {
     "pretraining": {"rounds": 3},
     "classification": {"rounds": 3},
     "survival": {"rounds": 2},
+    "evaluation": {"rates": [0.5], "panels": []},
 }
 """Of the scenario's study, so that a rehearsal takes minutes."""
 

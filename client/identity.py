@@ -7,7 +7,6 @@ authority and the hospital's certificate.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from fedgex.common import pki
 from fedgex.common.chain import Chain
 from fedgex.common.enrolment import SiteRequest
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.files import write_atomic
+from fedgex.common.files import read_json, write_atomic
 from fedgex.common.study import NAME_PATTERN, Settings
 
 AUDIT = "audit.jsonl"
@@ -41,7 +40,7 @@ class Request(SiteRequest):
         ConfigError
             If the file cannot be read or is no request.
         """
-        return cls.read(_read_json(path, "a hospital's request.json"), path.name)
+        return cls.read(read_json(path, "a hospital's request.json"), path.name)
 
 
 class Kit(Settings):
@@ -91,7 +90,7 @@ class Identity:
                 "consortium. Send request.json to the administrator, then run "
                 "fedgex-site join with the kit that comes back."
             )
-        kit = Kit.read(_read_json(folder / "kit.json", "a kit"), "kit.json")
+        kit = Kit.read(read_json(folder / "kit.json", "a kit"), "kit.json")
         key = pki.load_key(folder / "site.key")
         certificate = pki.from_pem(kit.certificate)
         _belongs(certificate, key)
@@ -168,7 +167,7 @@ def join(settings: SiteSettings, kit: Path) -> Identity:
             f"{folder} does not exist: this hospital has no keys yet. Run "
             "fedgex-site init and send the request.json that it writes."
         )
-    found = Kit.read(_read_json(kit, "the administrator's kit"), kit.name)
+    found = Kit.read(read_json(kit, "the administrator's kit"), kit.name)
     if found.site != settings.name:
         raise ConfigError(
             f'{kit.name} is for the hospital "{found.site}", and site.toml says '
@@ -227,17 +226,3 @@ def _same_authority(folder: Path, authority: x509.Certificate) -> None:
             "To join another consortium, set up another hospital folder with "
             "fedgex-site init."
         )
-
-
-def _read_json(path: Path, expected: str) -> dict[str, object]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); expected {expected}."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON; expected {expected}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: is not a JSON object; expected {expected}.")
-    return values

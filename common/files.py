@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from fedgex.common import failpoints
-from fedgex.common.errors import FedgexError
+from fedgex.common.errors import ConfigError, FedgexError
 
 logger = logging.getLogger(__name__)
 
@@ -182,3 +184,33 @@ def _write(file: FileIO, content: bytes) -> None:
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]
+
+
+def read_json(
+    path: Path, expected: str, *, missing: type[ConfigError] = ConfigError
+) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Parameters
+    ----------
+    expected
+        What the file should be, for the message.
+    missing
+        Error to raise if the file cannot be read.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise missing(
+            f"{path}: cannot be read ({error.strerror}); expected {expected}."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON; expected {expected}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: is not a JSON object; expected {expected}.")
+    return values

@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from pydantic import Field, model_validator
 
-from fedgex.common import pki
+from fedgex.common import files, pki
 from fedgex.common.chain import Chain
 from fedgex.common.enrolment import EnrolmentRequest, SiteRequest
 from fedgex.common.errors import ConfigError, TrustError
@@ -728,17 +728,7 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     ConfigError
         If the file is not there, or holds something else.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NotFoundError(
-            f"{path}: cannot be read ({error.strerror}); expected {expected}."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON; expected {expected}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: is not a JSON object; expected {expected}.")
-    return values
+    return files.read_json(path, expected, missing=NotFoundError)
 
 
 def _keys(site: SiteEntry) -> tuple[str, str]:

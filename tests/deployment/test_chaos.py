@@ -17,7 +17,7 @@ from fedgex.common import chain, failpoints
 pytestmark = pytest.mark.chaos
 
 BY_ADMINISTRATORS = ("order.", "release.", "contract.", "decision.")
-"""Passed by commands and deliveries, not by a run: tried in tests/common instead."""
+"""Passed by commands and deliveries, not by a run, so that none is swept here."""
 NOT_IN_THIS_STUDY = ("head.",)
 """Its heads travel."""
 

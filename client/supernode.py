@@ -1,8 +1,9 @@
 """Flower's SuperNode, as this hospital runs it.
 
 What we change: the node that a crash left behind is signed off first, so that a restart
-takes seconds and not a minute; and it looks for messages more often than every three
-seconds. Everything else is Flower's.
+takes seconds and not a minute; it looks for messages more often than every three
+seconds; and it forgets a message whose run ended while it was being fetched. Everything
+else is Flower's.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -97,6 +101,7 @@ def main(told: SuperNodeSettings, secret: str) -> None:
         runtime_ssl_keyfile=None,
     )
     _remember_node(settings.state_dir)
+    forget_half_fetched()
     start_client_internal.time = SimpleNamespace(  # type: ignore[assignment,attr-defined]
         sleep=lambda seconds: time.sleep(min(seconds, POLL_S))
     )
@@ -119,6 +124,35 @@ def main(told: SuperNodeSettings, secret: str) -> None:
     # interface would keep this process alive, and the daemon would not notice.
     logger.warning("the connection to the server was given up")
     os._exit(1)
+
+
+def forget_half_fetched() -> None:
+    """Have Flower forget a message whose run ended while it was being fetched.
+
+    Flower raises `RunNotRunningException` past its own clearing up then, and leaves a
+    task whose objects never come: our worker would wait for them for ever, and the
+    hospital would answer nobody any more.
+    """
+    fetch = start_client_internal._pull_and_store_message
+
+    def fetch_or_forget(**told: Any) -> int | None:
+        for name in ("pull_object", "confirm_message_received"):
+            told[name] = _failing_plainly(told[name])
+        return fetch(**told)
+
+    start_client_internal._pull_and_store_message = fetch_or_forget
+
+
+def _failing_plainly(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call that raises an exception which Flower clears up after."""
+
+    def failing(*given: Any) -> Any:
+        try:
+            return call(*given)
+        except RunNotRunningException as ended:
+            raise ConnectionError("the run ended meanwhile") from ended
+
+    return failing
 
 
 def _sign_off(

@@ -65,7 +65,11 @@ def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     try:
-        message, context, _, fab = pull_task_input(client)
+        try:
+            message, context, _, fab = pull_task_input(client)
+        except Exception as error:  # such as a run that ended meanwhile
+            logger.warning("a message could not be fetched: %s", error)
+            return
         if fab.hash_str not in bundles:
             bundles.add(fab.hash_str)
             gate.audit.append("bundle", digest=fab.hash_str, bytes=len(fab.content))

@@ -1,0 +1,66 @@
+"""What we change of Flower's SuperNode."""
+
+from __future__ import annotations
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+)
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal
+from flwr.supernode.nodestate import NodeStateFactory
+
+from fedgex.client import supernode
+
+RUN = 7
+
+
+@pytest.fixture
+def message(monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, RUN)
+    content = RecordDict({"question": ConfigRecord({"number": 1})})
+    made = Message(content, dst_node_id=RUN, message_type="train")
+    made.metadata.__dict__["_message_id"] = made.object_id
+    return made
+
+
+def ended(*given):
+    raise RunNotRunningException
+
+
+@pytest.mark.parametrize("step", ["pull_object", "confirm_message_received"])
+def test_a_message_whose_run_ends_while_it_is_fetched_is_forgotten(
+    monkeypatch, message, step
+):
+    fetch = "_pull_and_store_message"
+    monkeypatch.setattr(
+        start_client_internal, fetch, vars(start_client_internal)[fetch]
+    )
+    supernode.forget_half_fetched()
+    stores = ObjectStoreFactory()
+    state = NodeStateFactory(objectstore_factory=stores).state()
+    state.store_run(Run.create_empty(RUN))
+    nested = get_all_nested_objects(message)
+    objects = {digest: each.deflate() for digest, each in nested.items()}
+    calls = {
+        "pull_object": lambda run, digest: objects[digest],
+        "confirm_message_received": lambda run, digest: None,
+    }
+    fetched = start_client_internal._pull_and_store_message(
+        state=state,
+        object_store=stores.store(),
+        node_config={},
+        receive=lambda: (message, get_object_tree(message)),
+        get_run=None,
+        get_fab=None,
+        trusted_entities=None,
+        **calls | {step: ended},
+    )
+    assert fetched is None
+    assert state.get_messages_legacy() == []
+    assert [task.status.status for task in state.get_tasks()] == ["finished"]

@@ -140,7 +140,7 @@ def forget_half_fetched() -> None:
             told[name] = _failing_plainly(told[name])
         return fetch(**told)
 
-    start_client_internal._pull_and_store_message = fetch_or_forget
+    start_client_internal._pull_and_store_message = fetch_or_forget  # type: ignore[assignment]
 
 
 def _failing_plainly(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -67,8 +67,8 @@ def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
     try:
         try:
             message, context, _, fab = pull_task_input(client)
-        except Exception as error:  # such as a run that ended meanwhile
-            logger.warning("a message could not be fetched: %s", error)
+        except Exception as lost:  # such as a run that ended meanwhile
+            logger.warning("a message could not be fetched: %s", lost)
             return
         if fab.hash_str not in bundles:
             bundles.add(fab.hash_str)
@@ -77,8 +77,8 @@ def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
             reply = gate(message, context)
         except Exception:  # such as a full disk; its text must not travel
             logger.exception("failed")
-            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED)
-            reply = Message(error, reply_to=message)
+            failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED)
+            reply = Message(failed, reply_to=message)
         push_message(client, reply, context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
     except httpx.HTTPError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -240,6 +240,76 @@ class StrategyRule(Settings):
         return self
 
 
+class PatientPrivacy(Settings):
+    """Patient-level differential privacy: DP-SGD at each site (Abadi et al. 2016).
+
+    Neighbouring cohorts differ by one patient, added or removed.
+    """
+
+    epsilon: float | None = Field(default=None, gt=0)
+    """Most that all planned rounds together may spend at a site."""
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    """Standard deviation of the noise as a multiple of `clip`; instead of `epsilon`."""
+    delta: float = Field(gt=0, lt=1)
+    """Probability that the bound does not hold; below 1 / patients at every site."""
+    clip: float = Field(gt=0)
+    """Euclidean norm to which each patient's gradient is scaled down."""
+    sample_rate: float = Field(gt=0, le=1)
+    """Probability with which each patient is in a step (Poisson sampling)."""
+    label_noise: float = Field(default=10.0, gt=0)
+    """Standard deviation of the noise on the number of patients of each class, which
+    is counted once for classification."""
+    accountant: Literal["prv", "rdp"] = "prv"
+    """How the noise multiplier follows from `epsilon`."""
+
+    @model_validator(mode="after")
+    def _by_target_or_by_noise(self) -> Self:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("expected either epsilon or noise_multiplier")
+        return self
+
+
+class SitePrivacy(Settings):
+    """Site-level differential privacy: clipped at the sites, noise at the server.
+
+    Neighbouring federations differ by one site (McMahan et al. 2018). The server is
+    trusted with the noise.
+    """
+
+    noise_multiplier: float = Field(gt=0)
+    """Standard deviation of the noise on the sum, as a multiple of `clip`."""
+    clip: float = Field(gt=0)
+    """Euclidean norm to which a site scales its change of the model down."""
+    delta: float = Field(gt=0, lt=1)
+    """Probability that the bound does not hold."""
+
+
+class Privacy(Settings):
+    """What of patients or sites can be told from what travels."""
+
+    patient: PatientPrivacy | None = None
+    """None: updates tell of patients whatever they tell."""
+    site: SitePrivacy | None = None
+    """None: the model tells of sites whatever it tells."""
+
+
+class SecureAggregation(Settings):
+    """The server sees the sum of the sites' updates alone (Bonawitz et al. 2017)."""
+
+    clip: float = Field(default=100.0, gt=0)
+    """Euclidean norm to which a site scales its change down; it bounds the fixed-point
+    numbers."""
+
+
+class PublicRule(Settings):
+    """What comes from the server's public cohort, and so tells of no site's patient."""
+
+    statistics: bool = False
+    """Means, standard deviations and, with `linear_rank`, the linear start."""
+    epochs: int = Field(default=0, ge=0)
+    """Epochs of pretraining on it before the first round."""
+
+
 class RoundRule(Settings):
     """When a round counts."""
 
@@ -296,6 +366,10 @@ class Study(Settings):
     classification: Classification = Classification()
     survival: Survival = Survival()
     strategy: StrategyRule = StrategyRule(name="fedavg")
+    privacy: Privacy = Privacy()
+    secure_aggregation: SecureAggregation | None = None
+    """None: the server sees each site's update."""
+    public: PublicRule = PublicRule()
     rounds: RoundRule = RoundRule()
     evaluation: Evaluation = Evaluation()
 
@@ -303,9 +377,61 @@ class Study(Settings):
     def _something_to_do(self) -> Self:
         if not self.phases:
             raise ValueError("no phase has any rounds")
-        if self.linear_rank and not self.cross_products:
-            raise ValueError("linear_rank above 0 needs cross_products = true")
+        if self.linear_rank and not (self.cross_products or self.public.statistics):
+            raise ValueError(
+                "linear_rank above 0 needs cross_products = true, or "
+                "public.statistics = true"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _privacy_holds(self) -> Self:
+        if wrong := [*self._beside_patient(), *self._beside_sums()]:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def _beside_patient(self) -> Iterator[str]:
+        """Yield what cannot stand beside patient-level privacy."""
+        if self.privacy.patient is None:
+            return
+        if self.strategy.weights not in ("equal", "fixed"):
+            yield (
+                f'privacy.patient: weights = "{self.strategy.weights}" counts patients;'
+                ' set strategy.weights = "equal" or "fixed"'
+            )
+        if self.cross_products or not self.public.statistics:
+            yield (
+                "privacy.patient: sums over patients may not travel; set "
+                "cross_products = false and public.statistics = true"
+            )
+        if "survival" in self.phases and self.survival.loss == "cox":
+            yield (
+                "privacy.patient: the Cox partial likelihood is no sum over patients, "
+                "so that no patient's part of it can be clipped; set "
+                'survival.loss = "discrete-time"'
+            )
+
+    def _beside_sums(self) -> Iterator[str]:
+        """Yield what cannot stand where only a sum is seen, or noise is put on one."""
+        named = {
+            "privacy.site": self.privacy.site,
+            "secure_aggregation": self.secure_aggregation,
+        }
+        rule = self.strategy
+        for name, chosen in named.items():
+            if chosen is None:
+                continue
+            if rule.name in ("trimmed-mean", "median"):
+                yield f"{name}: {rule.name} needs every update by itself; use a mean"
+            if rule.update != "delta":
+                yield f'{name}: set strategy.update = "delta"'
+            if rule.weights not in ("equal", "fixed"):
+                yield f'{name}: set strategy.weights = "equal" or "fixed"'
+        if self.privacy.site is not None:
+            if rule.weights != "equal":
+                yield 'privacy.site: a site must count by 1; set weights = "equal"'
+            if rule.per_gene:
+                yield "privacy.site: set strategy.per_gene = false"
 
     def to_json(self) -> str:
         """Return the canonical form: sorted keys, no spaces."""

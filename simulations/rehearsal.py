@@ -28,7 +28,7 @@ from fedgex.common import checkpoint
 from fedgex.common.cohort import save_cohort
 from fedgex.common.errors import ConfigError, FederationError
 from fedgex.common.study import Study
-from fedgex.server import journal
+from fedgex.server import annotated_toml, journal
 from fedgex.simulations import engine
 from fedgex.simulations.cohorts import new_data
 from fedgex.simulations.scenario import Scenario, find
@@ -218,7 +218,7 @@ class Rehearsal:
     def draft(self) -> str:
         """Write and sign the contract; return its hash."""
         study = self.folder / "study.toml"
-        study.write_text(_toml({"study": json.loads(self.study.to_json())}))
+        study.write_text(annotated_toml.render(self.study))
         genes = self.folder / "genes.txt"
         genes.write_text("\n".join(self.study.vocabulary.genes) + "\n")
         expires = (datetime.now(UTC) + timedelta(days=30)).date()
@@ -485,16 +485,6 @@ def prepare(
 def digest(run_dir: Path) -> str:
     """Return the SHA-256 of the last model of a run."""
     return checkpoint.digest(checkpoint.find(run_dir) / "model.safetensors")
-
-
-def _toml(values: Mapping[str, Any], prefix: str = "") -> str:
-    """Write nested settings as TOML; JSON's scalars and lists are TOML's too."""
-    plain = [k for k, v in values.items() if not isinstance(v, Mapping)]
-    lines = [f"{k} = {json.dumps(values[k])}" for k in plain if values[k] is not None]
-    for name, section in values.items():
-        if isinstance(section, Mapping):
-            lines += ["", f"[{prefix}{name}]", _toml(section, f"{prefix}{name}.")]
-    return "\n".join(lines)
 
 
 def _json(text: str) -> Any:

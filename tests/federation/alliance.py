@@ -32,7 +32,7 @@ from fedgex.common import chain, keys, pki
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Receipt, verify_chain
 from fedgex.common.study import Study
-from fedgex.server import studies
+from fedgex.server import annotated_toml, studies
 from fedgex.server.consortium import Consortium, ConsortiumSettings, new_administrator
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
@@ -235,7 +235,7 @@ class Alliance:
         """Draft, sign and store a contract about a study; return its hash."""
         paths = {name: self.folder / name for name in ("study.toml", "genes.txt")}
         contract = self.folder / "contract.toml"
-        paths["study.toml"].write_text(_toml(json.loads(study.to_json()), "study"))
+        paths["study.toml"].write_text(annotated_toml.render(study))
         paths["genes.txt"].write_text("\n".join(study.vocabulary.genes))
         text = studies.draft(
             *paths.values(),
@@ -379,12 +379,3 @@ def code(content: RecordDict) -> str | None:
     """Return the code of a refusal, None if the reply is none."""
     record = content.config_records.get(keys.REFUSAL)
     return None if record is None else str(record[keys.CODE])
-
-
-def _toml(values: dict[str, Any], prefix: str) -> str:
-    plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
-    lines = [f"[{prefix}]", *(f"{k} = {json.dumps(v)}" for k, v in plain.items())]
-    sections = [
-        _toml(v, f"{prefix}.{k}") for k, v in values.items() if isinstance(v, dict)
-    ]
-    return "\n".join([*lines, *sections]) + "\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache, wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +26,13 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from fedgex.client import local_training, state
+from fedgex.client import charging, local_training, secure_rounds, state
+from fedgex.client.ledger import LedgerError
 from fedgex.client.policy import Policy
+from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.settings import SiteSettings
 from fedgex.client.sources import Code
-from fedgex.client.validation import load_cohort
+from fedgex.client.validation import assay, load_cohort
 from fedgex.common import keys
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError, DataError
@@ -76,6 +78,9 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
         except ConfigError as error:
             logger.error("refused: %s", error)
             content = _refusal(REFUSED_STUDY)
+        except (LedgerError, ExchangeError) as error:
+            logger.error("refused: %s", error)
+            content = _refusal(error.code)
         except Exception as error:  # its text could name a patient: it stays here
             logger.exception("failed")
             content = _refusal(_failure(error))
@@ -90,13 +95,18 @@ def prepare(message: Message, settings: SiteSettings, study: Study) -> RecordDic
     """Say who is here, which genes are measured, and how many patients there are.
 
     A gene known of fewer samples than the floor, or than the study's share of them,
-    counts as not measured.
+    counts as not measured. Under patient-level privacy, the columns of the file on the
+    study's genes count as measured, whatever is in them, and nobody is counted.
     """
     cohort = _cohort(settings, study)
-    counts = (~np.isnan(cohort.expression)).sum(axis=0)
-    enough = study.vocabulary.min_patient_share * len(cohort.patients)
-    known = counts >= max(_floor(settings, study), enough)
-    told = tuple(g for g, k in zip(cohort.genes, known, strict=True) if k)
+    scale = settings.data.scale.value
+    if study.privacy.patient is None:
+        told = _well_known(cohort, settings, study)
+        panel = state.Panel(scale, cohort.genes, told)
+    else:
+        assayed, asked = assay(settings), set(study.vocabulary.genes)
+        told = tuple(g for g in assayed if not asked or g in asked)
+        panel = state.Panel(scale, assayed, told)
     site = ConfigRecord(
         {
             keys.NAME: settings.name,
@@ -105,10 +115,9 @@ def prepare(message: Message, settings: SiteSettings, study: Study) -> RecordDic
             keys.SHARES_CROSS_PRODUCTS: settings.policy.share_cross_products,
         }
     )
-    panel = state.Panel(settings.data.scale.value, cohort.genes, told)
     state.remember_panel(_state_dir(settings, study), panel)
     content = RecordDict({keys.SITE: site})
-    if keys.NUM_PATIENTS in settings.policy.metrics:
+    if keys.NUM_PATIENTS in _permitted(settings, study):
         site[keys.NUM_PATIENTS] = cohort.n_patients
     else:
         content[keys.WITHHELD] = ConfigRecord({keys.METRICS: [keys.NUM_PATIENTS]})
@@ -122,6 +131,7 @@ def statistics(message: Message, settings: SiteSettings, study: Study) -> Record
 
     A gene measured in fewer patients than the floor is suppressed.
     """
+    _refuse_sums(study)
     cohort, vocabulary = _cohort(settings, study), _vocabulary(message)
     raw = Standardisation(mean=np.zeros(len(vocabulary)), sd=np.ones(len(vocabulary)))
     values = to_patients(cohort, vocabulary, raw).values.numpy()
@@ -132,7 +142,8 @@ def statistics(message: Message, settings: SiteSettings, study: Study) -> Record
         "square-total": moments.square_total,
     }
     content = RecordDict({keys.MOMENTS: to_record(arrays)})
-    _add_metrics(content, {keys.NUM_PATIENTS: moments.n_patients}, settings.policy)
+    numbers = {keys.NUM_PATIENTS: moments.n_patients}
+    _add_metrics(content, numbers, _permitted(settings, study))
     return content
 
 
@@ -142,6 +153,7 @@ def cross_products(
     message: Message, settings: SiteSettings, study: Study
 ) -> RecordDict:
     """Send cross-products of standardised genes, if this hospital permits it."""
+    _refuse_sums(study)
     if not settings.policy.share_cross_products:
         raise ConfigError(
             "the study asks for cross-products, which expose the row space of a small "
@@ -155,20 +167,59 @@ def cross_products(
     return RecordDict({keys.PRODUCTS: to_record(arrays)})
 
 
+@app.query("secagg_keys")
+@answer
+def secagg_keys(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
+    """Make keys for a round of secure aggregation, if this site can take part in it."""
+    phase = text(message.content.config_records[keys.ROUND], keys.PHASE)
+    _refuse_phase(phase, settings.policy)
+    cohort, vocabulary = _cohort(settings, study), _vocabulary(message)
+    _refuse_drift(settings, study, cohort)
+    raw = Standardisation(mean=np.zeros(len(vocabulary)), sd=np.ones(len(vocabulary)))
+    patients = to_patients(cohort, vocabulary, raw)
+    local_training.enough(study, phase, patients, _floor(settings, study))
+    panel = state.read_panel(_state_dir(settings, study))
+    told = () if panel is None else panel.told
+    measured = np.isin(vocabulary.genes, told)
+    return secure_rounds.advertise(message, settings, study, measured)
+
+
+@app.query("secagg_shares")
+@answer
+def secagg_shares(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
+    """Share the round's secrets among the participants."""
+    return secure_rounds.share(message, settings, study)
+
+
+@app.query("secagg_confirm")
+@answer
+def secagg_confirm(
+    message: Message, settings: SiteSettings, study: Study
+) -> RecordDict:
+    """Tell the other sites whose updates the server says it has."""
+    return secure_rounds.confirm(message, settings, study)
+
+
+@app.query("secagg_unmask")
+@answer
+def secagg_unmask(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
+    """Give out what it takes to see the sum, and no more."""
+    return secure_rounds.unmask(message, settings, study)
+
+
 @app.train()
 @answer
+@secure_rounds.masked
 def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     """Judge the incoming model on the own patients, then train it for one round."""
     started = time.monotonic()
     order = message.content.config_records[keys.ROUND]
     phase, number = text(order, keys.PHASE), int(str(order[keys.NUMBER]))
-    if phase not in settings.policy.tasks:
-        permitted = ", ".join(settings.policy.tasks)
-        raise ConfigError(
-            f'the study asks for "{phase}"; policy.toml permits tasks {permitted}.'
-        )
+    _refuse_phase(phase, settings.policy)
     cohort = _cohort(settings, study)
     _refuse_drift(settings, study, cohort)
+    local_training.refuse_large_delta(study, cohort.n_patients)
+    charging.charge(message, settings, study, phase, number, cohort.patients)
     patients = to_patients(cohort, _vocabulary(message), _standardisation(message))
     result = local_training.train_round(
         study,
@@ -181,29 +232,56 @@ def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
         state_dir=_state_dir(settings, study),
     )
     content = RecordDict({keys.UPDATE: to_record(result.update)})
+    report = result.report
     numbers = {
-        keys.NUM_EXAMPLES: result.report.num_examples,
-        keys.NUM_LOSS_TERMS: result.report.num_loss_terms,
-        keys.TRAIN_LOSS: result.report.train_loss,
+        keys.NUM_EXAMPLES: None if report is None else report.num_examples,
+        keys.NUM_LOSS_TERMS: None if report is None else report.num_loss_terms,
+        keys.TRAIN_LOSS: None if report is None else report.train_loss,
         keys.JUDGED_LOSS: result.judged_loss,
         keys.SECONDS: time.monotonic() - started,
     }
-    _add_metrics(content, numbers, settings.policy)
+    _add_metrics(content, numbers, _permitted(settings, study))
     return content
 
 
 def _add_metrics(
-    content: RecordDict, numbers: Mapping[str, int | float], policy: Policy
+    content: RecordDict,
+    numbers: Mapping[str, int | float | None],
+    permitted: Collection[str],
 ) -> None:
-    """Add the numbers that the policy permits, and the names of the others."""
+    """Add the numbers that are permitted, and the names of the others."""
     told: dict[str, int | float | list[int] | list[float]] = {
         key: value
         for key, value in numbers.items()
-        if GOVERNED_BY.get(key, key) in policy.metrics
+        if value is not None and GOVERNED_BY.get(key, key) in permitted
     }
     content[keys.METRICS] = MetricRecord(told)
     if unsaid := sorted(set(numbers) - set(told)):
         content[keys.WITHHELD] = ConfigRecord({keys.METRICS: unsaid})
+
+
+def _permitted(settings: SiteSettings, study: Study) -> tuple[str, ...]:
+    """Return the metrics that may leave; none under patient-level privacy."""
+    return () if study.privacy.patient is not None else settings.policy.metrics
+
+
+def _refuse_sums(study: Study) -> None:
+    """Refuse sums over patients under patient-level privacy: they have no noise."""
+    if study.privacy.patient is not None:
+        raise ConfigError(
+            "the study promises patient-level privacy, and sums over patients were "
+            "asked for; its means and standard deviations come from the public cohort."
+        )
+
+
+def _well_known(
+    cohort: Cohort, settings: SiteSettings, study: Study
+) -> tuple[str, ...]:
+    """Return the genes that are known of enough samples."""
+    counts = (~np.isnan(cohort.expression)).sum(axis=0)
+    enough = study.vocabulary.min_patient_share * len(cohort.patients)
+    known = counts >= max(_floor(settings, study), enough)
+    return tuple(g for g, k in zip(cohort.genes, known, strict=True) if k)
 
 
 def _site_toml(context: Context) -> Path:
@@ -247,7 +325,7 @@ def _refuse_other_version(message: Message) -> None:
 
 def _refuse_unpermitted(study: Study, policy: Policy) -> None:
     """Refuse a study that asks for what the hospital's policy never gives."""
-    if policy.demand_privacy:
+    if policy.demand_privacy and study.privacy.patient is None:
         raise ConfigError(
             "policy.toml demands differential privacy, and the study offers none; "
             "decline the study, or set demand_privacy = false."
@@ -257,6 +335,14 @@ def _refuse_unpermitted(study: Study, policy: Policy) -> None:
         raise ConfigError(
             f'the study weights updates by "{by}", and metrics in policy.toml lacks '
             '"num-patients"; add it, or ask for a study with other weights.'
+        )
+
+
+def _refuse_phase(phase: str, policy: Policy) -> None:
+    if phase not in policy.tasks:
+        permitted = ", ".join(policy.tasks)
+        raise ConfigError(
+            f'the study asks for "{phase}"; policy.toml permits tasks {permitted}.'
         )
 
 
@@ -296,7 +382,10 @@ def _failure(error: Exception) -> str:
 def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
     """Refuse data that are no longer what `prepare` told the server of."""
     panel = state.read_panel(_state_dir(settings, study))
-    if panel is None or panel.holds(settings.data.scale.value, cohort.genes):
+    genes = set(cohort.genes)
+    if panel is not None and study.privacy.patient is not None:
+        genes |= set(panel.told)  # whether they have values depends on patients
+    if panel is None or panel.holds(settings.data.scale.value, genes):
         return
     raise DataError(
         [

@@ -11,7 +11,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedgex.client import daemon_cli, predict_cli, site_cli, study_cli
+from fedgex.client import (
+    audit_cli,
+    daemon_cli,
+    ledger_cli,
+    predict_cli,
+    site_cli,
+    study_cli,
+)
 from fedgex.client.settings import SiteSettings
 from fedgex.client.sources import Code
 from fedgex.client.validation import load_cohort
@@ -25,7 +32,9 @@ app = typer.Typer(
 app.add_typer(site_cli.commands)
 app.add_typer(daemon_cli.commands)
 app.add_typer(study_cli.study, name="study")
+app.add_typer(ledger_cli.ledger, name="ledger")
 app.add_typer(predict_cli.predict, name="predict")
+app.add_typer(audit_cli.commands)
 
 SiteToml = Annotated[Path, typer.Argument(help="The hospital's site.toml.")]
 

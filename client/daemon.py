@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from fedgex.client import monitoring, supernode
+from fedgex.client import charging, monitoring, supernode
 from fedgex.client.gate import read_working, stop_working
 from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
@@ -45,6 +45,8 @@ def run(site_toml: Path) -> None:
         If settings or policy cannot be used, or the hospital has not joined.
     TrustError
         If the audit log was changed.
+    LedgerError
+        If the privacy ledger cannot be used, or is older than the audit log.
     FedgexError
         If another daemon serves this state directory.
     """
@@ -59,6 +61,7 @@ def run(site_toml: Path) -> None:
         audit = settings.state_dir / "audit.jsonl"
         if audit.exists():
             chain.verify(audit)
+            charging.existing(settings.state_dir)
         chain.Chain(audit).append("daemon-started", pid=os.getpid())
         monitoring.serve(settings)
         _Daemon(site_toml, settings).serve()

@@ -403,7 +403,7 @@ def objections(contract: Contract, policy: Policy) -> list[str]:
                 f"The study trains {task}; policy.toml permits "
                 f"{', '.join(policy.tasks) or 'no task'}."
             )
-    if policy.demand_privacy and contract.privacy.mechanism == "none":
+    if policy.demand_privacy and study.privacy.patient is None:
         found.append(
             "The study trains without differential privacy; policy.toml has "
             "demand_privacy = true."

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from fedgex.client import charging
 from fedgex.client.decisions import DIFFERS, UNTRUSTED, Desk, Refusal
 from fedgex.client.identity import Identity
+from fedgex.client.ledger import LedgerError
 from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
 from fedgex.common import bundle, chain, failpoints, keys, pki
@@ -42,8 +44,11 @@ FAILED, PAUSED, CLOSED = "FX-SITE-001", "FX-SITE-004", "FX-SITE-005"
 UNKNOWN_RUN, ANSWERED, RESTORED = "FX-RUN-001", "FX-RUN-002", "FX-RUN-003"
 NOT_RELEASED = "FX-RUN-004"
 
-STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN)
+STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN, *keys.SECURE)
 """Answered once. `prepare` says what is so now, and may say it again."""
+
+KEPT = "kept"
+"""Event: a reply under differential privacy is stored, and may leave from now on."""
 
 WORKING = "working.json"
 """Says what is computed now, for the daemon and for who comes after a death."""
@@ -79,6 +84,8 @@ class Gate:
             reply = self._answer(message, context, settings)
         except Refusal as refusal:
             reply = self._refuse(message, refusal)
+        except LedgerError as error:
+            reply = self._refuse(message, Refusal(error.code, str(error)))
         except Exception as error:
             logger.exception("failed")
             reply = self._refuse(message, Refusal(FAILED, type(error).__name__))
@@ -109,7 +116,10 @@ class Gate:
             return self._logged(self._release(content, contract_hash, run), about)
         _same(kind, content, contract)
         self._open_now(settings)
-        question = f"{kind.removeprefix('query.')}-{phase}-{number:05d}"
+        private = contract.study.privacy.patient is not None
+        if private:
+            charging.ready(self.state_dir)
+        question = f"{kind.removeprefix('query.')}-{phase}-{_count(content, number)}"
         replies = Replies(self.state_dir / "replies" / run)
         try:
             stored = replies.find(question, request) if kind in STORED else None
@@ -119,6 +129,8 @@ class Gate:
             self.audit.append("replayed", **about)
             self._end()  # of a process that died once it had stored the reply
             return self._signed_now(stored, question, about, replies)
+        if private:
+            self._nothing_left(about)
         self._begin(request)
         self.audit.append("asked", **about)
         failpoints.reach("site.before_train")
@@ -128,9 +140,22 @@ class Gate:
         reply = self._logged(reply, about)
         if kind in STORED and _code(reply) is None:
             replies.store(question, request, reply)
+            if private:
+                self.audit.append(KEPT, **about)
         self._end()
         failpoints.reach("site.before_send")
         return reply
+
+    def _nothing_left(self, about: dict[str, object]) -> None:
+        """Refuse to compute anew what was stored and may have left, under one debit."""
+        for line in chain.read(self.audit.path):
+            if line["event"] == KEPT and about.items() <= line.items():
+                raise Refusal(
+                    ANSWERED,
+                    f"the reply of {line['time'][:10]} to this is no longer there, and "
+                    "it may have left; another one would spend privacy that was not "
+                    "debited. Restore the folder replies/ if it was lost.",
+                )
 
     def _signed_now(
         self,
@@ -346,12 +371,17 @@ def _same(kind: str, content: RecordDict, contract: Contract) -> None:
         raise Refusal(DIFFERS, "the study of the message is not the contract's.")
     phase, number = _round(content)
     training = contract.study.phases.get(phase)
-    if kind == keys.TRAIN:
+    if kind in (keys.TRAIN, *keys.SECURE):
         planned = training is not None and 1 <= number <= training.rounds
+        if contract.study.secure_aggregation is None:  # then a round has one attempt
+            planned = planned and kind == keys.TRAIN and keys.EXCHANGE not in content
     else:  # asked once in a run, whatever a number would make of it
         planned = (phase, number) == ("", 0)
     if not planned:
         raise Refusal(DIFFERS, f"the contract has no {kind} {phase} {number}.")
+    participants = content.config_records.get(keys.PUBLIC_KEYS, ConfigRecord())
+    if strange := set(participants) - set(contract.sites):
+        raise Refusal(DIFFERS, f"the contract does not name {sorted(strange)}.")
     vocabulary = content.config_records.get(keys.VOCABULARY)
     if vocabulary is None:
         return
@@ -365,6 +395,14 @@ def _round(content: RecordDict) -> tuple[str, int]:
     if record is None:
         return "", 0
     return text(record, keys.PHASE), int(str(record[keys.NUMBER]))
+
+
+def _count(content: RecordDict, number: int) -> str:
+    """Return a round's number for a file's name, with its attempt if it has one."""
+    record = content.config_records.get(keys.EXCHANGE)
+    if record is None:
+        return f"{number:05d}"
+    return f"{number:05d}.{int(str(record[keys.ATTEMPT])):03d}"
 
 
 def _code(reply: RecordDict) -> str | None:

@@ -14,24 +14,26 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedgex.client import state
-from fedgex.client.training import (
+from fedgex.client.training import classification_loss, survival_loss
+from fedgex.common import privacy, tasks
+from fedgex.common.errors import DataError, Finding
+from fedgex.common.fitting import (
     FitReport,
     Loss,
-    classification_loss,
     fit,
     judge,
     pretraining_loss,
     round_learning_rate,
-    survival_loss,
 )
-from fedgex.common import tasks
-from fedgex.common.errors import DataError, Finding
 from fedgex.common.harmonise import Patients
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.parameters import load_parameters, parameters
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.common.tasks import BACKBONE, Modules, Parameters
+
+DELTA_TOO_LARGE = "FX-PRIV-001"
+"""The study's delta is not below one in so many as this hospital has patients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +42,11 @@ class RoundResult:
 
     update: dict[str, NDArray[np.generic]]
     """What travels up: parameters or their change, in the study's precision."""
-    report: FitReport
-    judged_loss: float
-    """Loss of the incoming model on the site's own patients, before training."""
+    report: FitReport | None
+    """None under patient-level privacy: every number of it tells of patients."""
+    judged_loss: float | None
+    """Loss of the incoming model on the site's own patients, before training; None
+    under patient-level privacy."""
 
 
 def train_round(
@@ -56,7 +60,7 @@ def train_round(
     floor: int,
     state_dir: Path,
 ) -> RoundResult:
-    """Judge and train a phase's modules for one round.
+    """Judge and train a phase's modules for one round; privately, if the study says so.
 
     Parameters
     ----------
@@ -77,9 +81,7 @@ def train_round(
         If the incoming parameters do not fit the study's model.
     """
     settings = study.phases[phase]
-    fitting = take_part(study, phase, patients)
-    if _unit_count(study, phase, fitting) < floor:
-        raise DataError([_too_few(phase, floor)])
+    fitting = enough(study, phase, patients, floor)
     modules = tasks.build(study, patients.values.shape[1], phase)
     travelling = tasks.travelling(study, phase)
     head = f"{phase}.head"
@@ -89,25 +91,51 @@ def train_round(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for module in modules.values():
         module.to(device)
-    loss = phase_loss(study, phase, modules, fitting)
-    seed = derive(study.seed, site, phase, number)
-    judged = judge(loss, len(fitting), settings.batch_size, seed)
-    report = fit(
-        trained_parameters(study, phase, modules),
-        loss,
-        len(fitting),
-        settings,
-        learning_rate=round_learning_rate(settings, number),
-        proximal_mu=study.strategy.proximal_mu,
-        seed=seed,
-    )
+    report, judged = None, None
+    if study.privacy.patient is not None:
+        _train_privately(study, phase, number, modules, fitting, state_dir)
+    else:
+        loss = phase_loss(study, phase, modules, fitting)
+        seed = derive(study.seed, site, phase, number)
+        judged = judge(loss, len(fitting), settings.batch_size, seed)
+        report = fit(
+            trained_parameters(study, phase, modules),
+            loss,
+            len(fitting),
+            settings,
+            learning_rate=round_learning_rate(settings, number),
+            proximal_mu=study.strategy.proximal_mu,
+            seed=seed,
+        )
     state.save_head(local, state_dir, phase, number)
     trained = tasks.updated(study, phase, parameters(modules))
     return RoundResult(
-        update={k: _travel_form(study, v, incoming[k]) for k, v in trained.items()},
+        update=_travel_form(study, trained, incoming),
         report=report,
         judged_loss=judged,
     )
+
+
+def refuse_large_delta(study: Study, n_patients: int) -> None:
+    """Refuse a study whose delta could give one of so many patients away whole.
+
+    Raises
+    ------
+    DataError
+        FX-PRIV-001, unless delta is below 1 / patients.
+    """
+    rule = study.privacy.patient
+    if rule is None or rule.delta * n_patients < 1:
+        return
+    finding = Finding(
+        code=DELTA_TOO_LARGE,
+        severity="error",
+        where="privacy.patient.delta",
+        found=f"delta = {rule.delta:g}, and 1 / delta patients or more",
+        expected="a delta below 1 / patients, or some patient may be given away whole",
+        action="Ask for a study with a smaller delta.",
+    )
+    raise DataError([finding])
 
 
 def take_part(study: Study, phase: str, patients: Patients) -> Patients:
@@ -124,6 +152,20 @@ def take_part(study: Study, phase: str, patients: Patients) -> Patients:
         fit_for = patients.type_index(study.survival.cancer_types) >= 0
         fit_for &= (patients.duration > 0) & ~patients.event.isnan()
     return patients.take(fit_for.nonzero().squeeze(1))
+
+
+def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients:
+    """Return the patients that a phase can learn from, see `take_part`.
+
+    Raises
+    ------
+    DataError
+        If they are fewer than the floor; with the Cox loss, their deaths.
+    """
+    fitting = take_part(study, phase, patients)
+    if _unit_count(study, phase, fitting) < floor:
+        raise DataError([_too_few(phase, floor)])
+    return fitting
 
 
 def phase_loss(study: Study, phase: str, modules: Modules, patients: Patients) -> Loss:
@@ -158,11 +200,54 @@ def trained_parameters(
     ]
 
 
+def clipped(change: Parameters, norm: float) -> dict[str, NDArray[np.float32]]:
+    """Return a change of the model, scaled down to a Euclidean norm if it is longer."""
+    squares = (np.square(array, dtype=np.float64).sum() for array in change.values())
+    length = float(np.sqrt(sum(squares)))
+    factor = np.float32(norm / length if length > norm else 1.0)
+    return {name: factor * array for name, array in change.items()}
+
+
+def _train_privately(
+    study: Study,
+    phase: str,
+    number: int,
+    modules: Modules,
+    patients: Patients,
+    state_dir: Path,
+) -> None:
+    # Imports Opacus, which takes seconds and hundreds of MB that others need not pay.
+    from fedgex.client import private_training
+
+    rule, settings = study.privacy.patient, study.phases[phase]
+    assert rule is not None
+    learnt = {id(p) for p in trained_parameters(study, phase, modules)}
+    for module in modules.values():
+        for parameter in module.parameters():
+            parameter.requires_grad_(id(parameter) in learnt)
+    private_training.fit_privately(
+        private_training.phase_loss(
+            study, phase, number, modules, patients, state_dir=state_dir
+        ),
+        len(patients),
+        settings,
+        rule,
+        noise_multiplier=privacy.noise_multiplier(study),
+        learning_rate=round_learning_rate(settings, number),
+        proximal_mu=study.strategy.proximal_mu,
+    )
+
+
 def _travel_form(
-    study: Study, trained: NDArray[np.float32], incoming: NDArray[np.float32]
-) -> NDArray[np.generic]:
-    change = trained - incoming if study.strategy.update == "delta" else trained
-    return np.asarray(change, dtype=study.strategy.precision)
+    study: Study, trained: Parameters, incoming: Parameters
+) -> dict[str, NDArray[np.generic]]:
+    rule, site = study.strategy, study.privacy.site
+    form = dict(trained)
+    if rule.update == "delta":
+        form = {name: array - incoming[name] for name, array in trained.items()}
+    if site is not None:
+        form = clipped(form, site.clip)
+    return {k: np.asarray(v, dtype=rule.precision) for k, v in form.items()}
 
 
 def _unit_count(study: Study, phase: str, patients: Patients) -> int:

@@ -21,7 +21,9 @@ TEMPLATE = """\
 # What this hospital permits. No key has a default, so that each was decided by somebody.
 minimum_cohort = 10                  # with fewer patients we take no part; smaller counts are not told
 tasks = ["pretraining", "classification", "survival"]   # phases that we train
-demand_privacy = false               # true: only studies with differential privacy, so none yet
+demand_privacy = false               # true: only studies with differential privacy, at patient level
+privacy_epsilon = 8.0                # most that a patient may be exposed to, over all studies, for ever (epsilon)
+privacy_delta = 1e-5                 # ... but for this probability; far below 1 / patients
 share_cross_products = false         # sums of products of genes (linear references); they expose small sites
 metrics = ["train-loss", "judged-loss", "seconds", "num-patients"]   # numbers that go with an update
 hours = "00:00-24:00"                # local time when we answer; "20:00-06:00" spans midnight
@@ -45,7 +47,13 @@ class Policy(Settings):
     tasks: tuple[Task, ...] = Field(min_length=1)
     """Tasks that the hospital permits."""
     demand_privacy: bool
-    """Refuse studies without differential privacy."""
+    """Refuse studies without patient-level differential privacy."""
+    privacy_epsilon: float = Field(gt=0, allow_inf_nan=False)
+    """Budget of each patient, over all studies, for ever; a round that would exceed it
+    is declined. Studies without patient-level privacy are not counted."""
+    privacy_delta: float = Field(gt=0, lt=1)
+    """Probability that the budget's epsilon does not bound what is told of a patient;
+    far below 1 / patients."""
     share_cross_products: bool
     """Permit sums of products of genes to leave, for the linear references."""
     metrics: tuple[Metric, ...]

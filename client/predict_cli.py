@@ -456,7 +456,7 @@ def _open(options: _Options, phase: str) -> Iterator[_Job]:
         with problems.collecting():
             released = None
             if options.model.is_file():
-                authority = _authority(options, site)
+                authority = trusted_authority(options.model, options.authority, site)
                 released, folder = stack.enter_context(
                     bundle.opened(options.model, authority)
                 )
@@ -472,20 +472,28 @@ def _open(options: _Options, phase: str) -> Iterator[_Job]:
         yield job
 
 
-def _authority(options: _Options, site: SiteSettings | None) -> x509.Certificate:
+def trusted_authority(
+    model: Path, path: Path | None, site: SiteSettings | None
+) -> x509.Certificate:
     """Return the certificate of the authority whose releases are trusted.
+
+    Parameters
+    ----------
+    model
+        Released model that is to be verified, for the message.
+    path
+        The certificate's; None: that of the site.
 
     Raises
     ------
     TrustError
         If none was named, or it cannot be read.
     """
-    path = options.authority
     if path is None and site is not None:
         path = site.state_dir / "identity" / "authority.crt"
     if path is None:
         raise TrustError(
-            f"{options.model} is a released model, and nothing says whose releases are "
+            f"{model} is a released model, and nothing says whose releases are "
             "trusted here; name the hospital's site.toml with --site, or the "
             "consortium's authority.crt with --authority."
         )

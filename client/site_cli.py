@@ -16,9 +16,11 @@ import typer
 
 from fedgex.client import identity, policy
 from fedgex.client.connection import Check, Step
-from fedgex.client.decisions import Desk
+from fedgex.client.decisions import Desk, Received
 from fedgex.client.identity import AUDIT, Identity, Request
+from fedgex.client.ledger import LedgerError
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
+from fedgex.client.spending import Account
 from fedgex.client.study_cli import Form, Format, SiteToml, refusing, state_of
 from fedgex.common import chain, pki
 from fedgex.common.chain import Chain, Head
@@ -317,6 +319,7 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
         "server": settings.server,
         "certificate_expires": None,
         "contracts": [],
+        "privacy": None,
         "audit": asdict(Chain(state_dir / AUDIT).head),
         "warnings": warnings,
     }
@@ -339,20 +342,51 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
             f"{unreadable} contract(s) cannot be trusted: fedgex-site study show says "
             "why"
         )
+    account = _account(settings, warnings)
     return facts | {
+        "privacy": None if account is None else _spending(account),
         "consortium": own.consortium,
         "server": own.server,
         "certificate_expires": until.isoformat(),
-        "contracts": [
-            {
-                "hash": received.hash,
-                "study": received.contract.study.name,
-                "state": state_of(received, desk.decision(received.hash)),
-                "expires": received.contract.expires.isoformat(),
-            }
-            for received in readable
-        ],
+        "contracts": [_contract(desk, received, account) for received in readable],
     }
+
+
+def _account(settings: SiteSettings, warnings: list[str]) -> Account | None:
+    try:
+        return Account.of(settings)
+    except LedgerError as error:
+        warnings.append(f"{error.code}: {error}")
+        return None
+
+
+def _spending(account: Account) -> dict[str, float]:
+    return {
+        "epsilon": account.budget.epsilon,
+        "delta": account.budget.delta,
+        "spent": account.spent,
+        "left": account.left,
+    }
+
+
+def _contract(
+    desk: Desk, received: Received, account: Account | None
+) -> dict[str, Any]:
+    decision = desk.decision(received.hash)
+    study = received.contract.study
+    facts: dict[str, Any] = {
+        "hash": received.hash,
+        "study": study.name,
+        "state": state_of(received, decision),
+        "expires": received.contract.expires.isoformat(),
+        "rounds_left": None,
+        "rounds_planned": None,
+    }
+    approved = decision is not None and decision.decision == "approved"
+    if approved and account is not None and study.privacy.patient is not None:
+        left, planned = account.rounds_left(received.hash, study)
+        facts |= {"rounds_left": left, "rounds_planned": planned}
+    return facts
 
 
 def is_running(state_dir: Path) -> bool:
@@ -391,14 +425,26 @@ def _as_text(facts: dict[str, Any]) -> str:
     ]
     if isinstance(facts["daemon"], dict):
         lines += [f"daemon       {k}: {_word(v)}" for k, v in facts["daemon"].items()]
+    if (privacy := facts["privacy"]) is not None:
+        lines.append(
+            f"privacy      spent {privacy['spent']:.3g} of epsilon "
+            f"{privacy['epsilon']:g} for each patient at delta {privacy['delta']:g}, "
+            f"left {privacy['left']:.3g}"
+        )
     lines += _contract_lines(facts["contracts"])
     lines += [f"Warning: {warning}" for warning in facts["warnings"]]
     return "\n".join(lines)
 
 
-def _contract_lines(contracts: Sequence[dict[str, str]]) -> list[str]:
+def _contract_lines(contracts: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"contract     {each['hash'][:16]} {each['study']}: {each['state']}"
+        + (
+            ""
+            if each["rounds_left"] is None
+            else f", budget for {each['rounds_left']} of {each['rounds_planned']} "
+            "rounds to come"
+        )
         for each in contracts
     ] or ["contract     none received"]
 

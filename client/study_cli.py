@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from fedgex.client.decisions import Decision, Desk, Received, objections
-from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
+from fedgex.client.spending import Account
 from fedgex.common.errors import ConfigError, FedgexError
 
 study = typer.Typer(
@@ -69,7 +69,7 @@ def show(site_toml: SiteToml, hash: Prefix, form: Form = Format.TEXT) -> None:
         settings = SiteSettings.load(site_toml)
         desk = Desk.of(settings)
         received = desk.contract(_find(desk, hash))
-        facts = _facts(desk, received, settings.policy)
+        facts = _facts(desk, received, settings)
     if form == Format.JSON:
         text = {"text": received.text}
         typer.echo(json.dumps(facts | text, indent=2, ensure_ascii=False))
@@ -188,7 +188,8 @@ def _summary(desk: Desk, received: Received) -> dict[str, Any]:
     }
 
 
-def _facts(desk: Desk, received: Received, policy: Policy) -> dict[str, Any]:
+def _facts(desk: Desk, received: Received, settings: SiteSettings) -> dict[str, Any]:
+    policy = settings.policy
     contract, decision = received.contract, desk.decision(received.hash)
     refused = objections(contract, policy)
     if not contract.supports(version("fedgex")):
@@ -201,7 +202,9 @@ def _facts(desk: Desk, received: Received, policy: Policy) -> dict[str, Any]:
         "sites": list(contract.sites),
         "signed_by": list(received.signers),
         "code_version": contract.code_version,
-        "privacy": contract.privacy.mechanism,
+        "privacy": contract.study.privacy.model_dump(mode="json"),
+        "secure_aggregation": contract.study.secure_aggregation is not None,
+        "cost": _cost(received, settings),
         "release_by": contract.release.administrators,
         "tasks": list(contract.study.phases),
         "minimum_cohort": max(contract.study.minimum_cohort, policy.minimum_cohort),
@@ -219,7 +222,7 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
         f"signed by    {', '.join(facts['signed_by'])}",
         f"expires      {facts['expires']}",
         f"trains       {', '.join(facts['tasks'])}",
-        f"privacy      {_PRIVACY[facts['privacy']]}",
+        *(f"privacy      {each}" for each in _privacy(facts)),
         f"release      by {facts['release_by']} administrator(s)",
         f"code         fedgex {facts['code_version']}",
         f"patients     {facts['minimum_cohort']} or more here, or we take no part "
@@ -236,7 +239,50 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
     return "\n".join([*lines, "", "--- text that was signed", *told])
 
 
-_PRIVACY = {"none": "no differential privacy; updates leave as they are"}
+def _cost(received: Received, settings: SiteSettings) -> dict[str, float] | None:
+    """Return what a study under patient-level privacy costs; None for another."""
+    study = received.contract.study
+    if study.privacy.patient is None:
+        return None
+    account = Account.of(settings)
+    return {
+        "epsilon": account.alone(study),
+        "spent": account.spent,
+        "after": account.after(received.hash, study),
+        "budget": account.budget.epsilon,
+        "delta": account.budget.delta,
+    }
+
+
+def _privacy(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield one sentence for each thing that protects patients or the hospital."""
+    patient, site = facts["privacy"]["patient"], facts["privacy"]["site"]
+    if patient is None:
+        yield (
+            "no differential privacy; updates leave as they are"
+            if site is None and not facts["secure_aggregation"]
+            else "none for patients; what leaves tells of them whatever it tells"
+        )
+    else:
+        cost = facts["cost"]
+        at = f"at delta {cost['delta']:g}"
+        yield (
+            "for each patient, made here: the whole study costs epsilon "
+            f"{cost['epsilon']:.3g} {at}"
+        )
+        yield (
+            f"budget of a patient: epsilon {cost['spent']:.3g} spent, "
+            f"{cost['after']:.3g} after this study, {cost['budget']:g} permitted"
+        )
+        if cost["after"] > cost["budget"]:
+            yield "the budget ends this study early: FX-PRIV-002 from some round on"
+    if site is not None:
+        yield (
+            "for this hospital as a whole, if the server is trusted to add noise "
+            f"{site['noise_multiplier']:g} on updates of norm {site['clip']:g}"
+        )
+    if facts["secure_aggregation"]:
+        yield "the server sees the sum of all hospitals' updates, none by itself"
 
 
 def _printable(text: str) -> str:

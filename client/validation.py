@@ -58,6 +58,25 @@ def load_cohort(
     return check(sources.read(settings), settings, canonical_scale, tasks)
 
 
+def assay(settings: SiteSettings) -> tuple[str, ...]:
+    """Return the genes that the expression file has columns for, sorted.
+
+    Unlike a cohort's genes they depend on labels alone, never on a patient's value.
+
+    Raises
+    ------
+    DataError
+        If the files cannot be read, or do not show which axis the samples are.
+    """
+    raw = sources.read(settings)
+    clinical, _ = _name_clinical_columns(raw.clinical, settings.data)
+    sheet, findings = _orient(raw, clinical, settings.data)
+    if sheet is None:
+        raise DataError(findings)
+    names = gene_names.current_symbols(sheet.labels, raw.gene_table)
+    return tuple(sorted({name for name in names.symbols if name is not None}))
+
+
 def check(
     raw: RawCohort, settings: SiteSettings, scale: Scale, tasks: Collection[str]
 ) -> tuple[Cohort, tuple[Finding, ...]]:

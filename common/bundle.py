@@ -109,6 +109,8 @@ class Consent(Settings):
     run: Literal[""] = ""
     model: Digest
     """SHA-256 of the manifest of the checkpoint that is to be released."""
+    audit: Literal[""] | Digest = ""
+    """SHA-256 of the audit report that the administrator relied on."""
 
 
 @dataclass(frozen=True)
@@ -346,7 +348,7 @@ def _verify(folder: Path, names: set[str], authority: x509.Certificate) -> Relea
     _verify_digests(folder, names, release)
     contract = _contract(folder, release, authority)
     receipts = _receipts(folder, names, release, contract, authority)
-    consenting = _consenting(folder, names, release, authority)
+    consenting = _consenting(folder, names, release, contract, authority)
     if len(consenting) < (needed := contract.release.administrators):
         raise TrustError(
             f"{len(consenting)} administrators ordered the release "
@@ -464,7 +466,11 @@ def _receipts(
 
 
 def _consenting(
-    folder: Path, names: set[str], release: Release, authority: x509.Certificate
+    folder: Path,
+    names: set[str],
+    release: Release,
+    contract: Contract,
+    authority: x509.Certificate,
 ) -> tuple[str, ...]:
     """Return the administrators who ordered the release of this very model."""
     found = sorted(name for name in names if name.startswith("orders/"))
@@ -483,6 +489,8 @@ def _consenting(
             raise TrustError(
                 f"{name} is not that administrator's order to release this model."
             )
+        if contract.release.audit_max_auc is not None and not consent.audit:
+            raise TrustError(f"{name} names no audit report, the contract demands one.")
     return tuple(Path(name).stem for name in found)
 
 

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -20,18 +20,14 @@ from fedgex.common.study import Name, Settings, Study
 from fedgex.common.vocabulary import Vocabulary
 
 
-class PrivacyTerms(Settings):
-    """What protects the updates besides that patients' rows stay where they are."""
-
-    mechanism: Literal["none"] = "none"
-    """`none`: updates travel as they are, without differential privacy."""
-
-
 class ReleaseRule(Settings):
     """What it takes to release the model."""
 
     administrators: int = Field(default=2, ge=1)
     """How many of them must order it, each with a key of their own."""
+    audit_max_auc: float | None = Field(default=None, ge=0.5, le=1)
+    """Most that the upper end of the interval of a membership attack's AUC may be; each
+    order must then name an audit report (docs/audit.md). None: none is needed."""
 
 
 class Contract(Settings):
@@ -47,7 +43,6 @@ class Contract(Settings):
     """Hash of the vocabulary that the study's genes make, once sorted."""
     sites: tuple[Name, ...] = Field(min_length=2)
     """Sites that may take part."""
-    privacy: PrivacyTerms = PrivacyTerms()
     release: ReleaseRule = ReleaseRule()
     study: Study
 

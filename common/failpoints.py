@@ -30,6 +30,9 @@ POINTS = frozenset(
         "checkpoint.written",  # all files are on the disk, under the partial name
         "checkpoint.renamed",  # under the final name; the rename may yet be lost
         "checkpoint.synced",  # on the disk; the journal does not know
+        # a debit of the privacy ledger
+        "ledger.before",  # written in a transaction that is not committed
+        "ledger.debited",  # on the disk; the audit log does not know
         # a line of a run's journal
         "journal.before",  # nothing of it is written
         "journal.written",  # it is on the disk

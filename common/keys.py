@@ -8,6 +8,13 @@ TRAIN = "train"
 CONTRACT = "query.contract"
 RELEASE = "query.release"
 
+# those of secure aggregation, around `train`
+SECURE_KEYS = "query.secagg_keys"
+SECURE_SHARES = "query.secagg_shares"
+SECURE_CONFIRM = "query.secagg_confirm"
+SECURE_UNMASK = "query.secagg_unmask"
+SECURE = (SECURE_KEYS, SECURE_SHARES, SECURE_CONFIRM, SECURE_UNMASK)
+
 # records of a message
 STUDY = "study"
 VOCABULARY = "vocabulary"
@@ -22,11 +29,20 @@ SERVER = "server"
 SIGNED_CONTRACT = "contract"
 BUNDLE = "bundle"
 
+# records of secure aggregation, in messages, replies, or both
+EXCHANGE = "secagg"
+PUBLIC_KEYS = "secagg-keys"
+BOXES = "secagg-boxes"
+CONFIRMATIONS = "secagg-confirmations"
+SEED_SHARES = "secagg-seed-shares"
+MASK_SHARES = "secagg-mask-shares"
+
 # records of a reply
 SITE = "site"
 MOMENTS = "moments"
 PRODUCTS = "cross-products"
 UPDATE = "update"
+MASKED = "masked"
 METRICS = "metrics"
 REFUSAL = "refusal"
 PART = "part"
@@ -54,6 +70,13 @@ HEAD = "head"
 DECISION = "decision"
 SIGNATURE = "signature"
 CERTIFICATE = "certificate"
+ATTEMPT = "attempt"
+CHANNEL = "channel"
+MASK = "mask"
+MEASURED = "measured"
+COMMITMENT = "commitment"
+SHARERS = "sharers"
+SURVIVORS = "survivors"
 
 WEIGHTED_BY = {"patients": NUM_EXAMPLES, "loss-terms": NUM_LOSS_TERMS}
 """Metric by which updates are weighted, for each `strategy.weights` that needs one."""

@@ -5,6 +5,7 @@ B or N patients, V genes, D width.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -132,6 +133,26 @@ def draw_hidden(
     if pattern == 1:
         return masking.whole_gene(measured, rate, generator)
     return masking.low_expression(values, measured, rate, generator)
+
+
+def draw_panel(measured: Tensor, min_genes: int, generator: torch.Generator) -> Tensor:
+    """Draw a panel of genes, and show those of them that each patient has.
+
+    The size of the panel is drawn evenly on the log scale, from `min_genes` to all.
+
+    Returns
+    -------
+    Tensor
+        Visible cells, shape (B, V), bool.
+    """
+    n_genes = measured.shape[1]
+    low = math.log(min(min_genes, n_genes))
+    share = float(torch.rand((), generator=generator))
+    size = round(math.exp(low + (math.log(n_genes) - low) * share))
+    panel = torch.randperm(n_genes, generator=generator)[:size]
+    visible = torch.zeros_like(measured)
+    visible[:, panel] = measured[:, panel]
+    return visible
 
 
 def mixed_precision(device: torch.device) -> AbstractContextManager[object]:

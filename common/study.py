@@ -382,6 +382,11 @@ class Study(Settings):
                 "linear_rank above 0 needs cross_products = true, or "
                 "public.statistics = true"
             )
+        if self.cross_products and self.public.statistics:
+            raise ValueError(
+                "with public.statistics = true no site is asked for statistics; set "
+                "cross_products = false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -432,6 +437,11 @@ class Study(Settings):
                 yield 'privacy.site: a site must count by 1; set weights = "equal"'
             if rule.per_gene:
                 yield "privacy.site: set strategy.per_gene = false"
+            if not self.public.statistics:
+                yield (
+                    "privacy.site: the pooled statistics would stand in the model "
+                    "without noise; set public.statistics = true"
+                )
 
     def to_json(self) -> str:
         """Return the canonical form: sorted keys, no spaces."""

@@ -49,6 +49,8 @@ class Request:
     phase: str = ""
     """Empty for a question that belongs to no round, and then `round` is 0."""
     round: int = 0
+    own: Callable[[str], Mapping[str, ConfigRecord]] = lambda site: {}
+    """What one site is sent besides, for its eyes alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +237,10 @@ class _Asking:
     waiting: dict[str, _Wait] = field(default_factory=dict)
     under_way: dict[str, str] = field(default_factory=dict)
     """Site of each message whose reply may come, superseded ones included."""
-    asked: str = ""
-    """Digest of the request."""
+    asked: dict[str, str] = field(default_factory=dict)
+    """Digest of what each site is asked."""
+    shared: str = ""
+    """The same, where all are asked the same."""
 
     def answers(self) -> Iterator[Answer]:
         now = time.monotonic()
@@ -278,17 +282,15 @@ class _Asking:
         activity = self.line.peers.activity()
         content = self.request.content()
         server = ConfigRecord({keys.VERSION: version("fedgex")})
-        self.asked = self.asked or request_digest(
-            self.request.type,
-            RecordDict({**content, **self.line.peers.records(due[0])}),
-        )
         for site in due:
             wait, node = self.waiting[site], nodes.get(site)
             if node is None or node not in connected:
                 self._try_later(site, "failed", "its node is not connected")
                 continue
-            records = {keys.SERVER: server, **self.line.peers.records(site)}
+            own = self.request.own(site)
+            records = {keys.SERVER: server, **self.line.peers.records(site), **own}
             whole = RecordDict({**content, **records})
+            self._note_digest(site, whole, shared=not own)
             message = Message(
                 whole, node, self.request.type, group_id=self.request.group
             )
@@ -305,6 +307,15 @@ class _Asking:
             wait.bytes_down += size_bytes(whole)
             self.under_way[ids[0]] = site
         return pushed
+
+    def _note_digest(self, site: str, whole: RecordDict, *, shared: bool) -> None:
+        """Compute the digest of a site's request, once for all where it is the same."""
+        if site in self.asked:
+            return
+        digest = self.shared if shared else ""
+        self.asked[site] = digest or request_digest(self.request.type, whole)
+        if shared:
+            self.shared = self.asked[site]
 
     def _pull(self, message_id: str) -> Answer | None:
         """Fetch the reply to one message; return it if it settles its site."""
@@ -335,7 +346,8 @@ class _Asking:
     def _settle(self, site: str, content: RecordDict, code: str | None) -> Answer:
         bytes_up = size_bytes(content)
         try:
-            sealed = self.line.peers.verify(site, self.request, self.asked, content)
+            asked = self.asked[site]
+            sealed = self.line.peers.verify(site, self.request, asked, content)
         except (TrustError, UpdateError) as error:
             return self._end(site, "quarantined", str(error), bytes_up)
         if code is not None:

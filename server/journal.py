@@ -2,15 +2,19 @@
 
 The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
 
-- `run-started`: study, study_hash, sites, plan (phase and rounds of each), resumed_from
+- `run-started`: study, study_hash, sites, plan (phase and rounds of each),
+  resumed_from, epsilon (as in `round`)
 - `not-answered`: site, state, reason (before the first round)
 - `asked-again`: site, group, state, reason (why, each time that it changes)
 - `duplicate`: site, group (a second answer, dropped)
+- `exchange-repeated`: group, attempt, without (secure aggregation begins a round's
+  exchange anew, without these sites: the others alone would show rare genes)
 - `phase-started`: phase, rounds
 - `round`: phase, round, rounds, seconds, train_loss, judged_loss, sites (name → state,
   reason, num_examples, num_loss_terms, train_loss, judged_loss, seconds; null for what
   the site withholds), holdout (empty where the round was not judged centrally),
-  bytes_up, bytes_down, seconds_sites
+  bytes_up, bytes_down, seconds_sites, epsilon (spent so far: "patient", as planned for
+  a site that missed no round, and "site"; null without differential privacy)
 - `phase-finished`: phase
 - `run-finished`: checkpoint, peak_rss_mb
 - `run-failed`: reason

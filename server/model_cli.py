@@ -11,7 +11,7 @@ from cryptography import x509
 from fedgex.common import bundle as bundles
 from fedgex.common import checkpoint, pki
 from fedgex.common.errors import FedgexError, TrustError
-from fedgex.server import orders, releases, runs
+from fedgex.server import orders, releases, runs, studies
 from fedgex.server.command_line import (
     Format,
     KeyFile,
@@ -72,12 +72,16 @@ def model_release(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
     key: KeyFile,
     state: State,
+    audit: Annotated[
+        Path | None,
+        typer.Option(help="Audit report (audit.json), if the contract demands one."),
+    ] = None,
     form: Format = "text",
 ) -> None:
     """Order the release of a finished run's model; the contract says how many must."""
     with refusals():
         found = Consortium(state)
-        facts = release(found, run, pki.load_key(key))
+        facts = release(found, run, pki.load_key(key), audit)
     show(facts, form)
     if facts["missing"]:
         note(
@@ -120,13 +124,22 @@ def model_verify(
     show({"bundle": str(bundle), "verified": True, **_told(released)}, form)
 
 
-def release(consortium: Consortium, run: str, key: pki.Key) -> dict[str, Any]:
+def release(
+    consortium: Consortium, run: str, key: pki.Key, audit: Path | None = None
+) -> dict[str, Any]:
     """Order the release of a run's last model, and return how far that is.
+
+    Parameters
+    ----------
+    audit
+        Report of an audit, which the contract may demand.
 
     Raises
     ------
     NotFoundError
         If there is no such run.
+    ConfigError
+        If the contract demands an audit report, and this one does not permit it.
     FedgexError
         If it is not finished, its model was changed, or the key is no administrator's.
     """
@@ -141,7 +154,10 @@ def release(consortium: Consortium, run: str, key: pki.Key) -> dict[str, Any]:
     digest = releases.manifest_digest(folder)
     name, _ = consortium.administrator(key)
     if name not in orders.approvals(consortium, run, digest):
-        orders.submit(consortium, "release", run, key, model=digest)
+        report = "" if audit is None else releases.keep_audit(consortium, audit)
+        contract = studies.load(consortium, found.facts["contract"]).contract
+        releases.require_audit(consortium, contract, digest, report)
+        orders.submit(consortium, "release", run, key, model=digest, audit=report)
     how_far = releases.status(consortium, run)
     return {
         "run": run,

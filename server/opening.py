@@ -1,6 +1,7 @@
 """Before the first round: who is here, which genes, their moments, cross-products.
 
     (contract) -> prepare -> statistics -> (cross-products) -> the first parameters
+                     or the public cohort -> (its own pretraining)
 
 A site whose answer cannot be used is left out of what it was for, and the journal says
 why.
@@ -27,6 +28,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from fedgex.common import keys, tasks
 from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.cohort import Cohort
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.files import write_atomic
 from fedgex.common.records import text, to_arrays, to_record
@@ -39,6 +41,7 @@ from fedgex.common.statistics import (
 )
 from fedgex.common.study import NAME_PATTERN, Study
 from fedgex.common.vocabulary import Vocabulary, agree
+from fedgex.server import public
 from fedgex.server.asking import Line, Request, Simulated, ask
 from fedgex.server.deployment import Deployment
 from fedgex.server.journal import Journal
@@ -79,6 +82,8 @@ class Opening:
     study: Study
     journal: Journal
     deployment: Deployment | None
+    public_cohort: Cohort | None
+    """None if the study takes nothing from one, or the model is there already."""
     line: Line = field(init=False)
     """The way to the sites that are present."""
     present: dict[str, ConfigRecord] = field(init=False, default_factory=dict)
@@ -119,19 +124,32 @@ class Opening:
             If no site sends statistics.
         FederationError
             If the study asks for cross-products and fewer than two sites send them.
+        ConfigError
+            If the public cohort lacks genes of the study.
         """
-        vocabulary = self._vocabulary()
+        study, vocabulary = self.study, self._vocabulary()
         sites = self.sites(vocabulary)
-        scale = self._standardisation(vocabulary)
-        parameters = tasks.initial(self.study, len(vocabulary))
-        if self.study.cross_products:
-            covariance = self._cross_products(vocabulary, scale)
-            parameters |= tasks.linear_start(self.study, covariance)
+        parameters = tasks.initial(study, len(vocabulary))
+        cohort, covariance = self.public_cohort, None
+        if cohort is not None and study.public.statistics:
+            scale = public.standardisation(cohort, vocabulary)
+            if study.linear_rank:
+                covariance = public.covariance(cohort, vocabulary, scale)
+        else:
+            scale = self._standardisation(vocabulary)
+            if study.cross_products:
+                covariance = self._cross_products(vocabulary, scale)
+        if covariance is not None:
+            path = self.settings.run_dir / "covariance.safetensors"
+            write_atomic(path, save({"covariance": covariance}))
+            parameters |= tasks.linear_start(study, covariance)
+        if cohort is not None and study.public.epochs:
+            parameters = public.pretrain(study, cohort, vocabulary, scale, parameters)
         return Checkpoint(
-            study=self.study,
+            study=study,
             vocabulary=vocabulary,
             standardisation=scale,
-            phase=next(iter(self.study.phases)),
+            phase=next(iter(study.phases)),
             round=0,
             parameters=parameters,
             trained_on={
@@ -218,6 +236,9 @@ class Opening:
         if rule.genes:
             return Vocabulary(tuple(sorted(rule.genes)))
         panels: dict[str, Any] = {n: t[keys.GENES] for n, t in self.present.items()}
+        if self.public_cohort is not None and self.study.public.statistics:
+            known = public.well_known(self.public_cohort, rule.min_patient_share)
+            panels = {name: known & set(genes) for name, genes in panels.items()}
         return agree(panels, rule.min_share)
 
     def _standardisation(self, vocabulary: Vocabulary) -> Standardisation:
@@ -278,10 +299,7 @@ class Opening:
             ),
         )
         shutil.rmtree(spool)
-        covariance = total.covariance()
-        path = self.settings.run_dir / "covariance.safetensors"
-        write_atomic(path, save({"covariance": covariance}))
-        return covariance
+        return total.covariance()
 
     # ---- asking ----
 

@@ -48,6 +48,8 @@ class Order(Settings):
     """launch: name of the run."""
     model: str = ""
     """release: SHA-256 of the manifest of the checkpoint that is to be released."""
+    audit: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    """release: SHA-256 of the audit report, see `releases.keep_audit`; "" for none."""
 
 
 class Outcome(Settings):
@@ -71,6 +73,7 @@ def submit(
     token: str | None = None,
     run: str = "",
     model: str = "",
+    audit: str = "",
 ) -> Order:
     """Sign an order and leave it for the supervisor; return the one that stands.
 
@@ -98,6 +101,7 @@ def submit(
         "at": datetime.now(UTC),
         "run": run,
         "model": model,
+        "audit": audit,
     }
     order = Order.read(values, "the order")
     with consortium.locked():
@@ -293,7 +297,7 @@ def _same(order: Order, earlier: Outcome) -> Order:
         Signed.from_json(earlier.signed, f"the order {order.token}").content
     )
     told = f"the token {order.token} was used on {before.at:%Y-%m-%d %H:%M} UTC"
-    asked = {"kind", "subject", "run", "model"}
+    asked = {"kind", "subject", "run", "model", "audit"}
     if order.model_dump(include=asked) != before.model_dump(include=asked):
         raise ConfigError(
             f"{told} for another order ({before.kind} of {before.subject[:16]}); "

@@ -1,10 +1,12 @@
 """From candidate to released: a run's last model, once enough administrators order it.
 
 releases/RUN.fedgex   the bundle (docs/bundle.md); a model is released once it is here
+audits/SHA256.json    the audit reports that orders name
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from fedgex.common import bundle, checkpoint, failpoints, files
+from fedgex.common.audit import AuditReport
 from fedgex.common.bundle import Evidence
-from fedgex.common.errors import FedgexError
+from fedgex.common.contract import Contract
+from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.pki import Signed
 from fedgex.server import orders, runs, studies
 from fedgex.server.consortium import Consortium
@@ -51,6 +55,9 @@ def approve(consortium: Consortium, order: Order) -> Released:
     ------
     FedgexError
         If the run is not finished, or the order is for another model than its last.
+    ConfigError
+        If the contract demands an audit report, and the order names none that permits
+        the release.
     TrustError
         If contract, receipts or model do not hold; then nothing is released.
     """
@@ -69,11 +76,72 @@ def approve(consortium: Consortium, order: Order) -> Released:
             "show, and order its release if it is the one you mean."
         )
     published = studies.load(consortium, run.facts["contract"])
+    require_audit(consortium, published.contract, model, order.audit)
     if not path(consortium, run.name).exists():
-        consents = orders.consents(consortium, run.name, model)
+        consents = {
+            name: signed
+            for name, signed in orders.consents(consortium, run.name, model).items()
+            if _is_audited(consortium, published.contract, model, signed)
+        }
         if len(consents) >= published.contract.release.administrators:
             _write(consortium, run, last, published, consents)
     return status(consortium, run.name)
+
+
+def keep_audit(consortium: Consortium, report: Path) -> str:
+    """Keep an audit report by its SHA-256, which is returned.
+
+    Raises
+    ------
+    ConfigError
+        If it is no audit report.
+    FedgexError
+        If it cannot be kept.
+    """
+    AuditReport.load(report)
+    text = report.read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    kept = _audit(consortium, digest)
+    with files.explained(kept):
+        kept.parent.mkdir(exist_ok=True)
+    files.write_atomic(kept, text)
+    return digest
+
+
+def require_audit(
+    consortium: Consortium, contract: Contract, model: str, audit: str
+) -> None:
+    """Refuse a release that lacks the audit report that the contract demands.
+
+    Parameters
+    ----------
+    model
+        SHA-256 of the model's manifest.
+    audit
+        SHA-256 of the report, see `keep_audit`; "" for none.
+
+    Raises
+    ------
+    ConfigError
+        If there is none, it is of another model or study, or finds more than the
+        contract permits.
+    """
+    most = contract.release.audit_max_auc
+    if most is None:
+        return
+    demand = f"the contract demands an audit report with an AUC up to {most:g}"
+    if not audit:
+        raise ConfigError(
+            f"{demand}, and the order names none. Audit the model (docs/audit.md), and "
+            "name the report with --audit."
+        )
+    kept = _audit(consortium, audit)
+    report = AuditReport.load(kept)
+    if checkpoint.digest(kept) != audit:
+        raise ConfigError(f"{kept} was changed; name the report again with --audit.")
+    objection = report.objection(contract.study.hash, model, most)
+    if objection is not None:
+        raise ConfigError(f"{demand}: {objection}. Nothing is released.")
 
 
 def status(consortium: Consortium, run: str) -> Released:
@@ -169,6 +237,7 @@ def _write(
                 run=run.name,
                 model=manifest_digest(last),
                 administrators=sorted(consents),
+                audits=sorted({_order(c).audit for c in consents.values()} - {""}),
                 bundle=checkpoint.digest(partial),
             )
             os.replace(partial, final)
@@ -178,6 +247,25 @@ def _write(
         failpoints.reach("release.renamed")
         files.sync(final.parent)
     logger.info("run=%s released by %s", run.name, ", ".join(sorted(consents)))
+
+
+def _is_audited(
+    consortium: Consortium, contract: Contract, model: str, signed: Signed
+) -> bool:
+    """Return whether an order, which may wait still, has the report it needs."""
+    try:
+        require_audit(consortium, contract, model, _order(signed).audit)
+    except ConfigError:
+        return False
+    return True
+
+
+def _order(signed: Signed) -> Order:
+    return Order.model_validate_json(signed.content)
+
+
+def _audit(consortium: Consortium, digest: str) -> Path:
+    return consortium.folder / "audits" / f"{digest}.json"
 
 
 def _receipts(run: Run) -> list[Signed]:

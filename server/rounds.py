@@ -21,6 +21,7 @@ from fedgex.common import failpoints, keys
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.records import check, packed
 from fedgex.common.study import RoundRule, Study
+from fedgex.server import privacy
 from fedgex.server.aggregation import Array
 from fedgex.server.asking import Line, Request, Sealed, ask
 from fedgex.server.strategy import Spooled, Update
@@ -103,7 +104,7 @@ def train_round(
             path = spool_dir / f"{name}.safetensors"
             try:
                 numbers, norm = _accept(answer.content, incoming, study, path)
-                _require_signed_count(answer.sealed, numbers["num_examples"])
+                require_signed_count(answer.sealed, numbers["num_examples"])
             except UpdateError as error:
                 state, reason, numbers = "quarantined", str(error), {}
                 path.unlink(missing_ok=True)
@@ -120,7 +121,10 @@ def train_round(
                 )
         del answer  # before the next is fetched
         outcome[name] = {"state": state, "reason": reason, **numbers}
-    for name, reason in _far_beyond(norms, rule.max_norm_ratio).items():
+    # Under site-level privacy one site must not decide whether another counts.
+    alike = study.privacy.site is not None
+    far = {} if alike else _far_beyond(norms, rule.max_norm_ratio)
+    for name, reason in far.items():
         outcome[name] = {"state": "quarantined", "reason": reason}
     for name, site in outcome.items():
         if site["state"] != "contributed":
@@ -210,19 +214,37 @@ def _accept(
     path.write_bytes(packed(content.array_records[keys.UPDATE]))
     arrays = Spooled(path)
     check({name: a.shape for name, a in incoming.items()}, arrays, exact=True)
-    numbers = _numbers(content, keys.WEIGHTED_BY.get(study.strategy.weights))
-    patients = numbers["num_examples"]
-    if patients is not None and patients < study.minimum_cohort:
-        raise UpdateError(f"trained on fewer than {study.minimum_cohort} patients")
+    numbers = read_numbers(content, study)
     begun = incoming if study.strategy.update == "parameters" else None
     squares = sum(
         _square_norm(arrays[name], None if begun is None else begun[name])
         for name in arrays
     )
-    return numbers, float(np.sqrt(squares))
+    norm, site = float(np.sqrt(squares)), study.privacy.site
+    if site is not None and norm > privacy.longest(site):
+        raise UpdateError(
+            f"its change of the model has norm {norm:.6g}, more than the "
+            f"{site.clip:g} of privacy.site.clip"
+        )
+    return numbers, norm
 
 
-def _require_signed_count(sealed: Sealed | None, counted: float | None) -> None:
+def read_numbers(content: RecordDict, study: Study) -> dict[str, float | None]:
+    """Return the metrics of a reply to `train`, None for those withheld.
+
+    Raises
+    ------
+    UpdateError
+        If one is no number, withheld though updates are weighted by it, or too small.
+    """
+    numbers = _numbers(content, keys.WEIGHTED_BY.get(study.strategy.weights))
+    patients = numbers["num_examples"]
+    if patients is not None and patients < study.minimum_cohort:
+        raise UpdateError(f"trained on fewer than {study.minimum_cohort} patients")
+    return numbers
+
+
+def require_signed_count(sealed: Sealed | None, counted: float | None) -> None:
     """Refuse an update that counts by another number than the site signed."""
     signed = None if sealed is None else sealed.part.patients
     if isinstance(signed, int) and signed != counted:

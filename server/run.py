@@ -31,9 +31,17 @@ from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import CheckpointError, FederationError
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.memory import resident_mb
-from fedgex.common.records import to_record
+from fedgex.common.records import Arrays, to_record
 from fedgex.common.study import Study
-from fedgex.server import evaluation, receipts, rounds
+from fedgex.server import (
+    evaluation,
+    privacy,
+    public,
+    receipts,
+    rounds,
+    secure_rounds,
+)
+from fedgex.server.aggregation import Array
 from fedgex.server.asking import Request
 from fedgex.server.deployment import Deployment
 from fedgex.server.journal import Journal, read
@@ -45,9 +53,13 @@ from fedgex.server.opening import (
 )
 from fedgex.server.rounds import Site
 from fedgex.server.settings import ServerSettings
-from fedgex.server.strategy import combine
+from fedgex.server.strategy import combine, step
 
 logger = logging.getLogger(__name__)
+
+Parameters = Mapping[str, Array]
+Combined = tuple[rounds.RoundOutcome, dict[str, Array], dict[str, NDArray[np.generic]]]
+"""What came of a round, the next parameters, and the server optimiser's state."""
 
 
 def conduct(grid: Grid, settings: ServerSettings) -> None:
@@ -61,7 +73,8 @@ def conduct(grid: Grid, settings: ServerSettings) -> None:
     CheckpointError
         If the run's folder belongs to another study, or its receipts do not hold.
     ConfigError, TrustError
-        If the settings, or the contract of a run between hospitals, cannot be used.
+        If the settings, the contract of a run between hospitals, or the public cohort
+        that the study wants, cannot be used.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     with (settings.run_dir / "lock").open("w") as lock:
@@ -98,12 +111,14 @@ class _Run:
     def conduct(self) -> None:
         found = checkpoint.latest(self.checkpoints)
         last = None if found is None else self._reopened(checkpoint.load(found))
+        cohort = None if last else public.load(self.study, self.settings.public)
         opening = Opening(
             grid=self.grid,
             settings=self.settings,
             study=self.study,
             journal=self.journal,
             deployment=self.deployment,
+            public_cohort=cohort,
         )
         opening.gather()
         self.line, self.absent = opening.line, opening.absent
@@ -121,6 +136,7 @@ class _Run:
                 for phase, training in self.study.phases.items()
             ],
             resumed_from=found.name if found else None,
+            epsilon=privacy.spent(self.study, last.phase, last.round),
         )
         self._catch_up(last)
         if self.settings.holdout is not None:
@@ -168,30 +184,16 @@ class _Run:
         study = self.study
         whole = tasks.begin(study, phase, last.parameters)
         incoming = tasks.updated(study, phase, tasks.sent(study, phase, whole))
-        spool = self.settings.run_dir / "spool"
-        outcome = rounds.train_round(
-            self.line,
-            sites,
-            Request(
-                type=keys.TRAIN,
-                content=lambda: self._content(last, whole, phase, number),
-                group=f"{phase}-{number}",
-                phase=phase,
-                round=number,
-            ),
-            incoming,
-            study,
-            absent=self.absent,
-            spool_dir=spool,
+        request = Request(
+            type=keys.TRAIN,
+            content=lambda: self._content(last, whole, phase, number),
+            group=f"{phase}-{number}",
+            phase=phase,
+            round=number,
         )
-        combined, server = combine(
-            study.strategy,
-            incoming,
-            outcome.updates,
-            number,
-            last.server if last.phase == phase else {},
-        )
-        shutil.rmtree(spool)
+        remembered = last.server if last.phase == phase else {}
+        train = self._in_the_open if study.secure_aggregation is None else self._secure
+        outcome, combined, server = train(sites, request, incoming, remembered)
         new = dataclasses.replace(
             last,
             phase=phase,
@@ -201,6 +203,46 @@ class _Run:
         )
         failpoints.reach("server.combined")
         return self._commit(last, new, outcome, started)
+
+    def _in_the_open(
+        self, sites: list[Site], request: Request, incoming: Parameters, state: Arrays
+    ) -> Combined:
+        """Have the sites train, and combine the update of each."""
+        spool = self.settings.run_dir / "spool"
+        outcome = rounds.train_round(
+            self.line,
+            sites,
+            request,
+            incoming,
+            self.study,
+            absent=self.absent,
+            spool_dir=spool,
+        )
+        rule, noise = self.study.strategy, self.study.privacy.site
+        new = combine(rule, incoming, outcome.updates, request.round, state, noise)
+        shutil.rmtree(spool)
+        return outcome, *new
+
+    def _secure(
+        self, sites: list[Site], request: Request, incoming: Parameters, state: Arrays
+    ) -> Combined:
+        """Have the sites train, and see nothing but the sum of their updates."""
+        outcome, mean = secure_rounds.train_round(
+            self.line,
+            sites,
+            request,
+            incoming,
+            self.study,
+            absent=self.absent,
+            folder=self.settings.run_dir / "secure",
+            contract=self.deployment.signed.hash
+            if self.deployment
+            else self.study.hash,
+            run=self.deployment.run if self.deployment else "",
+        )
+        rule, noise = self.study.strategy, self.study.privacy.site
+        n = sum(site["state"] == "contributed" for site in outcome.sites.values())
+        return outcome, *step(rule, incoming, mean, n, request.round, state, noise)
 
     def _content(
         self, last: Checkpoint, whole: Mapping[str, Any], phase: str, number: int
@@ -237,6 +279,7 @@ class _Run:
             "judged_loss": _mean(outcome.sites, "judged_loss"),
             "sites": outcome.sites,
             "holdout": holdout,
+            "epsilon": privacy.spent(self.study, new.phase, new.round),
             "bytes_up": outcome.bytes_up,
             "bytes_down": outcome.bytes_down,
         }

@@ -195,6 +195,7 @@ def status(run: Path) -> dict[str, Any]:
         last = rounds[-1]
         facts["last_round"] = f"{last['phase']} {last['round']}/{last['rounds']}"
         facts["train_loss"] = last["train_loss"]
+        facts["epsilon"] = last.get("epsilon")
         facts["absent"] = {
             name: f"{site['state']}: {site['reason']}"
             for name, site in last["sites"].items()

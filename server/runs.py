@@ -19,7 +19,7 @@ from fedgex.common.contract import Contract
 from fedgex.common.errors import FedgexError
 from fedgex.common.files import write_atomic
 from fedgex.common.pki import Signed
-from fedgex.server import journal
+from fedgex.server import journal, public
 from fedgex.server.consortium import Consortium, NotFoundError
 from fedgex.server.orders import Order
 
@@ -110,7 +110,8 @@ def launch(consortium: Consortium, order: Order) -> Run:
     Raises
     ------
     FedgexError
-        If the contract was not published or has expired.
+        If the contract was not published or has expired, or its study wants a public
+        cohort and there is none.
     """
     contract = _contract(consortium, order.subject)
     if contract.expired():
@@ -126,6 +127,7 @@ def launch(consortium: Consortium, order: Order) -> Run:
                 f"{run.facts['token']}; give this one another --name."
             )
         return run
+    public.require(contract.study, consortium.folder / public.FOLDER)
     run.folder.mkdir(parents=True, exist_ok=True)
     _settings(consortium, run.folder, contract, order.subject, order.run, "conduct")
     facts = {
@@ -171,11 +173,13 @@ def _settings(
 ) -> Path:
     write_atomic(folder / "study.json", contract.study.to_json().encode())
     holdout = consortium.folder / HOLDOUT
+    public_cohort = consortium.folder / public.FOLDER
     told = {
         "job": job,
         "study": str(folder / "study.json"),
         "run_dir": str(folder),
         "holdout": str(holdout) if holdout.exists() else None,
+        "public": str(public_cohort) if public_cohort.exists() else None,
         "n_sites": len(contract.sites),
         "poll_s": 0.2,
         "state_dir": str(consortium.folder),

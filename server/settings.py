@@ -35,6 +35,8 @@ class ServerSettings(BaseSettings):
     """Journal, checkpoints and spooled updates of this run."""
     holdout: Path | None = None
     """Folder of the public hold-out (common/cohort.py); none leaves judging out."""
+    public: Path | None = None
+    """Folder of the public cohort, on the study's scale (common/cohort.py)."""
     n_sites: int = Field(ge=1)
     """Sites to wait for before the start; between hospitals those of the contract."""
     start_deadline_s: float = Field(default=600, gt=0)

@@ -21,9 +21,10 @@ from fedgex.common import keys
 from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE
 from fedgex.common.records import Arrays
-from fedgex.common.study import StrategyRule
+from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server import aggregation
 from fedgex.server.aggregation import Array
+from fedgex.server.privacy import noised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def combine(
     updates: list[Update],
     server_round: int,
     server_state: Arrays,
+    site_privacy: SitePrivacy | None = None,
 ) -> tuple[dict[str, Array], dict[str, NDArray[np.generic]]]:
     """Return the next parameters and the server optimiser's next state.
 
@@ -106,6 +108,8 @@ def combine(
         Number of the round in its phase, from 1.
     server_state
         What this function returned for the round before; empty at first.
+    site_privacy
+        Puts noise on the mean, before a server optimiser sees it.
 
     Raises
     ------
@@ -117,6 +121,24 @@ def combine(
         name: _combine_one(rule, name, array, updates)
         for name, array in sorted(incoming.items())
     }
+    return step(
+        rule, incoming, mean, len(updates), server_round, server_state, site_privacy
+    )
+
+
+def step(
+    rule: StrategyRule,
+    incoming: Mapping[str, Array],
+    mean: Mapping[str, Array],
+    n_sites: int,
+    server_round: int,
+    server_state: Arrays,
+    site_privacy: SitePrivacy | None,
+) -> tuple[dict[str, Array], dict[str, NDArray[np.generic]]]:
+    """Return what `combine` does, given the mean over `n_sites` sites."""
+    mean = dict(mean)
+    if site_privacy is not None:
+        mean = noised(mean, site_privacy, n_sites)
     if rule.name in ("fedadam", "fedyogi"):
         return _adapt(rule, incoming, mean, server_round, server_state)
     return mean, {}

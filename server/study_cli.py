@@ -11,7 +11,9 @@ import typer
 from cryptography import x509
 
 from fedgex.common import pki
+from fedgex.common.contract import Contract
 from fedgex.common.errors import TrustError
+from fedgex.common.protections import protections
 from fedgex.server import studies
 from fedgex.server.command_line import (
     Format,
@@ -68,7 +70,13 @@ def study_new(
             administrators=administrators,
         )
         write_out(out, text)
-    show({"contract": str(out), "hash": pki.Signed(text).hash}, form)
+        protected = protections(Contract.from_toml(text, str(out)).study)
+    facts: dict[str, object] = {"contract": str(out), "hash": pki.Signed(text).hash}
+    if form == "json":
+        facts |= {"protections": protected}
+    show(facts, form)
+    if form == "text":
+        _show_protections(protected)
     note("Read it through; each change until it is signed changes its hash.")
 
 
@@ -145,6 +153,7 @@ def study_show(contract: Which, state: State, form: Format = "text") -> None:
         each = studies.find(found, contract)
         answers = studies.answers(found, each.hash)
         told = {name: _told(answers.get(name), form) for name in each.contract.sites}
+        protected = protections(each.contract.study)
     facts = {
         "hash": each.hash,
         "study": each.contract.study.name,
@@ -153,12 +162,19 @@ def study_show(contract: Which, state: State, form: Format = "text") -> None:
         "answers": told,
     }
     if form == "json":
-        show(facts | {"contract": each.contract.model_dump(mode="json")}, form)
+        text = {"contract": each.contract.model_dump(mode="json")}
+        show(facts | {"protections": protected} | text, form)
         return
     show({name: value for name, value in facts.items() if name != "answers"}, form)
+    _show_protections(protected)
     for name, answer in told.items():
         typer.echo(f"answer of {name}: {answer}")
     typer.echo(f"\n{each.signed.content}", nl=False)
+
+
+def _show_protections(protected: list[str]) -> None:
+    for each in protected:
+        typer.echo(f"protection: {each}")
 
 
 def _own(

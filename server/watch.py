@@ -29,6 +29,8 @@ class Progress:
     """Each finished round once: (phase, number) → its event."""
     sites: dict[str, tuple[str, str]] = field(default_factory=dict)
     """State and reason of each hospital, as of the last that was heard."""
+    epsilon: dict[str, float] | None = None
+    """Spent so far, of each guarantee; None without any."""
     ending: dict[str, Any] | None = None
     """The event that ended the run, None while it is under way."""
 
@@ -37,7 +39,7 @@ class Progress:
         match event["event"]:
             case "run-started":
                 self.ending = None
-                self.study = event["study"]
+                self.study, self.epsilon = event["study"], event.get("epsilon")
                 self.plan = {p["phase"]: p["rounds"] for p in event["plan"]}
                 for name in event["sites"]:
                     self.sites.setdefault(name, ("ready", ""))
@@ -45,6 +47,7 @@ class Progress:
                 self.sites[event["site"]] = (event["state"], event["reason"] or "")
             case "round":
                 self.rounds[event["phase"], event["round"]] = dict(event)
+                self.epsilon = event.get("epsilon")
                 for name, site in event["sites"].items():
                     self.sites[name] = (site["state"], site["reason"] or "")
             case kind if kind in journal.ENDINGS:
@@ -102,11 +105,18 @@ def line(progress: Progress) -> str:
         "phase": event["phase"],
         "round": f"{event['round']}/{event['rounds']}",
         "restoration_mse": _number(progress.restoration),
-        "epsilon": NO_PRIVACY,
+        "epsilon": epsilon(progress.epsilon),
         "left": _clock(progress.left_s),
         "absent": "; ".join(absent) or "nobody",
     }
     return " ".join(f"{key}={value}" for key, value in told.items())
+
+
+def epsilon(spent: Mapping[str, float] | None) -> str:
+    """Return epsilon so far in a few words, such as `patient:3.21,site:1.50`."""
+    if not spent:
+        return NO_PRIVACY
+    return ",".join(f"{unit}:{value:.2f}" for unit, value in spent.items())
 
 
 def display(run: str, state: str, progress: Progress) -> RenderableType:
@@ -121,7 +131,7 @@ def display(run: str, state: str, progress: Progress) -> RenderableType:
     if last:
         facts.add_row("phase", f"{last['phase']} {last['round']} of {last['rounds']}")
     facts.add_row("restoration", f"{_number(progress.restoration)}  hold-out MSE")
-    facts.add_row("epsilon", NO_PRIVACY)
+    facts.add_row("epsilon", epsilon(progress.epsilon))
     facts.add_row("time left", _clock(progress.left_s))
     hospitals = Table("hospital", "state", "contributed", "reason", box=None)
     for name, (condition, reason) in sorted(progress.sites.items()):

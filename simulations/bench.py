@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -24,18 +25,24 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from fedgex.client.private_training import RestorationLoss, fit_privately
 from fedgex.client.settings import SiteSettings
-from fedgex.client.training import fit, pretraining_loss
 from fedgex.client.validation import load_cohort
 from fedgex.common import model, tasks
 from fedgex.common.cohort import save_cohort
+from fedgex.common.fitting import fit, pretraining_loss
 from fedgex.common.harmonise import Patients
 from fedgex.common.memory import resident_mb
 from fedgex.common.model import GexBert, n_parameters, select
 from fedgex.common.objectives import draw_hidden
 from fedgex.common.parameters import parameters
 from fedgex.common.seeds import generator, seeded
-from fedgex.common.study import MaskingRule, Pretraining, StrategyRule
+from fedgex.common.study import (
+    MaskingRule,
+    PatientPrivacy,
+    Pretraining,
+    StrategyRule,
+)
 from fedgex.server import journal
 from fedgex.server.strategy import Update, combine
 from fedgex.simulations import cohorts, run
@@ -96,6 +103,8 @@ class Sizes:
     update_genes: int
     steps: tuple[tuple[int, int], ...]
     """Genes and batch size of each training step; the first is the reference."""
+    private_batch: int = 32
+    """Patients of a private step."""
     workers: int = 2
     """Sites trained at the same time."""
 
@@ -141,6 +150,7 @@ def measure(sizes: Sizes, console: Console) -> list[Row]:
         ("memory of the server", server_memory),
         ("memory of the aggregation", aggregation_memory),
         ("cost of genes", cost_of_genes),
+        ("cost of patient-level privacy", cost_of_privacy),
     ):
         started = time.monotonic()
         console.print(f"bench: {title}", highlight=False)
@@ -444,6 +454,134 @@ def _step(genes: int, batch: int) -> Callable[[], None]:
         )
 
     return step
+
+
+# ---- 5. cost of patient-level privacy ----
+
+
+def cost_of_privacy(sizes: Sizes, console: Console) -> list[Row]:
+    """Compare private steps with plain ones: same model, patients and batch."""
+    rows = []
+    for way in ("fedgex", *OPACUS):
+        pairs = _alone(_time_privacy, sizes, way)
+        plain, private = (
+            _alone(_private_memory, sizes, each) for each in ("plain", way)
+        )
+        time_ratio = median(private / plain for plain, private in pairs)
+        above = (private[0] / plain[0], private[1] / plain[1])
+        ms = [1000 * median(side) / PRIVATE_STEPS for side in zip(*pairs, strict=True)]
+        told = (
+            f"{ms[1]:.0f} / {ms[0]:.0f} CPU ms a step of {sizes.private_batch} "
+            f"patients, {sizes.genes} genes"
+        )
+        mb = f"{private[1]:.0f} / {plain[1]:.0f} MB"
+        if way == "fedgex":
+            rows += [
+                _below("private / plain training, time", time_ratio, 1.5, told),
+                _below("private / plain training, peak memory", above[1], 2, mb),
+                _below(
+                    "private / plain training, memory of the steps alone",
+                    above[0],
+                    2,
+                    f"{private[0]:.0f} / {plain[0]:.0f} MB above the process at rest",
+                ),
+            ]
+        else:
+            detail = f"{told}; memory {above[1]:.2f} x, {mb}"
+            name = f"the same by Opacus' {way}, time"
+            rows.append(
+                Row(name=name, value=time_ratio, goal="", met=None, detail=detail)
+            )
+    return rows
+
+
+OPACUS = ("hooks", "ew")
+"""Opacus' ways to a patient's gradient: modules' hooks, and PyTorch's expanded weights.
+Its ghost clipping (1.6) fails on tables whose indices are an expanded view."""
+PRIVATE_STEPS = 4
+"""Steps that are timed together."""
+
+
+def _time_privacy(sizes: Sizes, way: str) -> list[tuple[float, float]]:
+    """Return seconds of plain steps and of private ones, pair by pair."""
+    plain, private = _steps("plain", sizes), _steps(way, sizes)
+    pairs = [(_seconds(plain), _seconds(private)) for _ in range(sizes.repeats + 1)]
+    return pairs[1:]  # the first pair warms up
+
+
+def _private_memory(sizes: Sizes, way: str) -> tuple[float, float]:
+    """Return MB that steps took above the process at rest, and with it."""
+    _steps(way, replace(sizes, genes=16))()  # loads what is loaded once
+    steps = _steps(way, sizes)
+    before = _begin_peak()
+    steps()
+    peak = resident_mb("VmHWM")
+    return peak - before, peak
+
+
+def _steps(way: str, sizes: Sizes) -> Callable[[], None]:
+    """Return some steps that everybody takes part in, half of the cells hidden."""
+    n, genes = sizes.private_batch, sizes.genes
+    backbone, patients = new_backbone("tiny", genes), synthetic(n, genes)
+    masking = MaskingRule(min_rate=0.5, max_rate=0.5, panel=0, mnar=0)
+    phase = Pretraining(
+        rounds=1, batch_size=n, masking=masking, local_epochs=PRIVATE_STEPS
+    )
+    if way == "plain":
+        plain = pretraining_loss(backbone, patients, phase)
+        return lambda: _discard(
+            fit(
+                backbone.parameters(),
+                plain,
+                n,
+                phase,
+                learning_rate=LEARNING_RATE,
+                seed=SEED,
+            )
+        )
+    loss = RestorationLoss(backbone, patients, phase)
+    if way == "fedgex":
+        rule = PatientPrivacy(
+            noise_multiplier=NOISE, delta=1e-5, clip=1.0, sample_rate=1.0
+        )
+        return lambda: fit_privately(
+            loss, n, phase, rule, noise_multiplier=NOISE, learning_rate=LEARNING_RATE
+        )
+    return _opacus_steps(way, loss, n)
+
+
+NOISE = 1.0
+"""Noise multiplier; it costs what any other does."""
+
+
+def _opacus_steps(way: str, loss: Any, n: int) -> Callable[[], None]:
+    """Return the same steps as Opacus takes them, with its own noise."""
+    from opacus.grad_sample.utils import wrap_model
+    from opacus.optimizers import DPOptimizer
+
+    split = wrap_model(loss, grad_sample_mode=way, loss_reduction="sum")
+    optimizer = DPOptimizer(
+        torch.optim.AdamW(loss.parameters(), lr=LEARNING_RATE),
+        noise_multiplier=NOISE,
+        max_grad_norm=1.0,
+        expected_batch_size=n,
+        loss_reduction="sum",
+    )
+    rows, rng = torch.arange(n), generator(SEED, "bench", "opacus")
+
+    def steps() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(PRIVATE_STEPS):
+                optimizer.zero_grad()
+                split(rows, loss.draw(rows, rng)).sum().backward()
+                optimizer.step()
+
+    return steps
+
+
+def _discard(report: object) -> None:
+    """Do nothing with what training reports."""
 
 
 # ---- what several parts need ----

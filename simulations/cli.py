@@ -16,8 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fedgex.common.errors import FedgexError
+from fedgex.simulations import audit as auditing
 from fedgex.simulations import bench as benchmark
-from fedgex.simulations import bench_deployment, cohorts, rehearsal, scenario
+from fedgex.simulations import (
+    bench_deployment,
+    bench_secure,
+    cohorts,
+    rehearsal,
+    scenario,
+)
 from fedgex.simulations import run as simulation
 
 app = typer.Typer(
@@ -109,6 +116,43 @@ def rehearse(
 
 
 @app.command()
+def audit(
+    name: Annotated[
+        str, typer.Argument(metavar="SCENARIO", help="Scenario: a TOML file or a name.")
+    ],
+    data: Annotated[Path, typer.Option(help="Folder of the data.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the audit; an audit goes on in it.")
+    ],
+    shadows: Annotated[
+        int, typer.Option(help="Shadow models: even, 4 or more.")
+    ] = auditing.SHADOWS,
+    canaries: Annotated[
+        int, typer.Option(help="Made-up patients, half of whom train.")
+    ] = auditing.CANARIES,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small audit, to see that it works.")
+    ] = False,
+    form: Annotated[
+        Format, typer.Option("--format", help="A table for people, or JSON.")
+    ] = Format.TEXT,
+) -> None:
+    """Attack a scenario's model, with and without privacy (docs/audit.md)."""
+    try:
+        effort = auditing.Effort(shadows=shadows, canaries=canaries)
+        if quick:
+            effort = auditing.QUICK
+        report = auditing.audit(scenario.find(name), data, out, errors, effort)
+    except FedgexError as error:
+        _refuse(error)
+    if form is Format.JSON:
+        typer.echo(report.to_json(), nl=False)
+        return
+    for line in auditing.table(report):
+        typer.echo(line)
+
+
+@app.command()
 def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small run, to see that it works.")
@@ -127,6 +171,7 @@ def bench(
             rows = bench_deployment.measure(errors, quick=quick)
         else:
             rows = benchmark.measure(sizes, errors)
+            rows += bench_secure.measure(errors, quick=quick)
     except FedgexError as error:
         _refuse(error)
     if form is Format.JSON:

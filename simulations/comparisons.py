@@ -21,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 
 from fedgex.client.local_training import phase_loss, take_part, trained_parameters
 from fedgex.client.settings import SiteSettings
-from fedgex.client.training import fit, round_learning_rate
 from fedgex.client.validation import load_cohort
 from fedgex.common import tasks
 from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.fitting import fit, round_learning_rate
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.imputers import Imputer, NearestNeighbours, fit_mixture
 from fedgex.common.parameters import parameters
@@ -32,6 +32,7 @@ from fedgex.common.seeds import derive
 from fedgex.common.statistics import CrossProducts
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.survival_metrics import kaplan_meier, logrank_p
+from fedgex.common.tasks import Parameters
 from fedgex.server import evaluation
 from fedgex.simulations import references
 
@@ -48,6 +49,9 @@ class Federation:
     final: Checkpoint
     sites: Mapping[str, Patients]
     holdout: Patients
+    start: Parameters | None
+    """The model before the first round, if it comes from the public cohort: everybody
+    may begin with it."""
 
     @property
     def study(self) -> Study:
@@ -61,7 +65,11 @@ class Federation:
 
 
 def open_federation(
-    final: Checkpoint, sites_dir: Path, names: list[str], holdout: Patients
+    final: Checkpoint,
+    sites_dir: Path,
+    names: list[str],
+    holdout: Patients,
+    start: Parameters | None,
 ) -> Federation:
     """Read the patients of the sites that took part, standardised as in the run."""
     sites = {}
@@ -70,7 +78,7 @@ def open_federation(
         phases = tuple(final.study.phases)
         cohort, _ = load_cohort(settings, final.study.scale, phases)
         sites[name] = to_patients(cohort, final.vocabulary, final.standardisation)
-    return Federation(final=final, sites=sites, holdout=holdout)
+    return Federation(final=final, sites=sites, holdout=holdout, start=start)
 
 
 def train_all(
@@ -103,7 +111,12 @@ def train_all(
     with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
         running = [
             pool.submit(
-                _train_and_save, federation.study, name, jobs[name], paths[name]
+                _train_and_save,
+                federation.study,
+                name,
+                jobs[name],
+                federation.start,
+                paths[name],
             )
             for name in todo
         ]
@@ -114,15 +127,21 @@ def train_all(
 
 
 def train(
-    study: Study, name: str, patients: Patients
+    study: Study, name: str, patients: Patients, start: Parameters | None
 ) -> dict[str, NDArray[np.float32]]:
     """Train every phase on one set of patients; return the whole model.
 
-    A phase that no patient can take part in is left out.
+    A phase that no patient can take part in is left out. There is no privacy here: it
+    is what the patients could teach.
+
+    Parameters
+    ----------
+    start
+        Model to begin with; without it a new one, its linear start from the patients.
     """
     n_genes = patients.values.shape[1]
-    whole = tasks.initial(study, n_genes)
-    if study.linear_rank:
+    whole = tasks.initial(study, n_genes) if start is None else dict(start)
+    if study.linear_rank and start is None:
         own = CrossProducts.of(patients.values.numpy()).covariance()
         whole |= tasks.linear_start(study, own)
     for phase, training in study.phases.items():
@@ -247,9 +266,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _train_and_save(study: Study, name: str, patients: Patients, path: Path) -> None:
+def _train_and_save(
+    study: Study,
+    name: str,
+    patients: Patients,
+    start: Parameters | None,
+    path: Path,
+) -> None:
     partial = path.with_suffix(".partial")
-    save_file(train(study, name, patients), partial)
+    save_file(train(study, name, patients, start), partial)
     partial.replace(path)
 
 

@@ -36,6 +36,7 @@ def start(
     sites: Path,
     n_sites: int,
     holdout: Path,
+    public: Path | None,
     run_dir: Path,
     workers: int,
     log: Path,
@@ -46,6 +47,8 @@ def start(
     ----------
     sites
         Folder of the sites' folders.
+    public
+        Folder of the server's public cohort, if it has one.
     workers
         Sites trained at the same time, each on one thread.
     log
@@ -61,6 +64,7 @@ def start(
         "FEDGEX_SERVER_N_SITES": str(n_sites),
         "FEDGEX_SERVER_POLL_S": "0.02",
         "OMP_NUM_THREADS": "1",
+        **({} if public is None else {"FEDGEX_SERVER_PUBLIC": str(public.resolve())}),
     }
     arguments = [sys.executable, "-m", __name__, str(n_sites), str(workers)]
     with log.open("ab") as output:

@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import checkpoint
-from fedgex.common.cohort import save_cohort
+from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import ConfigError, FederationError
 from fedgex.common.study import Study
 from fedgex.server import annotated_toml, journal
 from fedgex.simulations import engine
 from fedgex.simulations.cohorts import new_data
+from fedgex.simulations.run import checked
 from fedgex.simulations.scenario import Scenario, find
-from fedgex.simulations.split import split
+from fedgex.simulations.split import HOLDOUT, PUBLIC, split
 
 ADMINISTRATORS = ("first-administrator", "second-administrator")
 HOST = "localhost"
@@ -169,8 +169,9 @@ class Rehearsal:
             )  # fmt: skip
         for name in self.sites:
             self.admit(name, self.servers.get(name, f"{HOST}:{port}"))
-        holdout = self.folder / "split" / "holdout" / "checked"
-        shutil.copytree(holdout, self.state / "holdout")
+        for apart in (HOLDOUT, PUBLIC):
+            if self._checked(apart).exists():
+                shutil.copytree(self._checked(apart), self.state / apart)
         self.told(f"provisioned: {len(self.sites)} hospitals, {len(ADMINISTRATORS)} "
                   f"administrators, one port ({port})")  # fmt: skip
 
@@ -306,13 +307,17 @@ class Rehearsal:
             study=study,
             sites=sites,
             n_sites=len(self.sites),
-            holdout=self.folder / "split" / "holdout" / "checked",
+            holdout=self._checked(HOLDOUT),
+            public=self._checked(PUBLIC) if self._checked(PUBLIC).exists() else None,
             run_dir=run_dir,
             workers=1,
             log=self.folder / "engine.log",
         )
         process.wait()
         return digest(run_dir)
+
+    def _checked(self, apart: str) -> Path:
+        return self.folder / "split" / apart / "checked"
 
     # ---- looks ----
 
@@ -469,12 +474,9 @@ def prepare(
     parts = split(scenario, data, folder / "split")
     by_size = sorted(parts.sites, key=lambda name: (-parts.sizes[name], name))
     sites = sorted(by_size[:n_sites])
-    holdout = folder / "split" / "holdout"
-    settings = SiteSettings.load(holdout / "site.toml")
-    phases = tuple(scenario.study.phases)
-    cohort, _ = load_cohort(settings, scenario.study.scale, phases)
-    if not (holdout / "checked" / "clinical.parquet").exists():
-        save_cohort(cohort, holdout / "checked")
+    for apart in (HOLDOUT, PUBLIC) if parts.public_size else (HOLDOUT,):
+        checked(folder / "split" / apart, scenario.study)
+    cohort = load_cohort(folder / "split" / HOLDOUT / "checked")
     values = json.loads(scenario.study.to_json())
     for section, keys in changes.items():
         values[section] = values[section] | keys if isinstance(keys, Mapping) else keys

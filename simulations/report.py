@@ -20,7 +20,12 @@ import numpy as np
 from fedgex.simulations import charts, headlines
 from fedgex.simulations.charts import LABELS, SCHEMES
 from fedgex.simulations.headlines import condition, count, duration
-from fedgex.simulations.report_schema import Report, SurvivalScore, headline_key
+from fedgex.simulations.report_schema import (
+    PublicCohort,
+    Report,
+    SurvivalScore,
+    headline_key,
+)
 
 DIGITS = 6
 """Significant digits of the numbers in report.json."""
@@ -122,6 +127,8 @@ def _making(report: Report) -> str:
         f"hash {study.vocabulary.hash}",
         "Hold-out": f"{count(study.holdout.patients, 'patient')} from "
         + (", ".join(study.holdout.institutions) or "no named institution"),
+        **_public(study.public),
+        "Protection": " ".join(study.protections),
         "Rounds": headlines.phases(report.rounds),
         "Wall-clock time": duration(study.seconds),
         "Software": ", ".join(f"{k} {v}" for k, v in sorted(study.versions.items())),
@@ -138,6 +145,13 @@ def _making(report: Report) -> str:
         ],
     )
     return _facts(facts) + command + notes + sites
+
+
+def _public(cohort: PublicCohort | None) -> dict[str, str]:
+    if cohort is None:
+        return {}
+    patients = count(cohort.patients, "patient")
+    return {"Public cohort": f"{patients} from {', '.join(cohort.institutions)}"}
 
 
 def _training(report: Report) -> str:

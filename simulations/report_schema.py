@@ -49,6 +49,14 @@ class Holdout(_Part):
     """Where its patients were treated; none of them takes part in training."""
 
 
+class PublicCohort(_Part):
+    """The server's public cohort."""
+
+    patients: int
+    institutions: list[str]
+    """Where its patients were treated; none of them trains at a hospital or judges."""
+
+
 class VocabularyFacts(_Part):
     """The shared gene list."""
 
@@ -69,10 +77,14 @@ class StudyFacts(_Part):
     vocabulary: VocabularyFacts
     sites: list[Site]
     holdout: Holdout
+    public: PublicCohort | None = None
+    """None if there is none."""
     versions: dict[str, str]
     command: str
     seconds: float
     """Wall-clock time of the whole run."""
+    protections: list[str]
+    """What protects patients and hospitals in it, a sentence each."""
     notes: list[str]
     """What a reader should know about this run."""
 

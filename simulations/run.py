@@ -26,13 +26,16 @@ from fedgex.common import checkpoint
 from fedgex.common.cohort import load_cohort, save_cohort
 from fedgex.common.errors import CheckpointError, ConfigError, FederationError
 from fedgex.common.harmonise import to_patients
+from fedgex.common.protections import protections
+from fedgex.common.study import Study
+from fedgex.server import public
 from fedgex.server.evaluation import mse_only
 from fedgex.server.journal import read
 from fedgex.simulations import comparisons, engine, progress
 from fedgex.simulations.comparisons import Federation, cached
 from fedgex.simulations.report import summary, write_report
 from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.split import Split, split
+from fedgex.simulations.split import HOLDOUT, PUBLIC, Split, split
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +63,23 @@ def run(scenario: Scenario, data_dir: Path, out: Path, console: Console) -> list
     parts = split(scenario, data_dir, out)
     for note in parts.notes:
         console.print(note, highlight=False)
-    holdout = out / "holdout" / "checked"
-    if not (holdout / "clinical.parquet").exists():
-        settings = SiteSettings.load(out / "holdout" / "site.toml")
-        cohort, _ = check_cohort(
-            settings, scenario.study.scale, tuple(scenario.study.phases)
-        )
-        save_cohort(cohort, holdout)
+    for apart in (HOLDOUT, PUBLIC) if parts.public_size else (HOLDOUT,):
+        checked(out / apart, scenario.study)
     federate(scenario, parts, out, console)
     federation = _open(parts, out)
     report = _report(scenario, parts, federation, out, console, started)
     write_report(report, out)
     return summary(report)
+
+
+def checked(folder: Path, study: Study) -> Path:
+    """Check patients that no site has, and return where the server finds them."""
+    done = folder / "checked"
+    if not (done / "clinical.parquet").exists():
+        settings = SiteSettings.load(folder / "site.toml")
+        cohort, _ = check_cohort(settings, study.scale, tuple(study.phases))
+        save_cohort(cohort, done)
+    return done
 
 
 def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> None:
@@ -92,7 +100,8 @@ def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> N
         study=study,
         sites=out / "sites",
         n_sites=len(parts.sites),
-        holdout=out / "holdout" / "checked",
+        holdout=out / HOLDOUT / "checked",
+        public=out / PUBLIC / "checked" if parts.public_size else None,
         run_dir=out / "run",
         workers=scenario.run.workers,
         log=log,
@@ -154,13 +163,17 @@ def _open(parts: Split, out: Path) -> Federation:
     if found is None:
         raise CheckpointError(f"{out / 'run' / 'checkpoints'} holds no checkpoint.")
     final = checkpoint.load(found)
+    start = None
+    if public.is_wanted(final.study):
+        first = min((out / "run" / "checkpoints").glob("00000-*"))
+        start = checkpoint.load(first).parameters
     holdout = to_patients(
-        load_cohort(out / "holdout" / "checked"),
+        load_cohort(out / HOLDOUT / "checked"),
         final.vocabulary,
         final.standardisation,
     )
     took_part = [name for name in parts.sites if name in final.trained_on["sites"]]
-    return comparisons.open_federation(final, out / "sites", took_part, holdout)
+    return comparisons.open_federation(final, out / "sites", took_part, holdout, start)
 
 
 def _report(
@@ -249,6 +262,13 @@ def _study_facts(
             "patients": len(federation.holdout),
             "institutions": list(scenario.holdout.institutions),
         },
+        "public": None
+        if scenario.public is None
+        else {
+            "patients": parts.public_size,
+            "institutions": list(scenario.public.institutions),
+        },
+        "protections": protections(study),
         "versions": {name: version(name) for name in VERSIONS},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seconds": time.monotonic() - started,
@@ -266,6 +286,7 @@ def _round_facts(event: Mapping[str, Any]) -> dict[str, Any]:
         "judged_loss": event["judged_loss"],
         "holdout_mse": mse_only(event["holdout"]) if pretraining else None,
         "seconds": event["seconds"],
+        "epsilon": event["epsilon"],
         "sites_contributed": states.count("contributed"),
         "sites_total": len(states),
     }

@@ -92,8 +92,8 @@ class Sites(Settings):
     """Whether the simulated hospitals permit cross-products (linear references)."""
 
 
-class Holdout(Settings):
-    """Who judges the models: whole institutions, of which no site has a patient."""
+class Apart(Settings):
+    """Whole institutions, of which no site has a patient."""
 
     institutions: tuple[str, ...] = Field(min_length=1)
     """Values of the site column."""
@@ -104,6 +104,14 @@ class Holdout(Settings):
         if len(set(institutions)) < len(institutions):
             raise ValueError("an institution is listed more than once")
         return institutions
+
+
+class Holdout(Apart):
+    """Who judges the models."""
+
+
+class Public(Apart):
+    """Whose patients are the server's public cohort; they do not judge either."""
 
 
 class Reference(Settings):
@@ -129,8 +137,26 @@ class Scenario(Settings):
     data: Data
     sites: Sites
     holdout: Holdout
+    public: Public | None = None
+    """None: the server has no public cohort."""
     reference: Reference = Reference()
     run: Run = Run()
+
+    @model_validator(mode="after")
+    def _public_fits(self) -> Self:
+        wanted = self.study.public.statistics or self.study.public.epochs
+        if wanted and self.public is None:
+            raise ValueError(
+                "study.public takes from a public cohort, and there is none; name "
+                "its institutions in [public]"
+            )
+        named = set() if self.public is None else set(self.public.institutions)
+        if both := sorted(named & set(self.holdout.institutions)):
+            raise ValueError(
+                f"holdout and public both name {', '.join(both)}; what the models "
+                "learn from cannot judge them"
+            )
+        return self
 
     @classmethod
     def load(cls, path: Path) -> Self:

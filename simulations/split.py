@@ -1,14 +1,15 @@
 """Split real data by institution into the folders that simulated hospitals hold.
 
     raw files ─read→ samples with patient and institution ─assign→ site of each
-    institution ─write→ sites/<slug>/ and holdout/, each with expression.parquet,
-    clinical.csv, site.toml and policy.toml, as at a hospital
+    institution ─write→ sites/<slug>/, holdout/ and public/, each with
+    expression.parquet, clinical.csv, site.toml and policy.toml, as at a hospital
 
 Whole institutions go to one place, so no patient is in two.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -33,6 +34,8 @@ REGION = "region"
 """Site of all patients whose institutions are small."""
 HOLDOUT = "holdout"
 """Folder and name of the hold-out."""
+PUBLIC = "public"
+"""Folder and name of the server's public cohort."""
 RECORD = "split.json"
 """Moved to its place last: a folder without it holds no finished split."""
 PARTIAL = "split.partial"
@@ -51,6 +54,8 @@ class Split:
     """Patients of each site."""
     holdout_size: int
     """Patients of the hold-out."""
+    public_size: int
+    """Patients of the public cohort; 0 if there is none."""
     notes: tuple[str, ...]
     """Lines for the log: who was pooled or left out, and why."""
     digest: str
@@ -58,7 +63,10 @@ class Split:
 
 
 def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
-    """Write what each simulated hospital holds to `out/sites` and `out/holdout`.
+    """Write what each simulated hospital holds to `out/sites`, and what none does.
+
+    That is the hold-out in `out/holdout` and, if the scenario has one, the public
+    cohort in `out/public`.
 
     The same scenario and data give the same bytes. A finished split of the same
     scenario and data is used again; one that was interrupted starts anew.
@@ -66,7 +74,7 @@ def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
     Parameters
     ----------
     scenario
-        Names the files, the site column and the hold-out.
+        Names the files, the site column, the hold-out and the public cohort.
     data_dir
         Folder to which the scenario's paths are relative.
     out
@@ -82,7 +90,9 @@ def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
     inputs = _digest(
         data_dir,
         [*expression_files, clinical_file],
-        scenario.model_dump_json(include={"study", "data", "sites", "holdout"}),
+        scenario.model_dump_json(
+            include={"study", "data", "sites", "holdout", "public"}
+        ),
     )
     finished = _finished(out, inputs)
     if finished is not None:
@@ -294,7 +304,7 @@ class _Assignment:
 
 
 def _refuse_unknown_names(scenario: Scenario, clinical: pd.DataFrame) -> None:
-    """Refuse hold-outs and cancer types that no patient has; a typo would be silent."""
+    """Refuse institutions and types that no patient has; a typo would be silent."""
     study = scenario.study
     institutions = sorted(clinical["institution"].unique())
     types = (
@@ -304,6 +314,7 @@ def _refuse_unknown_names(scenario: Scenario, clinical: pd.DataFrame) -> None:
     )
     checks = [
         ("holdout.institutions", scenario.holdout.institutions, institutions),
+        ("public.institutions", _public(scenario), institutions),
         ("study.classification.classes", study.classification.classes, types),
         ("study.survival.cancer_types", study.survival.cancer_types, types),
     ]
@@ -318,13 +329,15 @@ def _refuse_unknown_names(scenario: Scenario, clinical: pd.DataFrame) -> None:
 def _assign(scenario: Scenario, clinical: pd.DataFrame) -> _Assignment:
     rule: Sites = scenario.sites
     sizes = clinical.groupby("institution")["patient"].nunique()
-    held_out = list(scenario.holdout.institutions)
-    rest = sizes.drop(held_out)
+    held_out, public = list(scenario.holdout.institutions), list(_public(scenario))
+    rest = sizes.drop([*held_out, *public])
     small = sorted(rest.index[rest < rule.minimum_patients])
     large = rest.drop(small)
     notes = [f"hold-out: {sizes[held_out].sum()} patients of {_listed(held_out)}"]
+    if public:
+        notes.append(f"public: {sizes[public].sum()} patients of {_listed(public)}")
 
-    site_of = slugs(large.index, reserved=(REGION, HOLDOUT))
+    site_of = slugs(large.index, reserved=(REGION, HOLDOUT, PUBLIC))
     below = f"each below {rule.minimum_patients} patients"
     if small and rule.small == "region":
         site_of |= dict.fromkeys(small, REGION)
@@ -346,8 +359,9 @@ def _assign(scenario: Scenario, clinical: pd.DataFrame) -> _Assignment:
     if site_sizes.empty:
         raise ConfigError(
             f"no site is left: {len(sizes)} institutions, of which {len(held_out)} are "
-            f"held out and {len(small)} have fewer than {rule.minimum_patients} "
-            "patients. Lower sites.minimum_patients, or hold out fewer."
+            f"held out, {len(public)} public, and {len(small)} have fewer than "
+            f"{rule.minimum_patients} patients. Lower sites.minimum_patients, or hold "
+            "out fewer."
         )
     _refuse(
         f'study.rounds.mandatory_sites: there is no site "{name}"'
@@ -362,9 +376,12 @@ def _assign(scenario: Scenario, clinical: pd.DataFrame) -> _Assignment:
             f"will take no part: {', '.join(too_small)}, below the study's minimum "
             f"cohort of {minimum} patients"
         )
-    return _Assignment(
-        site_of=site_of | dict.fromkeys(held_out, HOLDOUT), notes=tuple(notes)
-    )
+    site_of |= dict.fromkeys(held_out, HOLDOUT) | dict.fromkeys(public, PUBLIC)
+    return _Assignment(site_of=site_of, notes=tuple(notes))
+
+
+def _public(scenario: Scenario) -> tuple[str, ...]:
+    return () if scenario.public is None else scenario.public.institutions
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -399,7 +416,7 @@ def _finished(out: Path, inputs: str) -> Split | None:
             "another folder, or delete this one."
         )
     done = Split(**record | {key: tuple(record[key]) for key in ("sites", "notes")})
-    if _digest(out, _written(out, done.sites)) != done.digest:
+    if _digest(out, _written(out, done)) != done.digest:
         raise ConfigError(
             f"{out}: the split's files are not as they were written. Choose another "
             "folder, or delete this one."
@@ -420,25 +437,28 @@ def _write(
     for name, samples in site.groupby(site).groups.items():
         clinical = raw.clinical.loc[samples]
         expression = raw.expression.loc[samples].dropna(axis=1, how="all")
-        if name != HOLDOUT:
+        if name not in (HOLDOUT, PUBLIC):
             expression = _panel(expression, scenario, str(name))
         _write_site(
             _folder(partial, str(name)), str(name), expression, clinical, scenario
         )
         sizes[str(name)] = int(clinical["patient"].nunique())
-    holdout_size = sizes.pop(HOLDOUT)
+    holdout_size, public_size = sizes.pop(HOLDOUT), sizes.pop(PUBLIC, 0)
     sites = tuple(sorted(sizes))
     done = Split(
         sites=sites,
         sizes={name: sizes[name] for name in sites},
         holdout_size=holdout_size,
+        public_size=public_size,
         notes=raw.notes + assignment.notes,
-        digest=_digest(partial, _written(partial, sites)),
+        digest="",
     )
+    digest = _digest(partial, _written(partial, done))
+    done = dataclasses.replace(done, digest=digest)
     record = json.dumps({"inputs": inputs, **asdict(done)}, indent=1)
     (partial / RECORD).write_text(record + "\n")
 
-    for name in (HOLDOUT, "sites", RECORD):
+    for name in (*_apart(done), "sites", RECORD):
         (partial / name).rename(out / name)
     partial.rmdir()
     return done
@@ -446,7 +466,8 @@ def _write(
 
 def _clear_interrupted(out: Path) -> None:
     """Remove what an interrupted split left, and nothing that is not its own."""
-    ours = [folder for folder in (out / HOLDOUT, out / "sites") if folder.exists()]
+    written = (out / HOLDOUT, out / PUBLIC, out / "sites")
+    ours = [folder for folder in written if folder.exists()]
     if (out / PARTIAL).exists():
         logger.warning("%s: an earlier split was interrupted; it starts anew", out)
         for folder in (*ours, out / PARTIAL):
@@ -498,6 +519,8 @@ def _write_site(
         "minimum_cohort": scenario.study.minimum_cohort,
         "tasks": [PRETRAINING, CLASSIFICATION, SURVIVAL],
         "demand_privacy": False,
+        "privacy_epsilon": 1e6,  # no hospital's budget ends a simulation
+        "privacy_delta": 1e-5,
         "share_cross_products": scenario.sites.share_cross_products,
         "metrics": ["train-loss", "judged-loss", "seconds", "num-patients"],
         "hours": "00:00-24:00",
@@ -510,13 +533,18 @@ def _write_site(
 
 
 def _folder(out: Path, name: str) -> Path:
-    return out / HOLDOUT if name == HOLDOUT else out / "sites" / name
+    return out / name if name in (HOLDOUT, PUBLIC) else out / "sites" / name
 
 
-def _written(out: Path, sites: Iterable[str]) -> list[Path]:
+def _apart(done: Split) -> tuple[str, ...]:
+    """Return the folders beside those of the sites."""
+    return (HOLDOUT, PUBLIC) if done.public_size else (HOLDOUT,)
+
+
+def _written(out: Path, done: Split) -> list[Path]:
     return [
         _folder(out, name) / file
-        for name in (HOLDOUT, *sites)
+        for name in (*_apart(done), *done.sites)
         for file in ("clinical.csv", "expression.parquet", "site.toml", "policy.toml")
     ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CODE = re.compile(r"FX-(?:SITE|STUDY|RUN)-\d{3}")
+CODE = re.compile(r"FX-(?:SITE|STUDY|RUN|PRIV)-\d{3}")
 PAGES = ("findings.md", "hospital-operation.md", "messages.md")
 
 
@@ -19,7 +19,7 @@ def used() -> set[str]:
 def explained(page: str) -> list[str]:
     """Return the codes at the beginning of a row of a table, in order."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(r"^\| (FX-(?:SITE|STUDY|RUN)-\d{3}) \|", text, re.M)
+    return re.findall(r"^\| (FX-(?:SITE|STUDY|RUN|PRIV)-\d{3}) \|", text, re.M)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -28,4 +28,4 @@ def test_a_page_explains_every_code_once_and_no_other(page: str) -> None:
 
 
 def test_there_are_codes_of_each_kind() -> None:
-    assert {code.split("-")[1] for code in used()} == {"SITE", "STUDY", "RUN"}
+    assert {code.split("-")[1] for code in used()} == {"SITE", "STUDY", "RUN", "PRIV"}

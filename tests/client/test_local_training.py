@@ -16,9 +16,9 @@ from fedgex.client.local_training import (
     train_round,
     trained_parameters,
 )
-from fedgex.client.training import fit, judge
 from fedgex.common import tasks
 from fedgex.common.errors import DataError, UpdateError
+from fedgex.common.fitting import fit, judge
 from fedgex.common.harmonise import Patients
 from fedgex.common.parameters import parameters
 from fedgex.common.seeds import derive

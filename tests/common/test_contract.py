@@ -61,7 +61,7 @@ def test_everything_missing_unknown_and_unusable_is_named_at_once():
         code_version="0.1.3",
         vocabulary_hash="abc",
         sites=["north"],
-        privacy={"mechanism": "magic"},
+        release={"administrators": 0},
         puprose="Restoration of panels",
     )
 
@@ -70,7 +70,7 @@ def test_everything_missing_unknown_and_unusable_is_named_at_once():
         "code_version",
         "vocabulary_hash",
         "sites",
-        "privacy.mechanism",
+        "release.administrators",
         "puprose",
     ]
 

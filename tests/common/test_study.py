@@ -266,3 +266,24 @@ def test_the_order_of_fixed_weights_does_not_change_the_hash():
     other = study(strategy=fixed({"south": 1.0, "north": 2.0}))
 
     assert one.hash == other.hash
+
+
+DELTAS = {
+    "name": "fedavg",
+    "weights": "equal",
+    "update": "delta",
+    "per_gene": False,
+}
+SITE = {"site": {"noise_multiplier": 1, "clip": 1, "delta": 1e-3}}
+
+
+def test_noise_on_the_mean_does_not_stand_beside_statistics_without_any():
+    study(strategy=DELTAS, privacy=SITE, public={"statistics": True})
+
+    with pytest.raises(ConfigError, match="pooled statistics would stand in the model"):
+        study(strategy=DELTAS, privacy=SITE)
+
+
+def test_a_public_cohort_and_sites_are_not_both_asked_for_cross_products():
+    with pytest.raises(ConfigError, match="cross_products = false"):
+        study(cross_products=True, public={"statistics": True})

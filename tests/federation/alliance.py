@@ -285,7 +285,12 @@ class Alliance:
         return grid
 
     def conduct(
-        self, contract: str, *, start_deadline_s: float = 30, **hooks: Any
+        self,
+        contract: str,
+        *,
+        start_deadline_s: float = 30,
+        public: Path | None = None,
+        **hooks: Any,
     ) -> Finished:
         """Run a contract's study, or go on with it, until it ends or is killed."""
         grid = self.grid(**hooks)
@@ -294,6 +299,7 @@ class Alliance:
                 "state_dir": self.folder / "state",
                 "contract": contract,
                 "run": RUN,
+                "public": public,
                 "poll_s": 0.001,
                 "start_deadline_s": start_deadline_s,
             }

@@ -194,6 +194,7 @@ class Consortium:
         sites: Path | None = None,
         kill_after: int | None = None,
         alter: Alter | None = None,
+        public: Path | None = None,
     ) -> Finished:
         """Run a study, or go on with it, until it ends or is killed."""
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -204,6 +205,7 @@ class Consortium:
             study=study_file,
             run_dir=run_dir,
             holdout=self.holdout,
+            public=public,
             n_sites=len(grid.names),
             poll_s=0.001,
         )

@@ -501,6 +501,26 @@ def test_watch_tells_each_round_with_error_epsilon_time_and_absences(
     ]
 
 
+def test_a_contract_says_what_protects_in_it(
+    admin: Shell, drafted: dict[str, Path], published: str
+) -> None:
+    for words in (["study", "new", *_terms(drafted)], ["study", "show", "small"]):
+        lines = admin(*words).stdout.splitlines()
+        assert any(line.startswith("protection: None: updates") for line in lines)
+
+        (line,) = admin.json(*words)["protections"]
+        assert line.startswith("None: updates")
+
+
+def test_epsilon_so_far_is_told_for_each_guarantee(run: Path) -> None:
+    progress = watch.Progress()
+    for event in read(run / "journal.jsonl"):
+        told = {"epsilon": {"patient": 3.214, "site": 12}}
+        progress.apply(event | (told if event["event"] == "round" else {}))
+
+    assert "epsilon=patient:3.21,site:12.00" in watch.line(progress)
+
+
 def test_watch_gives_one_line_of_json_an_event(admin: Shell, run: Path) -> None:
     lines = admin("run", "watch", "small", "--format", "json").stdout.splitlines()
 

@@ -146,6 +146,19 @@ def holding(value: float) -> NDArray[np.float32]:
     return weight
 
 
+def site_privacy(clip: float) -> dict[str, Any]:
+    return {
+        "privacy": {"site": {"noise_multiplier": 1, "clip": clip, "delta": 1e-3}},
+        "public": {"statistics": True},
+        "strategy": {
+            "name": "fedavg",
+            "weights": "equal",
+            "update": "delta",
+            "per_gene": False,
+        },
+    }
+
+
 Run = Callable[..., RoundOutcome]
 
 
@@ -160,6 +173,7 @@ def run(tmp_path: Path) -> Run:
         weighted_by: str | None = keys.NUM_EXAMPLES,
         update: str = "parameters",
         absent: dict[str, dict[str, str]] | None = None,
+        clip: float | None = None,
         **replies: Reply,
     ) -> RoundOutcome:
         rule = cast(RoundRule, replies.pop("rule", RoundRule(deadline_s=0.05)))
@@ -184,6 +198,7 @@ def run(tmp_path: Path) -> Run:
                 },
                 "rounds": rule.model_dump(),
             }
+            | ({} if clip is None else site_privacy(clip))
         )
         return train_round(
             line,
@@ -532,3 +547,26 @@ def test_a_site_that_was_not_asked_stands_among_the_others_with_its_reason(
 
     assert outcome.sites["h0"] == gone
     assert list(outcome.sites) == ["h0", "h1", "h2", "h3"]
+
+
+def of_norm(norm: float) -> RecordDict:
+    weight = np.zeros((2, 3), np.float32)
+    weight[0, 0] = norm
+    return reply({"bias": np.zeros(2, np.float32), "weight": weight})
+
+
+def test_a_change_longer_than_the_clip_by_more_than_rounding_is_quarantined(
+    run: Run,
+) -> None:
+    outcome = run(clip=2.0, h1=of_norm(2.001), h2=of_norm(2.01), h3=of_norm(0.5))
+
+    assert [update.site for update in outcome.updates] == ["h1", "h3"]
+    assert "more than the 2 of privacy.site.clip" in outcome.sites["h2"]["reason"]
+
+
+def test_under_site_level_privacy_no_site_decides_whether_another_counts(
+    run: Run,
+) -> None:
+    outcome = run(clip=2.0, h1=of_norm(2), h2=of_norm(1e-3), h3=of_norm(1e-3))
+
+    assert [update.site for update in outcome.updates] == ["h1", "h2", "h3"]

@@ -14,7 +14,7 @@ from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE, GexBert, preset
 from fedgex.common.parameters import parameters
 from fedgex.common.records import Arrays, packed, to_record
-from fedgex.common.study import StrategyRule
+from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server.strategy import Spooled, Update, combine
 
 GENES = "backbone.encoder.tokens.identity.weight"  # a row for each gene, (4, 2)
@@ -374,3 +374,30 @@ def test_a_site_without_a_fixed_weight_is_refused_by_its_name(tmp_path: Path) ->
 
     with pytest.raises(UpdateError, match=r'site "c" has no fixed weight.* a, b'):
         combine(fixed, constant(0), updates, 1, {})
+
+
+def test_noise_is_put_on_the_mean_once_whatever_the_number_of_sites(
+    tmp_path: Path,
+) -> None:
+    wide = {"shared": np.zeros((100, 100), np.float32)}
+    deltas = rule("fedavg", weights="equal", update="delta", per_gene=False)
+    changes = {k: np.full(a.shape, 0.25, np.float32) for k, a in wide.items()}
+    updates = [update(tmp_path, f"site-{i}", changes) for i in range(4)]
+    privacy = SitePrivacy(noise_multiplier=3.0, clip=2.0, delta=1e-3)
+
+    new, _ = combine(deltas, wide, updates, 1, {}, privacy)
+
+    noise = new["shared"].astype(np.float64) - 0.25
+    assert noise.std() == pytest.approx(3.0 * 2.0 / 4, rel=0.05)
+    assert abs(noise.mean()) < 0.1
+
+
+def test_a_server_optimiser_sees_the_mean_with_its_noise_alone(tmp_path: Path) -> None:
+    still = constant(0.0)
+    adam = rule("fedadam", weights="equal", update="delta", per_gene=False)
+    privacy = SitePrivacy(noise_multiplier=3.0, clip=2.0, delta=1e-3)
+
+    _, state = combine(adam, still, [update(tmp_path, "a", still)], 1, {}, privacy)
+
+    # without noise nothing moves and every first moment is 0
+    assert all(moment.all() for name, moment in state.items() if "first/" in name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedgex.client.training import fit, pretraining_loss
+from fedgex.common.fitting import fit, pretraining_loss
 from fedgex.common.memory import resident_mb
 from fedgex.common.study import Pretraining
 from fedgex.simulations import bench
@@ -47,7 +47,7 @@ def test_a_quick_benchmark_prints_positive_finite_ratios_as_json():
 
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    assert len(rows) == 8
+    assert len(rows) == 15
     for row in rows:
         assert set(row) == {"name", "value", "goal", "met", "detail"}
         assert math.isfinite(row["value"]), row

@@ -58,6 +58,8 @@ def make_report() -> dict[str, Any]:
             "versions": {"fedgex": "0.1.0", "torch": "2.13.0", "flwr": "1.41.0"},
             "command": "fedgex-sim run scenarios/pan-cancer.toml --seed 1",
             "seconds": 1834.2,
+            "public": {"patients": 214, "institutions": ["P1", "P2"]},
+            "protections": ["Patient-level differential privacy: epsilon at most 8."],
             "notes": ["Hospitals are groups of TCGA tissue source sites."],
         },
         "rounds": _rounds(rng),

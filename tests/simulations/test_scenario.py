@@ -1,6 +1,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -35,8 +36,8 @@ def test_every_shipped_scenario_can_be_used_and_is_named_after_its_study(name: s
     assert find(name).study.name == name
 
 
-def test_demo_and_tcga_are_shipped():
-    assert {"demo", "tcga"} <= set(shipped())
+def test_demo_private_and_tcga_are_shipped():
+    assert {"demo", "private", "tcga"} <= set(shipped())
 
 
 def test_a_scenario_is_found_by_its_path(tmp_path: Path):
@@ -59,7 +60,8 @@ def test_what_is_not_said_has_the_documented_default(tmp_path: Path):
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are_and_the_nearest():
-    with pytest.raises(ConfigError, match=r'demo, tcga.*Did you mean "tcga"\?'):
+    expected = r'demo, private, tcga.*Did you mean "tcga"\?'
+    with pytest.raises(ConfigError, match=expected):
         find("tgca")
 
 
@@ -94,6 +96,16 @@ def test_everything_wrong_is_named_at_once(tmp_path: Path):
         ('["H"]', '["H", "H"]', "more than once"),
         ('"clinical.csv"', '"/data/clinical.csv"', "relative to the data folder"),
         (
+            "[data]",
+            "[study.public]\nstatistics = true\n[data]",
+            r"name its institutions in \[public\]",
+        ),
+        (
+            "[data]",
+            '[public]\ninstitutions = ["P", "H"]\n[data]',
+            "holdout and public both name H",
+        ),
+        (
             "[sites]",
             'cancer_type_from = "file"\n[data.columns]\ncancer_type = "type"\n[sites]',
             "cancer_type_from",
@@ -119,12 +131,17 @@ def documented() -> dict[str, str]:
     return defaults
 
 
+def section(kind: Any) -> type[BaseModel] | None:
+    """Return the settings class of a section, which may be left out as a whole."""
+    kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
+    return next((k for k in kinds if issubclass(k, BaseModel)), None)
+
+
 def in_code(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
     """Return the defaults of a settings class in the words of the documentation."""
     defaults = {}
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if (kind := section(field.annotation)) is not None:
             defaults |= in_code(kind, f"{prefix}{name}.")
         elif field.is_required():
             defaults[prefix + name] = "required"

@@ -59,7 +59,7 @@ def scenario(**changes: dict[str, Any]) -> Scenario:
         "holdout": {"institutions": ["Held Out"]},
     }
     for section, change in changes.items():
-        values[section] = values[section] | change
+        values[section] = values.get(section, {}) | change
     return Scenario.read(values, "test")
 
 
@@ -169,6 +169,50 @@ def test_the_site_file_says_what_a_hospital_would(data: Path, tmp_path: Path):
     assert settings.data.scale == "log2p1"
     assert settings.data.time_unit == "months"
     assert settings.data.orientation == "samples-by-genes"
+
+
+def test_public_institutions_are_at_no_site_and_do_not_judge(
+    data: Path, tmp_path: Path
+):
+    public = {"institutions": ["West", "South"]}
+    done = split(scenario(public=public), data, tmp_path / "out")
+
+    assert done.sites == ("north", "region")
+    assert (done.public_size, done.holdout_size) == (5, 5)
+    assert done.sizes == {"north": 5, "region": 2}
+    assert sorted(patients_of(tmp_path / "out" / "public")) == [
+        "BRCA-West-0",
+        *(f"LUAD-Sout-{i}" for i in range(4)),
+    ]
+    assert "public: 5 patients of 2 institutions (West; South)" in done.notes
+
+
+def test_a_finished_split_with_public_patients_is_used_again_and_guarded(
+    data: Path, tmp_path: Path
+):
+    told = scenario(public={"institutions": ["South"]})
+    first = split(told, data, tmp_path)
+
+    assert split(told, data, tmp_path) == first
+    (tmp_path / "public" / "clinical.csv").write_text("patient\n")
+    with pytest.raises(ConfigError, match="not as they were written"):
+        split(told, data, tmp_path)
+
+
+def test_public_patients_keep_all_their_genes(data: Path, tmp_path: Path):
+    told = scenario(
+        sites={"panel_share": 0.4}, public={"institutions": ["South", "North"]}
+    )
+    split(told, data, tmp_path)
+
+    assert list(expression_of(tmp_path / "public")) == ["A", "B", "C", "D"]
+
+
+def test_a_public_institution_that_no_patient_has_is_refused(
+    data: Path, tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=r'public.institutions: no patient .*"Nort"'):
+        split(scenario(public={"institutions": ["Nort"]}), data, tmp_path)
 
 
 def test_small_institutions_can_be_left_out_and_it_is_said(data: Path, tmp_path: Path):

@@ -1,0 +1,335 @@
+"""Train so that no patient can be told from the result: DP-SGD (Abadi et al. 2016).
+
+Each patient's gradient is scaled down to `clip`, noise hides any one of them, and who
+is in a step is drawn in secret. Nothing else here depends on the patients: the number
+of steps, the divisor and the noise are the study's. What is drawn for a step (who, and
+what of them is hidden) comes from `SecretRandom`, and all that patients of a step share
+is drawn once for the step, so that a patient who is left out changes nothing for the
+others.
+
+N rows (one per patient), B rows drawn for a step, V genes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fedgex.client.per_patient import taken_apart
+from fedgex.common import files, privacy, survival
+from fedgex.common.fitting import new_optimizer
+from fedgex.common.harmonise import Patients
+from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
+from fedgex.common.objectives import (
+    draw_hidden,
+    draw_panel,
+    embed,
+    embed_all,
+    mixed_precision,
+    restore,
+)
+from fedgex.common.secret import SecretRandom
+from fedgex.common.study import (
+    CLASSIFICATION,
+    PRETRAINING,
+    Classification,
+    LocalTraining,
+    PatientPrivacy,
+    Pretraining,
+    Study,
+    Survival,
+)
+from fedgex.common.tasks import BACKBONE, Modules
+
+COUNTS = "class-counts.json"
+"""File with the noised numbers of patients of each class."""
+
+
+class PatientLoss(Protocol):
+    """A module that maps patients to one loss each, which depends on no other patient.
+
+    What it trains are those of its parameters that require a gradient.
+    """
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw which cells (B, V) of the patients at these rows a step hides or shows.
+
+        What patients share is drawn without regard to who they are and how many.
+        """
+
+    def __call__(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return the loss of each patient, shape (B,)."""
+
+
+class RestorationLoss(nn.Module):
+    """Each patient's mean squared error over its own hidden cells."""
+
+    def __init__(
+        self, backbone: GexBert, patients: Patients, phase: Pretraining
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._patients, self._measured = patients, patients.measured
+        self._masking = phase.masking
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw the hidden cells; pattern and rate are the step's."""
+        values = self._patients.values[rows]
+        return draw_hidden(values, self._measured[rows], self._masking, rng)
+
+    def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return one loss a patient; 0 for whom nothing is hidden."""
+        device = _device(self)
+        values, measured, hidden = (
+            t.to(device)
+            for t in (self._patients.values[rows], self._measured[rows], drawn)
+        )
+        with mixed_precision(device):
+            restored = restore(self.backbone, values, measured & ~hidden, hidden)
+        error = torch.where(hidden, restored - values, 0.0)
+        return error.square().sum(1) / hidden.sum(1).clamp(min=1)
+
+
+class ClassificationLoss(nn.Module):
+    """Each patient's cross-entropy, from a panel that the step's patients share.
+
+    Logits are shifted as in `training.classification_loss`, by shares that are known
+    with noise only.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: ClassificationHead,
+        patients: Patients,
+        phase: Classification,
+        log_share: Tensor,
+    ) -> None:
+        """Set up for patients of the phase's classes; `log_share` has one a class."""
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self._patients, self._measured = patients, patients.measured
+        self._target = patients.type_index(phase.classes)
+        self._min_genes, self._log_share = phase.min_genes, log_share
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw the visible cells."""
+        return draw_panel(self._measured[rows], self._min_genes, rng)
+
+    def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return one loss a patient."""
+        device = _device(self)
+        with mixed_precision(device):
+            embedding = embed(self.encoder, self._patients.values[rows], drawn)
+            logits = self.head(embedding).float() + self._log_share.to(device)
+        target = self._target[rows].to(device)
+        # A class that the noise made absent would cost its patients infinitely much.
+        known = self._log_share.to(device)[target].isfinite()
+        loss = F.cross_entropy(
+            torch.where(known[:, None], logits, 0.0), target, reduction="none"
+        )
+        return torch.where(known, loss, 0.0)
+
+
+class SurvivalLoss(nn.Module):
+    """Each patient's negative log-likelihood of discrete-time hazards."""
+
+    def __init__(
+        self, encoder: Encoder, head: SurvivalHead, patients: Patients, phase: Survival
+    ) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self._patients, self._measured = patients, patients.measured
+        self._types = patients.type_index(phase.cancer_types)
+        clinical = patients.clinical
+        self._clinical = clinical if phase.clinical else torch.zeros_like(clinical)
+        self._at_risk, self._died = survival.intervals(
+            patients.duration, patients.event, phase.interval_ends
+        )
+        frozen = phase.backbone == "frozen"
+        self._frozen = embed_all(encoder, patients) if frozen else None
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Show all that is measured."""
+        return self._measured[rows]
+
+    def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return one loss a patient."""
+        device = _device(self)
+        if self._frozen is None:
+            with mixed_precision(device):
+                values = self._patients.values[rows]
+                embedding = embed(self.encoder, values, drawn).float()
+        else:
+            embedding = self._frozen[rows.to(device)]
+        clinical, types, at_risk, died = (
+            t[rows].to(device)
+            for t in (self._clinical, self._types, self._at_risk, self._died)
+        )
+        logits = self.head(embedding, clinical, types)
+        return F.binary_cross_entropy_with_logits(
+            logits, died.float(), weight=at_risk.float(), reduction="none"
+        ).sum(1)
+
+
+def phase_loss(
+    study: Study,
+    phase: str,
+    number: int,
+    modules: Modules,
+    patients: Patients,
+    *,
+    state_dir: Path,
+) -> PatientLoss:
+    """Return the loss of a phase for patients that take part in it.
+
+    Parameters
+    ----------
+    number
+        Of the round in its phase, from 1.
+    state_dir
+        Where the noised class counts are kept between rounds.
+    """
+    if phase == PRETRAINING:
+        backbone = modules[BACKBONE]
+        assert isinstance(backbone, GexBert)
+        return RestorationLoss(backbone, patients, study.pretraining)
+    encoder, head = modules[f"{phase}.encoder"], modules[f"{phase}.head"]
+    assert isinstance(encoder, Encoder)
+    if phase == CLASSIFICATION:
+        assert isinstance(head, ClassificationHead)
+        rule, settings = study.privacy.patient, study.classification
+        assert rule is not None
+        share = noised_log_share(patients, settings.classes, rule, state_dir, number)
+        return ClassificationLoss(encoder, head, patients, settings, share)
+    assert isinstance(head, SurvivalHead)
+    return SurvivalLoss(encoder, head, patients, study.survival)
+
+
+def fit_privately(
+    loss: PatientLoss,
+    n_rows: int,
+    training: LocalTraining,
+    rule: PatientPrivacy,
+    *,
+    noise_multiplier: float,
+    learning_rate: float,
+    proximal_mu: float = 0.0,
+) -> None:
+    """Train in place for the steps of one round; what comes out is private.
+
+    A step sums the clipped gradients of the patients drawn, adds noise of standard
+    deviation `noise_multiplier * rule.clip` to each number, and divides by the batch
+    size, whoever was drawn; nobody is a step of pure noise. Patients are taken
+    `training.batch_size` at a time. Nothing is reported, since it would need noise too.
+
+    Parameters
+    ----------
+    loss
+        Module of the losses, see `PatientLoss`.
+    n_rows
+        Patients, N.
+    learning_rate
+        Of this round, see `fitting.round_learning_rate`.
+    proximal_mu
+        As for `fitting.fit`; the pull knows no patient, and needs no noise.
+
+    References
+    ----------
+    Abadi et al. (2016), arXiv 1607.00133, algorithm 1.
+    """
+    assert isinstance(loss, nn.Module)
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    incoming = [p.detach().clone() for p in trained] if proximal_mu else []
+    optimizer = new_optimizer(trained, training, learning_rate)
+    secret = SecretRandom()
+    for _ in range(privacy.steps(training, rule)):
+        rows = secret.bernoulli(n_rows, rule.sample_rate).nonzero().squeeze(1)
+        drawn = loss.draw(rows, torch.Generator().manual_seed(secret.seed()))
+        total = clipped_sum(loss, rows, drawn, training.batch_size, rule.clip)
+        noised(total, secret, noise_multiplier * rule.clip)
+        for i, (p, gradient) in enumerate(zip(trained, total, strict=True)):
+            p.grad = gradient / training.batch_size
+            if proximal_mu:
+                p.grad += proximal_mu * (p.detach() - incoming[i])
+        optimizer.step()
+
+
+def clipped_sum(
+    loss: PatientLoss, rows: Tensor, drawn: Tensor, batch_size: int, clip: float
+) -> list[Tensor]:
+    """Return the sum of the patients' gradients, each scaled down to `clip`.
+
+    The norm is over all that is trained. A gradient that is not finite counts as zero.
+
+    Parameters
+    ----------
+    rows, drawn
+        Of the step, shape (B,) and (B, V); B may be 0.
+    """
+    assert isinstance(loss, nn.Module)
+    total = {p: torch.zeros_like(p) for p in loss.parameters() if p.requires_grad}
+    for p in total:
+        p.grad = None
+    for few, shown in zip(rows.split(batch_size), drawn.split(batch_size), strict=True):
+        if not len(few):  # an empty tensor splits into one empty part
+            continue
+        with taken_apart(loss) as gradients:
+            loss(few, shown).sum().backward()
+            gradients.add_clipped(total, clip)
+        assert all(p.grad is None for p in total), "past its layer, so not clipped"
+    return list(total.values())
+
+
+def noised(total: Sequence[Tensor], secret: SecretRandom, std: float) -> None:
+    """Add Gaussian noise of a standard deviation to each number, in place."""
+    noise = secret.normal((sum(t.numel() for t in total),), std)
+    for t, part in zip(total, noise.split([t.numel() for t in total]), strict=True):
+        t += part.view_as(t).to(t.device)
+
+
+def noised_log_share(
+    patients: Patients,
+    classes: tuple[str, ...],
+    rule: PatientPrivacy,
+    state_dir: Path,
+    number: int,
+) -> Tensor:
+    """Return the log share of each class at this site, shape (classes,), with noise.
+
+    Patients are counted in the first round, once, which is charged with it. A class of
+    at most one patient by its noised count is absent, minus infinity, unless all are;
+    who was not there in the first round takes all classes as equally common.
+
+    Parameters
+    ----------
+    number
+        Of the round in its phase, from 1.
+    """
+    path = state_dir / COUNTS
+    if path.exists():
+        counted = torch.tensor(json.loads(path.read_text()))
+    elif number > 1:
+        return torch.full((len(classes),), -math.log(len(classes)))
+    else:
+        target = patients.type_index(classes)
+        counted = torch.bincount(target, minlength=len(classes)).float()
+        counted += SecretRandom().normal((len(classes),), rule.label_noise)
+        with files.explained(path):
+            state_dir.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, json.dumps(counted.tolist()).encode())
+    counted = torch.where(counted > 1, counted, 0.0)
+    if not counted.any():
+        return torch.full((len(classes),), -math.log(len(classes)))
+    return (counted / counted.sum()).log()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

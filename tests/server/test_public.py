@@ -1,0 +1,158 @@
+"""What the public cohort gives, against plain NumPy."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fedgex.common import fitting, tasks
+from fedgex.common.cohort import Cohort, save_cohort
+from fedgex.common.errors import ConfigError
+from fedgex.common.harmonise import to_patients
+from fedgex.common.model import GexBert
+from fedgex.common.parameters import load_parameters
+from fedgex.common.study import Study
+from fedgex.common.vocabulary import Vocabulary
+from fedgex.server import public
+
+GENES = ("A", "B", "C", "D", "E", "F", "G", "H")
+VOCABULARY = Vocabulary(GENES)
+N = 40
+
+
+def study(**rule: Any) -> Study:
+    values = {
+        "name": "test",
+        "linear_rank": 2,
+        "pretraining": {"rounds": 1, "batch_size": 8},
+        "classification": {"rounds": 1, "classes": ["x", "y"]},
+        "public": {"statistics": True} | rule,
+    }
+    return Study.read(values, "test")
+
+
+def cohort(n: int = N, lacking: tuple[str, ...] = (), seed: int = 0) -> Cohort:
+    """Return patients whose genes follow two factors; the last has two samples."""
+    rng = np.random.default_rng(seed)
+    expression = rng.normal(size=(n, 2)) @ rng.normal(size=(2, len(GENES))) + 5
+    expression += 0.1 * rng.normal(size=expression.shape)
+    expression = np.vstack([expression, np.full(len(GENES), 99)])
+    kept = [i for i, gene in enumerate(GENES) if gene not in lacking]
+    return Cohort(
+        patients=(*(f"p{i}" for i in range(n)), f"p{n - 1}"),
+        genes=tuple(GENES[i] for i in kept),
+        expression=expression[:, kept].astype(np.float32),
+        clinical=pd.DataFrame(index=range(n + 1)),
+    )
+
+
+def test_the_scale_is_mean_and_sd_with_one_sample_a_patient():
+    known = cohort()
+    known.expression[3, 2] = np.nan
+
+    scale = public.standardisation(known, VOCABULARY)
+
+    firsts = known.expression[:N].astype(np.float64)
+    np.testing.assert_allclose(scale.mean, np.nanmean(firsts, axis=0), rtol=1e-9)
+    np.testing.assert_allclose(scale.sd, np.nanstd(firsts, axis=0), rtol=1e-6)
+
+
+def test_the_covariance_is_that_of_the_standardised_patients():
+    known = cohort()
+    scale = public.standardisation(known, VOCABULARY)
+
+    covariance = public.covariance(known, VOCABULARY, scale)
+
+    expected = np.corrcoef(known.expression[:N].astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(covariance, expected, atol=1e-5)
+
+
+def test_a_gene_is_well_known_in_thirty_samples_that_are_the_share_asked_for():
+    known = cohort()  # of 41 samples
+    known.expression[:1, 0] = np.nan
+    known.expression[:11, 1] = np.nan
+    known.expression[:12, 2] = np.nan
+
+    assert set(GENES) - public.well_known(known, 0.1) == {"C"}
+    assert set(GENES) - public.well_known(known, 1.0) == {"A", "B", "C"}
+
+
+def test_genes_that_the_cohort_lacks_or_has_of_few_are_counted_and_named():
+    known = cohort(lacking=("B", "C", "D", "E", "F", "G"))
+    known.expression[: N - 29, 0] = np.nan  # 29 patients are left
+
+    with pytest.raises(ConfigError) as refused:
+        public.standardisation(known, VOCABULARY)
+
+    message = str(refused.value)
+    assert "7 of the study's 8 genes (A, B, C, D, E and 2 others)" in message
+
+
+def test_a_study_that_wants_a_cohort_is_refused_without_one(tmp_path: Path):
+    for folder in (None, tmp_path / "absent"):
+        with pytest.raises(ConfigError, match="public cohort"):
+            public.load(study(), folder)
+
+
+def test_a_cohort_of_few_patients_is_refused(tmp_path: Path):
+    save_cohort(cohort(29), tmp_path)
+
+    with pytest.raises(ConfigError, match="29 patients; expected 30 or more"):
+        public.load(study(), tmp_path)
+
+
+def test_a_study_that_wants_nothing_reads_no_cohort(tmp_path: Path):
+    plain = Study.read({"name": "test"}, "test")
+
+    assert public.load(plain, tmp_path / "absent") is None
+
+
+def pretrained(seed: int = 1, epochs: int = 2) -> dict[str, Any]:
+    told = study(epochs=epochs).model_copy(update={"seed": seed})
+    known = cohort()
+    scale = public.standardisation(known, VOCABULARY)
+    start = tasks.initial(study(), len(GENES))
+    start |= tasks.linear_start(told, public.covariance(known, VOCABULARY, scale))
+    return {"start": start} | {
+        "end": public.pretrain(told, known, VOCABULARY, scale, start)
+    }
+
+
+def test_pretraining_gives_equal_bits_for_equal_seeds_and_others_for_others():
+    first, again, other = pretrained(), pretrained(), pretrained(seed=2)
+
+    for name, array in first["end"].items():
+        assert np.array_equal(array, again["end"][name])
+    name = "backbone.encoder.tokens.identity.weight"
+    assert not np.array_equal(first["end"][name], other["end"][name])
+
+
+def test_pretraining_leaves_heads_and_the_linear_start_alone():
+    done = pretrained()
+
+    assert done["end"].keys() == done["start"].keys()
+    still = {n for n, a in done["end"].items() if np.array_equal(a, done["start"][n])}
+    assert {n for n in done["end"] if n.startswith("classification.head")} <= still
+    assert {n for n in done["end"] if n.endswith(tasks.FIXED)} <= still
+    assert {n for n in done["end"] if n.startswith("backbone.")} - still
+
+
+def test_pretraining_lowers_the_loss_of_restoration():
+    known, told = cohort(), study(epochs=20)
+    done = pretrained(epochs=20)
+    scale = public.standardisation(known, VOCABULARY)
+    patients = to_patients(known, VOCABULARY, scale)
+
+    def loss(whole: dict[str, Any]) -> float:
+        modules = tasks.build(told, len(GENES), "pretraining")
+        load_parameters(modules, whole)
+        backbone = modules["backbone"]
+        assert isinstance(backbone, GexBert)
+        judged = fitting.pretraining_loss(backbone, patients, told.pretraining)
+        return fitting.judge(judged, N, 8, seed=3)
+
+    with torch.no_grad():
+        assert loss(done["end"]) < 0.95 * loss(done["start"])

@@ -1,0 +1,107 @@
+"""A federation in one process does what the sites and the server do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedgex.client.local_training import train_round
+from fedgex.common import tasks
+from fedgex.common.cohort import Cohort
+from fedgex.common.harmonise import Patients, to_patients
+from fedgex.common.study import Study
+from fedgex.simulations import in_process
+
+GENES = ("AAA1", "BBB2", "CCC3", "DDD4", "EEE5", "FFF6")
+
+
+def study(**changes: Any) -> Study:
+    values = {
+        "name": "small",
+        "minimum_cohort": 2,
+        "pretraining": {"rounds": 1, "batch_size": 8},
+        "strategy": {"name": "fedavg", "weights": "equal"},
+    }
+    return Study.read(values | changes, "test")
+
+
+def cohort(seed: int, n: int = 8, genes: tuple[str, ...] = GENES) -> Cohort:
+    values = np.random.default_rng(seed).normal(5, 2, (n, len(genes)))
+    return Cohort(
+        patients=tuple(f"{seed}-{i}" for i in range(n)),
+        genes=genes,
+        expression=values.astype(np.float32),
+        clinical=pd.DataFrame(index=range(n)),
+    )
+
+
+SITES = {"north": cohort(1), "south": cohort(2, n=12)}
+
+
+def begun(of: Study) -> tuple[in_process.Start, dict[str, Patients]]:
+    genes = in_process.vocabulary(of, SITES)
+    start = in_process.start(of, genes, SITES, None)
+    patients = {
+        name: to_patients(each, genes, start.standardisation)
+        for name, each in SITES.items()
+    }
+    return start, patients
+
+
+def test_the_scale_is_that_of_all_patients_together() -> None:
+    start, _ = begun(study())
+
+    rows = np.concatenate([each.expression for each in SITES.values()])
+    assert start.standardisation.mean == pytest.approx(rows.mean(axis=0), rel=1e-5)
+    assert start.standardisation.sd == pytest.approx(rows.std(axis=0), rel=1e-5)
+
+
+def test_genes_are_those_of_enough_sites() -> None:
+    sites = {"north": cohort(1), "south": cohort(2, genes=GENES[:4])}
+    rule = {"min_share": 1.0}
+
+    found = in_process.vocabulary(study(vocabulary=rule), sites)
+
+    assert found.genes == GENES[:4]
+
+
+def test_a_round_is_the_mean_of_the_sites_own_rounds(tmp_path: Path) -> None:
+    start, patients = begun(study())
+
+    whole = in_process.federate(study(), start, patients)
+
+    each = [
+        train_round(
+            study(),
+            "pretraining",
+            1,
+            rows,
+            tasks.sent(study(), "pretraining", start.parameters),
+            site=name,
+            floor=2,
+            state_dir=tmp_path,
+        ).update
+        for name, rows in patients.items()
+    ]
+    for name, first in each[0].items():
+        mean = (first.astype(float) + each[1][name]) / 2
+        assert whole[name] == pytest.approx(mean, rel=1e-5, abs=1e-7), name
+
+
+def test_a_private_study_trains_in_secret_and_a_plain_one_repeats_itself() -> None:
+    patient = {"noise_multiplier": 1.0, "delta": 1e-3, "clip": 1.0, "sample_rate": 0.5}
+    start, patients = begun(study())
+    private = study().model_copy(
+        update={"privacy": study().privacy.model_validate({"patient": patient})}
+    )
+
+    plain = [in_process.federate(study(), start, patients) for _ in range(2)]
+    secret = [in_process.federate(private, start, patients) for _ in range(2)]
+
+    bias = "backbone.decoder.bias.weight"
+    assert (plain[0][bias] == plain[1][bias]).all()
+    assert (secret[0][bias] != secret[1][bias]).all()

@@ -11,26 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedgex.client import state
-from fedgex.client.training import classification_loss, survival_loss
 from fedgex.common import privacy, tasks
 from fedgex.common.errors import DataError, Finding
-from fedgex.common.fitting import (
-    FitReport,
-    Loss,
-    fit,
-    judge,
-    pretraining_loss,
-    round_learning_rate,
-)
+from fedgex.common.fitting import FitReport, fit, judge, round_learning_rate
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.parameters import load_parameters, parameters
+from fedgex.common.phases import phase_loss, take_part, trained_parameters
 from fedgex.common.seeds import derive
-from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
-from fedgex.common.tasks import BACKBONE, Modules, Parameters
+from fedgex.common.study import SURVIVAL, Study
+from fedgex.common.tasks import Modules, Parameters
 
 DELTA_TOO_LARGE = "FX-PRIV-001"
 """The study's delta is not below one in so many as this hospital has patients."""
@@ -138,22 +129,6 @@ def refuse_large_delta(study: Study, n_patients: int) -> None:
     raise DataError([finding])
 
 
-def take_part(study: Study, phase: str, patients: Patients) -> Patients:
-    """Return the patients that a phase can learn from.
-
-    All for pretraining; those of the named cancer types for fine-tuning; for survival
-    moreover those with known follow-up above zero days.
-    """
-    if phase == PRETRAINING:
-        return patients
-    if phase == CLASSIFICATION:
-        fit_for = patients.type_index(study.classification.classes) >= 0
-    else:
-        fit_for = patients.type_index(study.survival.cancer_types) >= 0
-        fit_for &= (patients.duration > 0) & ~patients.event.isnan()
-    return patients.take(fit_for.nonzero().squeeze(1))
-
-
 def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients:
     """Return the patients that a phase can learn from, see `take_part`.
 
@@ -166,38 +141,6 @@ def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients
     if _unit_count(study, phase, fitting) < floor:
         raise DataError([_too_few(phase, floor)])
     return fitting
-
-
-def phase_loss(study: Study, phase: str, modules: Modules, patients: Patients) -> Loss:
-    """Return the loss of a phase for patients that take part in it."""
-    if phase == PRETRAINING:
-        backbone = modules[BACKBONE]
-        assert isinstance(backbone, GexBert)
-        return pretraining_loss(backbone, patients, study.pretraining)
-    encoder, head = modules[f"{phase}.encoder"], modules[f"{phase}.head"]
-    assert isinstance(encoder, Encoder)
-    if phase == CLASSIFICATION:
-        assert isinstance(head, ClassificationHead)
-        return classification_loss(encoder, head, patients, study.classification)
-    assert isinstance(head, SurvivalHead)
-    return survival_loss(encoder, head, patients, study.survival)
-
-
-def trained_parameters(
-    study: Study, phase: str, modules: Modules
-) -> list[nn.Parameter]:
-    """Return what a phase trains: the backbone, or the head and a tuned encoder."""
-    settings = {
-        CLASSIFICATION: study.classification.backbone,
-        SURVIVAL: study.survival.backbone,
-    }
-    frozen = settings.get(phase) == "frozen"
-    return [
-        parameter
-        for name, module in modules.items()
-        if not (frozen and name.endswith(".encoder"))
-        for parameter in module.parameters()
-    ]
 
 
 def clipped(change: Parameters, norm: float) -> dict[str, NDArray[np.float32]]:

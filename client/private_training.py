@@ -1,11 +1,14 @@
 """Train so that no patient can be told from the result: DP-SGD (Abadi et al. 2016).
 
-Each patient's gradient is scaled down to `clip`, noise hides any one of them, and who
-is in a step is drawn in secret. Nothing else here depends on the patients: the number
-of steps, the divisor and the noise are the study's. What is drawn for a step (who, and
-what of them is hidden) comes from `SecretRandom`, and all that patients of a step share
-is drawn once for the step, so that a patient who is left out changes nothing for the
-others.
+Opacus makes each patient's gradient, scales it down to `clip` and adds them up; who is
+in a step and the noise that hides any one of them are drawn in secret. Nothing else
+here depends on the patients: the number of steps, the divisor and the noise are the
+study's. What is drawn for a step (who, and what of them is hidden) comes from
+`SecretRandom`, and all that patients of a step share is drawn once for the step, so
+that a patient who is left out changes nothing for the others.
+
+Opacus' expanded weights are the cheapest of its ways to a patient's gradient
+(docs/benchmarks.md). They take no mixed precision, so that all of it is in float32.
 
 N rows (one per patient), B rows drawn for a step, V genes.
 """
@@ -14,15 +17,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from opacus.grad_sample import GradSampleModuleExpandedWeights
+from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from fedgex.client.per_patient import taken_apart
 from fedgex.common import files, privacy, survival
 from fedgex.common.fitting import new_optimizer
 from fedgex.common.harmonise import Patients
@@ -32,7 +35,6 @@ from fedgex.common.objectives import (
     draw_panel,
     embed,
     embed_all,
-    mixed_precision,
     restore,
 )
 from fedgex.common.secret import SecretRandom
@@ -91,8 +93,7 @@ class RestorationLoss(nn.Module):
             t.to(device)
             for t in (self._patients.values[rows], self._measured[rows], drawn)
         )
-        with mixed_precision(device):
-            restored = restore(self.backbone, values, measured & ~hidden, hidden)
+        restored = restore(self.backbone, values, measured & ~hidden, hidden)
         error = torch.where(hidden, restored - values, 0.0)
         return error.square().sum(1) / hidden.sum(1).clamp(min=1)
 
@@ -126,9 +127,8 @@ class ClassificationLoss(nn.Module):
     def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
         """Return one loss a patient."""
         device = _device(self)
-        with mixed_precision(device):
-            embedding = embed(self.encoder, self._patients.values[rows], drawn)
-            logits = self.head(embedding).float() + self._log_share.to(device)
+        embedding = embed(self.encoder, self._patients.values[rows], drawn)
+        logits = self.head(embedding) + self._log_share.to(device)
         target = self._target[rows].to(device)
         # A class that the noise made absent would cost its patients infinitely much.
         known = self._log_share.to(device)[target].isfinite()
@@ -164,9 +164,7 @@ class SurvivalLoss(nn.Module):
         """Return one loss a patient."""
         device = _device(self)
         if self._frozen is None:
-            with mixed_precision(device):
-                values = self._patients.values[rows]
-                embedding = embed(self.encoder, values, drawn).float()
+            embedding = embed(self.encoder, self._patients.values[rows], drawn)
         else:
             embedding = self._frozen[rows.to(device)]
         clinical, types, at_risk, died = (
@@ -227,8 +225,8 @@ def fit_privately(
 
     A step sums the clipped gradients of the patients drawn, adds noise of standard
     deviation `noise_multiplier * rule.clip` to each number, and divides by the batch
-    size, whoever was drawn; nobody is a step of pure noise. Patients are taken
-    `training.batch_size` at a time. Nothing is reported, since it would need noise too.
+    size, whoever was drawn; nobody is a step of pure noise. Nothing is reported, since
+    it would need noise too.
 
     Parameters
     ----------
@@ -247,52 +245,88 @@ def fit_privately(
     """
     assert isinstance(loss, nn.Module)
     trained = [p for p in loss.parameters() if p.requires_grad]
-    incoming = [p.detach().clone() for p in trained] if proximal_mu else []
-    optimizer = new_optimizer(trained, training, learning_rate)
+    incoming = [p.detach().clone() for p in trained]
+
+    def pull(_: DPOptimizer) -> None:
+        for p, start in zip(trained, incoming, strict=True):
+            assert p.grad is not None
+            p.grad += proximal_mu * (p.detach() - start)
+
     secret = SecretRandom()
+    optimizer = SecretOptimizer(
+        new_optimizer(trained, training, learning_rate),
+        secret,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=rule.clip,
+        expected_batch_size=training.batch_size,
+    )
+    if proximal_mu:
+        optimizer.attach_step_hook(pull)
+    each = GradSampleModuleExpandedWeights(loss, loss_reduction="sum")
     for _ in range(privacy.steps(training, rule)):
         rows = secret.bernoulli(n_rows, rule.sample_rate).nonzero().squeeze(1)
         drawn = loss.draw(rows, torch.Generator().manual_seed(secret.seed()))
-        total = clipped_sum(loss, rows, drawn, training.batch_size, rule.clip)
-        noised(total, secret, noise_multiplier * rule.clip)
-        for i, (p, gradient) in enumerate(zip(trained, total, strict=True)):
-            p.grad = gradient / training.batch_size
-            if proximal_mu:
-                p.grad += proximal_mu * (p.detach() - incoming[i])
-        optimizer.step()
+        take_step(each, optimizer, rows, drawn)
+    each.cleanup()
 
 
-def clipped_sum(
-    loss: PatientLoss, rows: Tensor, drawn: Tensor, batch_size: int, clip: float
-) -> list[Tensor]:
-    """Return the sum of the patients' gradients, each scaled down to `clip`.
+class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
+    """Opacus' optimiser, with noise that nobody can predict.
 
-    The norm is over all that is trained. A gradient that is not finite counts as zero.
+    A patient whose gradient is not finite counts as nobody.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, secret: SecretRandom, **settings: Any
+    ) -> None:
+        super().__init__(optimizer, **settings)
+        self._secret = secret
+
+    def clip_and_accumulate(self) -> None:
+        """Scale each patient's gradient down and add them to the step's sum."""
+        samples = self.grad_samples
+        sums = torch.stack([g.flatten(1).sum(1) for g in samples])
+        bad = ~sums.isfinite().all(0)  # (B,)
+        if bad.any():
+            for g in samples:
+                g[bad] = 0
+        super().clip_and_accumulate()
+
+    def add_noise(self) -> None:
+        """Add Gaussian noise to each number of the step's sum."""
+        std = self.noise_multiplier * self.max_grad_norm
+        sizes = [p.numel() for p in self.params]
+        noise = self._secret.normal((sum(sizes),), std).split(sizes)
+        for p, part in zip(self.params, noise, strict=True):
+            p.grad = p.summed_grad + part.view_as(p).to(p.device)
+
+
+def take_step(
+    each: GradSampleModuleExpandedWeights,
+    optimizer: SecretOptimizer,
+    rows: Tensor,
+    drawn: Tensor,
+) -> None:
+    """Take one private step with patients, a batch of them at a time.
 
     Parameters
     ----------
+    each
+        The losses (`PatientLoss`) of which Opacus notes each patient's gradient.
     rows, drawn
         Of the step, shape (B,) and (B, V); B may be 0.
     """
-    assert isinstance(loss, nn.Module)
-    total = {p: torch.zeros_like(p) for p in loss.parameters() if p.requires_grad}
-    for p in total:
-        p.grad = None
-    for few, shown in zip(rows.split(batch_size), drawn.split(batch_size), strict=True):
-        if not len(few):  # an empty tensor splits into one empty part
-            continue
-        with taken_apart(loss) as gradients:
-            loss(few, shown).sum().backward()
-            gradients.add_clipped(total, clip)
-        assert all(p.grad is None for p in total), "past its layer, so not clipped"
-    return list(total.values())
-
-
-def noised(total: Sequence[Tensor], secret: SecretRandom, std: float) -> None:
-    """Add Gaussian noise of a standard deviation to each number, in place."""
-    noise = secret.normal((sum(t.numel() for t in total),), std)
-    for t, part in zip(total, noise.split([t.numel() for t in total]), strict=True):
-        t += part.view_as(t).to(t.device)
+    size = optimizer.expected_batch_size
+    parts = list(zip(rows.split(size), drawn.split(size), strict=True))
+    for i, (few, shown) in enumerate(parts):
+        optimizer.zero_grad(set_to_none=True)
+        if True:
+            each(few, shown).sum().backward()
+        else:  # an empty tensor splits into one empty part
+            for p in optimizer.params:
+                p.grad_sample = p.new_empty(0, *p.shape)
+        optimizer.signal_skip_step(i + 1 < len(parts))
+        optimizer.step()
 
 
 def noised_log_share(

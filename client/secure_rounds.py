@@ -43,7 +43,6 @@ from fedgex.common.files import write_atomic
 from fedgex.common.receipt import reply_digest, request_digest, verify_part
 from fedgex.common.records import floats, text, to_arrays, to_record
 from fedgex.common.secure_aggregation import (
-    FEWEST,
     Context,
     FixedPoint,
     Group,
@@ -51,7 +50,12 @@ from fedgex.common.secure_aggregation import (
     PublicKeys,
     Shares,
 )
-from fedgex.common.study import NAME_PATTERN, SecureAggregation, Study
+from fedgex.common.study import (
+    FEWEST_SUMMED,
+    NAME_PATTERN,
+    SecureAggregation,
+    Study,
+)
 
 FILE = "exchange.json"
 UNFIT = "FX-RUN-005"
@@ -473,7 +477,7 @@ def _mask(
     kept = None
     if study.strategy.per_gene:
         counts = group.counts(state.sharers, len(state.measured))
-        kept = state.measured & (counts >= FEWEST)
+        kept = state.measured & (counts >= FEWEST_SUMMED)
     change = floats(to_arrays(plain.array_records[keys.UPDATE]))
     vector = protocol.to_vector(change, rule.clip, kept)
     vector *= np.float32(protocol.weight(study.strategy, settings.name))
@@ -494,9 +498,9 @@ def _lists(
     if state.survivors not in ((), survivors):
         raise TrustError("another list of survivors than before.")
     n_genes = len(state.measured)
-    summed = state.group.counts(sharers, n_genes) >= FEWEST
+    summed = state.group.counts(sharers, n_genes) >= FEWEST_SUMMED
     left = state.group.counts(survivors, n_genes)
-    if (summed & (left > 0) & (left < FEWEST)).any():
+    if (summed & (left > 0) & (left < FEWEST_SUMMED)).any():
         raise TrustError("the survivors leave a gene to one or two of them.")
     return sharers, survivors
 

@@ -384,7 +384,8 @@ class SurvivalHead(nn.Module):
 
     def forward(self, embedding: Tensor, clinical: Tensor, types: Tensor) -> Tensor:
         """Return the logits of the interval hazards, shape (B, intervals)."""
-        logits: Tensor = self.baseline(types)
+        # Opacus' expanded weights take no table's index of one dimension.
+        logits: Tensor = self.baseline(types[:, None]).squeeze(1)
         return logits + self.log_hazard(embedding, clinical, types)[:, None]
 
 
@@ -403,13 +404,13 @@ def select(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns
     -------
     genes : Tensor
-        Their indices in rising order, shape (B, T), T the most that any row takes;
-        shorter rows are padded with genes that they do not take.
+        Their indices in rising order, shape (B, T), T the most that any row takes, or
+        1; shorter rows are padded with genes that they do not take.
     keep : Tensor or None
         False at the padding, shape (B, T); None if there is none.
     """
     counts = mask.sum(dim=1)
-    longest = int(counts.max())
+    longest = max(int(counts.max()), 1)  # Opacus takes no empty list
     genes = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
     genes = genes[:, :longest]
     keep = torch.arange(longest, device=mask.device)[None, :] < counts[:, None]

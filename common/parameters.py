@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedgex.common.records import Arrays, check
+from fedgex.common.arrays import Arrays, check
 
 
 def parameters(modules: Mapping[str, nn.Module]) -> dict[str, NDArray[np.float32]]:

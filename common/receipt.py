@@ -19,10 +19,11 @@ from flwr.app import RecordDict
 from pydantic import AwareDatetime, Field, model_validator
 
 from fedgex.common import keys, pki
+from fedgex.common.arrays import Arrays
 from fedgex.common.chain import Head
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.pki import Signed
-from fedgex.common.records import Arrays, digest, to_record
+from fedgex.common.records import digest, to_record
 from fedgex.common.study import Name, Settings
 
 NO_RECEIPT = "0" * 64

@@ -11,10 +11,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from fedgex.common.arrays import Arrays
 from fedgex.common.errors import UpdateError
 
-Arrays = Mapping[str, NDArray[np.generic]]
-"""Named arrays."""
 PACKED = "safetensors"
 """Name and serialisation of the one array in a record."""
 
@@ -62,44 +61,6 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
 def floats(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
     """Return the arrays as float32, the type of every parameter."""
     return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
-def check(
-    expected: Mapping[str, tuple[int, ...]], arrays: Arrays, *, exact: bool = False
-) -> None:
-    """Refuse arrays that are missing, misshapen, not numbers, or not finite.
-
-    Parameters
-    ----------
-    expected
-        Shape of each array that must be there.
-    exact
-        Whether other names are refused too.
-
-    Raises
-    ------
-    UpdateError
-        With everything wrong at once, by parameter.
-    """
-    wrong = [f"{name} is missing" for name in expected if name not in arrays]
-    if exact:
-        wrong += [f"{name} is not asked for" for name in arrays if name not in expected]
-    for name, shape in expected.items():
-        if name not in arrays:
-            continue
-        try:
-            array = arrays[name]
-        except UpdateError as error:  # of a mapping that reads it only now
-            wrong.append(str(error))
-            continue
-        if array.shape != shape:
-            wrong.append(f"{name} has shape {array.shape}, expected {shape}")
-        elif array.dtype.kind != "f":
-            wrong.append(f"{name} is of type {array.dtype}, expected floating point")
-        elif not (np.abs(array) <= np.finfo(np.float32).max).all():
-            wrong.append(f"{name} holds NaN or infinity")
-    if wrong:
-        raise UpdateError("; ".join(wrong))
 
 
 def text(record: ConfigRecord, key: str) -> str:

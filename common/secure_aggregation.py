@@ -50,13 +50,11 @@ from numpy.typing import NDArray
 
 from fedgex.common.errors import TrustError, UpdateError
 from fedgex.common.model import PER_GENE
-from fedgex.common.study import StrategyRule
+from fedgex.common.study import FEWEST_SUMMED, StrategyRule
 
 Words = NDArray[np.uint32]
 """Numbers modulo 2^32, shape (P,)."""
 
-FEWEST = 3
-"""Fewest vectors in any sum: of two, each sees the other's."""
 PRIME = 2**256 + 297
 """Smallest prime above 2^256, so that every secret of 32 bytes is in the field."""
 SECRET_BYTES, SHARE_BYTES = 32, 33
@@ -138,10 +136,10 @@ class Group:
         """
         self.context = context
         self.keys = dict(sorted(keys.items()))
-        if len(keys) < FEWEST:
+        if len(keys) < FEWEST_SUMMED:
             raise TrustError(
                 f"secure aggregation among {len(keys)} sites would tell each of the "
-                f"others; expected {FEWEST} or more."
+                f"others; expected {FEWEST_SUMMED} or more."
             )
         every = [key for each in keys.values() for key in (each.channel, each.mask)]
         if len(set(every)) < len(every):
@@ -552,7 +550,7 @@ def to_mean(
         start += array.size
         by: NDArray[np.float64] = np.asarray(sum(weights))
         if rows is not None and name.endswith(PER_GENE):
-            counted = np.sum(rows, axis=0) >= FEWEST
+            counted = np.sum(rows, axis=0) >= FEWEST_SUMMED
             by = np.sum([w * r for w, r in zip(weights, rows, strict=True)], axis=0)
             by = np.where(counted, by, np.inf)
             by = by.reshape(by.shape + (1,) * (array.ndim - 1))

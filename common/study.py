@@ -20,6 +20,9 @@ PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "surviv
 """Names of the phases, which are the tasks that a site permits."""
 
 
+FEWEST_SUMMED = 3
+"""Fewest updates in any secure sum: of two, each site sees the other's."""
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """Of studies and sites, since both name files: lower-case letters, digits, hyphens."""
 
@@ -307,7 +310,8 @@ class PublicRule(Settings):
     statistics: bool = False
     """Means, standard deviations and, with `linear_rank`, the linear start."""
     epochs: int = Field(default=0, ge=0)
-    """Epochs of pretraining on it before the first round."""
+    """Epochs of each phase on it before the phase's first round at the sites; of
+    fine-tuning only where the head travels and 30 of its patients can take part."""
 
 
 class RoundRule(Settings):
@@ -432,6 +436,8 @@ class Study(Settings):
                 yield f'{name}: set strategy.update = "delta"'
             if rule.weights not in ("equal", "fixed"):
                 yield f'{name}: set strategy.weights = "equal" or "fixed"'
+        if self.secure_aggregation is not None and self.rounds.quorum < FEWEST_SUMMED:
+            yield f"secure_aggregation: set rounds.quorum to {FEWEST_SUMMED} or more"
         if self.privacy.site is not None:
             if rule.weights != "equal":
                 yield 'privacy.site: a site must count by 1; set weights = "equal"'

@@ -31,6 +31,7 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.files import write_atomic
+from fedgex.common.harmonise import to_patients
 from fedgex.common.records import text, to_arrays, to_record
 from fedgex.common.statistics import (
     CrossProducts,
@@ -39,9 +40,9 @@ from fedgex.common.statistics import (
     pool,
     unpack,
 )
-from fedgex.common.study import NAME_PATTERN, Study
+from fedgex.common.study import NAME_PATTERN, PRETRAINING, Study
 from fedgex.common.vocabulary import Vocabulary, agree
-from fedgex.server import public
+from fedgex.server import public, public_start
 from fedgex.server.asking import Line, Request, Simulated, ask
 from fedgex.server.deployment import Deployment
 from fedgex.server.journal import Journal
@@ -132,9 +133,9 @@ class Opening:
         parameters = tasks.initial(study, len(vocabulary))
         cohort, covariance = self.public_cohort, None
         if cohort is not None and study.public.statistics:
-            scale = public.standardisation(cohort, vocabulary)
+            scale = public_start.standardisation(cohort, vocabulary)
             if study.linear_rank:
-                covariance = public.covariance(cohort, vocabulary, scale)
+                covariance = public_start.covariance(cohort, vocabulary, scale)
         else:
             scale = self._standardisation(vocabulary)
             if study.cross_products:
@@ -144,7 +145,10 @@ class Opening:
             write_atomic(path, save({"covariance": covariance}))
             parameters |= tasks.linear_start(study, covariance)
         if cohort is not None and study.public.epochs:
-            parameters = public.pretrain(study, cohort, vocabulary, scale, parameters)
+            patients = to_patients(cohort, vocabulary, scale)
+            parameters = public_start.fit_phase(
+                study, PRETRAINING, patients, parameters
+            )
         return Checkpoint(
             study=study,
             vocabulary=vocabulary,

@@ -1,38 +1,22 @@
-"""What a study takes from the server's public cohort, so that no site has to tell it.
+"""The server's public cohort: whether a study wants one, and the patients in it.
 
-Means, standard deviations, the linear start, and a backbone that was pretrained before
-the first round. V genes.
+What is computed from it is in server/public_start.py.
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from fedgex.common import fitting, tasks
 from fedgex.common.cohort import Cohort, load_cohort
 from fedgex.common.errors import ConfigError
-from fedgex.common.harmonise import to_patients
-from fedgex.common.model import GexBert
-from fedgex.common.parameters import parameters
-from fedgex.common.seeds import derive
-from fedgex.common.statistics import CrossProducts, GeneMoments, Standardisation
-from fedgex.common.study import PRETRAINING, Study
-from fedgex.common.tasks import BACKBONE, Parameters
-from fedgex.common.vocabulary import Vocabulary
-
-logger = logging.getLogger(__name__)
+from fedgex.common.study import Study
 
 FOLDER = "public"
 """Folder of the consortium's state directory with the public cohort."""
 MIN_PATIENTS = 30
 """With fewer, a mean and a standard deviation say little."""
-NAMED = 5
-"""Genes that an error names; it counts the others."""
 
 
 def is_wanted(study: Study) -> bool:
@@ -90,74 +74,3 @@ def well_known(cohort: Cohort, min_share: float) -> frozenset[str]:
     counts = (~np.isnan(cohort.expression)).sum(axis=0)
     enough = counts >= max(MIN_PATIENTS, min_share * len(cohort.patients))
     return frozenset(g for g, k in zip(cohort.genes, enough, strict=True) if k)
-
-
-def standardisation(cohort: Cohort, vocabulary: Vocabulary) -> Standardisation:
-    """Return mean and standard deviation of each gene over the public patients.
-
-    Raises
-    ------
-    ConfigError
-        If the cohort lacks genes of the study, or has them of too few patients.
-    """
-    raw = Standardisation(mean=np.zeros(len(vocabulary)), sd=np.ones(len(vocabulary)))
-    moments = GeneMoments.of(to_patients(cohort, vocabulary, raw).values.numpy())
-    known = moments.count >= MIN_PATIENTS
-    lacking = [g for g, k in zip(vocabulary.genes, known, strict=True) if not k]
-    if lacking:
-        others = f" and {len(lacking) - NAMED} others" if len(lacking) > NAMED else ""
-        raise ConfigError(
-            f"the public cohort has fewer than {MIN_PATIENTS} patients with a value of "
-            f"{len(lacking)} of the study's {len(vocabulary)} genes "
-            f"({', '.join(lacking[:NAMED])}{others}); expected every gene. Leave these "
-            "genes out of the study, or take another public cohort."
-        )
-    return Standardisation(mean=moments.mean, sd=moments.sd)
-
-
-def covariance(
-    cohort: Cohort, vocabulary: Vocabulary, scale: Standardisation
-) -> NDArray[np.float64]:
-    """Return the covariance of the standardised genes, shape (V, V)."""
-    patients = to_patients(cohort, vocabulary, scale)
-    return CrossProducts.of(patients.values.numpy()).covariance()
-
-
-def pretrain(
-    study: Study,
-    cohort: Cohort,
-    vocabulary: Vocabulary,
-    scale: Standardisation,
-    whole: Parameters,
-) -> dict[str, NDArray[np.float32]]:
-    """Return the model with its backbone pretrained on the public patients.
-
-    As at a site, with the pretraining's own settings; the learning rate falls over the
-    epochs as it does over the rounds. Everything follows from the study's seed.
-
-    Parameters
-    ----------
-    whole
-        Every parameter of the model; the linear start is not trained.
-    """
-    patients = to_patients(cohort, vocabulary, scale)
-    modules = tasks.load(study, len(vocabulary), PRETRAINING, whole)
-    backbone = modules[BACKBONE]
-    assert isinstance(backbone, GexBert)
-    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    loss = fitting.pretraining_loss(backbone, patients, study.pretraining)
-    final_loss = fitting.fit_at_once(
-        backbone.parameters(),
-        loss,
-        len(patients),
-        study.pretraining,
-        epochs=study.public.epochs,
-        seed=derive(study.seed, "public", PRETRAINING),
-    )
-    logger.info(
-        "public-pretraining patients=%d epochs=%d train_loss=%.4f",
-        len(patients),
-        study.public.epochs,
-        final_loss,
-    )
-    return {**whole, **parameters(modules)}

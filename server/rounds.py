@@ -18,8 +18,9 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedgex.common import failpoints, keys
+from fedgex.common.arrays import check
 from fedgex.common.errors import FederationError, UpdateError
-from fedgex.common.records import check, packed
+from fedgex.common.records import packed
 from fedgex.common.study import RoundRule, Study
 from fedgex.server import privacy
 from fedgex.server.aggregation import Array

@@ -26,17 +26,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fedgex.common import checkpoint, failpoints, keys, tasks
+from fedgex.common.arrays import Arrays
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import CheckpointError, FederationError
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.memory import resident_mb
-from fedgex.common.records import Arrays, to_record
-from fedgex.common.study import Study
+from fedgex.common.records import to_record
+from fedgex.common.study import PRETRAINING, Study
 from fedgex.server import (
     evaluation,
     privacy,
     public,
+    public_start,
     receipts,
     rounds,
     secure_rounds,
@@ -107,11 +109,13 @@ class _Run:
         self.checkpoints = settings.run_dir / "checkpoints"
         self.checkpoints.mkdir(exist_ok=True)
         self.holdout: Patients | None = None
+        self.public: Patients | None = None
 
     def conduct(self) -> None:
         found = checkpoint.latest(self.checkpoints)
         last = None if found is None else self._reopened(checkpoint.load(found))
-        cohort = None if last else public.load(self.study, self.settings.public)
+        begins = last is None or self._begins_on_public(last)
+        cohort = public.load(self.study, self.settings.public) if begins else None
         opening = Opening(
             grid=self.grid,
             settings=self.settings,
@@ -139,12 +143,11 @@ class _Run:
             epsilon=privacy.spent(self.study, last.phase, last.round),
         )
         self._catch_up(last)
+        place = (last.vocabulary, last.standardisation)
         if self.settings.holdout is not None:
-            self.holdout = to_patients(
-                load_cohort(self.settings.holdout),
-                last.vocabulary,
-                last.standardisation,
-            )
+            self.holdout = to_patients(load_cohort(self.settings.holdout), *place)
+        if cohort is not None:
+            self.public = to_patients(cohort, *place)
         for phase, training in self.study.phases.items():
             if _is_past(self.study, phase, last):
                 continue
@@ -160,6 +163,13 @@ class _Run:
             checkpoint=_name(self.study, last),
             peak_rss_mb=resident_mb("VmHWM"),
         )
+
+    def _begins_on_public(self, last: Checkpoint) -> bool:
+        """Return whether a phase is yet to begin on the public cohort."""
+        order = list(self.study.phases)
+        begun = order.index(last.phase) + (last.round > 0)
+        to_come = set(order[begun:]) - {PRETRAINING}
+        return self.study.public.epochs > 0 and bool(to_come)
 
     def _reopened(self, last: Checkpoint) -> Checkpoint:
         """Return the checkpoint to go on from, once it is known to be of this run."""
@@ -182,7 +192,8 @@ class _Run:
         failpoints.reach("server.before_round")
         started = time.monotonic()
         study = self.study
-        whole = tasks.begin(study, phase, last.parameters)
+        public = self.public if number == 1 else None
+        whole = public_start.begin(study, phase, last.parameters, public)
         incoming = tasks.updated(study, phase, tasks.sent(study, phase, whole))
         request = Request(
             type=keys.TRAIN,

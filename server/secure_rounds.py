@@ -31,14 +31,13 @@ from fedgex.common.files import write_atomic
 from fedgex.common.receipt import Part
 from fedgex.common.records import packed, text
 from fedgex.common.secure_aggregation import (
-    FEWEST,
     Context,
     FixedPoint,
     Group,
     PublicKeys,
     Words,
 )
-from fedgex.common.study import Study
+from fedgex.common.study import FEWEST_SUMMED, Study
 from fedgex.server.aggregation import Array
 from fedgex.server.asking import Answer, Line, Request, Sealed, ask
 from fedgex.server.rounds import (
@@ -219,7 +218,7 @@ class _Exchange:
             return {key: text(record, key) for key in told} | _proof(answer.sealed)
 
         found = self._ask(keys.SECURE_KEYS, self.sites, parse)
-        self._require(found, FEWEST, "made keys")
+        self._require(found, FEWEST_SUMMED, "made keys")
         return found
 
     def _shares(self) -> dict[str, Any]:
@@ -264,9 +263,9 @@ class _Exchange:
         found = self._ask(keys.TRAIN, shared, parse, told, own=boxes, model=True)
         group = self._group()
         self._require(found, group.threshold, "sent masked updates")
-        summed = group.counts(shared, self.n_genes) >= FEWEST
+        summed = group.counts(shared, self.n_genes) >= FEWEST_SUMMED
         left = group.counts(found, self.n_genes)
-        if (summed & (left > 0) & (left < FEWEST)).any():
+        if (summed & (left > 0) & (left < FEWEST_SUMMED)).any():
             self._end()
             raise _RareGeneError
         return found

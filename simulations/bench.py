@@ -25,7 +25,6 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from fedgex.client.private_training import RestorationLoss, fit_privately
 from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
 from fedgex.common import model, tasks
@@ -36,6 +35,7 @@ from fedgex.common.memory import resident_mb
 from fedgex.common.model import GexBert, n_parameters, select
 from fedgex.common.objectives import draw_hidden
 from fedgex.common.parameters import parameters
+from fedgex.common.secret import SecretRandom
 from fedgex.common.seeds import generator, seeded
 from fedgex.common.study import (
     MaskingRule,
@@ -495,9 +495,9 @@ def cost_of_privacy(sizes: Sizes, console: Console) -> list[Row]:
     return rows
 
 
-OPACUS = ("hooks", "ew")
-"""Opacus' ways to a patient's gradient: modules' hooks, and PyTorch's expanded weights.
-Its ghost clipping (1.6) fails on tables whose indices are an expanded view."""
+OPACUS = ("hooks", "functorch")
+"""Opacus' ways to a patient's gradient beside the one in use, expanded weights. Its
+ghost clipping (1.6) fails on tables whose indices are an expanded view."""
 PRIVATE_STEPS = 4
 """Steps that are timed together."""
 
@@ -539,15 +539,16 @@ def _steps(way: str, sizes: Sizes) -> Callable[[], None]:
                 seed=SEED,
             )
         )
+    # Opacus takes seconds to import, and memory that plain training does not have.
+    from fedgex.client.private_training import RestorationLoss, fit_privately
+
     loss = RestorationLoss(backbone, patients, phase)
-    if way == "fedgex":
-        rule = PatientPrivacy(
-            noise_multiplier=NOISE, delta=1e-5, clip=1.0, sample_rate=1.0
-        )
-        return lambda: fit_privately(
-            loss, n, phase, rule, noise_multiplier=NOISE, learning_rate=LEARNING_RATE
-        )
-    return _opacus_steps(way, loss, n)
+    if way != "fedgex":
+        return _opacus_steps(way, loss, n)
+    rule = PatientPrivacy(noise_multiplier=NOISE, delta=1e-5, clip=1.0, sample_rate=1.0)
+    return lambda: fit_privately(
+        loss, n, phase, rule, noise_multiplier=NOISE, learning_rate=LEARNING_RATE
+    )
 
 
 NOISE = 1.0
@@ -555,17 +556,18 @@ NOISE = 1.0
 
 
 def _opacus_steps(way: str, loss: Any, n: int) -> Callable[[], None]:
-    """Return the same steps as Opacus takes them, with its own noise."""
-    from opacus.grad_sample.utils import wrap_model
-    from opacus.optimizers import DPOptimizer
+    """Return the same steps by another of Opacus' ways."""
+    from opacus.grad_sample import wrap_model
 
-    split = wrap_model(loss, grad_sample_mode=way, loss_reduction="sum")
-    optimizer = DPOptimizer(
+    from fedgex.client.private_training import SecretOptimizer, take_step
+
+    each = wrap_model(loss, grad_sample_mode=way, loss_reduction="sum")
+    optimizer = SecretOptimizer(
         torch.optim.AdamW(loss.parameters(), lr=LEARNING_RATE),
+        SecretRandom(),
         noise_multiplier=NOISE,
         max_grad_norm=1.0,
         expected_batch_size=n,
-        loss_reduction="sum",
     )
     rows, rng = torch.arange(n), generator(SEED, "bench", "opacus")
 
@@ -573,9 +575,7 @@ def _opacus_steps(way: str, loss: Any, n: int) -> Callable[[], None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(PRIVATE_STEPS):
-                optimizer.zero_grad()
-                split(rows, loss.draw(rows, rng)).sum().backward()
-                optimizer.step()
+                take_step(each, optimizer, rows, loss.draw(rows, rng))
 
     return steps
 

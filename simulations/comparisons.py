@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from fedgex.client.local_training import phase_loss, take_part, trained_parameters
 from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
 from fedgex.common import tasks
@@ -28,12 +27,13 @@ from fedgex.common.fitting import fit, round_learning_rate
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.imputers import Imputer, NearestNeighbours, fit_mixture
 from fedgex.common.parameters import parameters
+from fedgex.common.phases import phase_loss, take_part, trained_parameters
 from fedgex.common.seeds import derive
 from fedgex.common.statistics import CrossProducts
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.survival_metrics import kaplan_meier, logrank_p
 from fedgex.common.tasks import Parameters
-from fedgex.server import evaluation
+from fedgex.server import evaluation, public_start
 from fedgex.simulations import references
 
 PANEL_SIZES = (8, 16, 32, 64, 128, 256)
@@ -52,6 +52,8 @@ class Federation:
     start: Parameters | None
     """The model before the first round, if it comes from the public cohort: everybody
     may begin with it."""
+    public: Patients | None
+    """The public cohort, on which everybody may begin a phase."""
 
     @property
     def study(self) -> Study:
@@ -70,6 +72,7 @@ def open_federation(
     names: list[str],
     holdout: Patients,
     start: Parameters | None,
+    public: Patients | None,
 ) -> Federation:
     """Read the patients of the sites that took part, standardised as in the run."""
     sites = {}
@@ -78,7 +81,9 @@ def open_federation(
         phases = tuple(final.study.phases)
         cohort, _ = load_cohort(settings, final.study.scale, phases)
         sites[name] = to_patients(cohort, final.vocabulary, final.standardisation)
-    return Federation(final=final, sites=sites, holdout=holdout, start=start)
+    return Federation(
+        final=final, sites=sites, holdout=holdout, start=start, public=public
+    )
 
 
 def train_all(
@@ -116,6 +121,7 @@ def train_all(
                 name,
                 jobs[name],
                 federation.start,
+                federation.public,
                 paths[name],
             )
             for name in todo
@@ -127,7 +133,11 @@ def train_all(
 
 
 def train(
-    study: Study, name: str, patients: Patients, start: Parameters | None
+    study: Study,
+    name: str,
+    patients: Patients,
+    start: Parameters | None,
+    public: Patients | None,
 ) -> dict[str, NDArray[np.float32]]:
     """Train every phase on one set of patients; return the whole model.
 
@@ -138,6 +148,8 @@ def train(
     ----------
     start
         Model to begin with; without it a new one, its linear start from the patients.
+    public
+        Public cohort to begin each fine-tuning on.
     """
     n_genes = patients.values.shape[1]
     whole = tasks.initial(study, n_genes) if start is None else dict(start)
@@ -148,7 +160,7 @@ def train(
         rows = take_part(study, phase, patients)
         if len(rows) == 0:
             continue
-        whole = tasks.begin(study, phase, whole)
+        whole = public_start.begin(study, phase, whole, public)
         modules = tasks.load(study, n_genes, phase, whole)
         loss = phase_loss(study, phase, modules, rows)
         for number in range(1, training.rounds + 1):
@@ -271,10 +283,11 @@ def _train_and_save(
     name: str,
     patients: Patients,
     start: Parameters | None,
+    public: Patients | None,
     path: Path,
 ) -> None:
     partial = path.with_suffix(".partial")
-    save_file(train(study, name, patients, start), partial)
+    save_file(train(study, name, patients, start, public), partial)
     partial.replace(path)
 
 

@@ -16,20 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from fedgex.client.local_training import take_part, train_round
+from fedgex.client.local_training import train_round
 from fedgex.common import tasks
 from fedgex.common.cohort import Cohort
 from fedgex.common.harmonise import Patients, to_patients
+from fedgex.common.phases import take_part
 from fedgex.common.statistics import (
     CrossProducts,
     GeneMoments,
     Standardisation,
     pool,
 )
-from fedgex.common.study import Study
+from fedgex.common.study import PRETRAINING, Study
 from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary, agree
-from fedgex.server import public as publics
+from fedgex.server import public_start
 from fedgex.server.strategy import Update, combine
 
 
@@ -40,6 +41,8 @@ class Start:
     vocabulary: Vocabulary
     standardisation: Standardisation
     parameters: Parameters
+    public: Patients | None
+    """The server's own patients, standardised."""
 
 
 def vocabulary(study: Study, sites: Mapping[str, Cohort]) -> Vocabulary:
@@ -75,8 +78,8 @@ def start(
     """
     covariance = None
     if public is not None and study.public.statistics:
-        scale = publics.standardisation(public, genes)
-        covariance = publics.covariance(public, genes, scale)
+        scale = public_start.standardisation(public, genes)
+        covariance = public_start.covariance(public, genes, scale)
     else:
         raw = Standardisation(mean=np.zeros(len(genes)), sd=np.ones(len(genes)))
         moments = pool(
@@ -95,9 +98,12 @@ def start(
     whole = tasks.initial(study, len(genes))
     if covariance is not None:
         whole |= tasks.linear_start(study, covariance)
-    if public is not None and study.public.epochs:
-        whole = publics.pretrain(study, public, genes, scale, whole)
-    return Start(vocabulary=genes, standardisation=scale, parameters=whole)
+    patients = None if public is None else to_patients(public, genes, scale)
+    if patients is not None and study.public.epochs:
+        whole = public_start.fit_phase(study, PRETRAINING, patients, whole)
+    return Start(
+        vocabulary=genes, standardisation=scale, parameters=whole, public=patients
+    )
 
 
 def federate(
@@ -119,7 +125,7 @@ def federate(
             }
             if not able:
                 continue
-            whole = tasks.begin(study, phase, whole)
+            whole = public_start.begin(study, phase, whole, begun.public)
             memory: Mapping[str, NDArray[np.generic]] = {}
             for number in range(1, settings.rounds + 1):
                 incoming = tasks.updated(study, phase, tasks.sent(study, phase, whole))

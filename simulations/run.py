@@ -163,17 +163,17 @@ def _open(parts: Split, out: Path) -> Federation:
     if found is None:
         raise CheckpointError(f"{out / 'run' / 'checkpoints'} holds no checkpoint.")
     final = checkpoint.load(found)
-    start = None
+    place = (final.vocabulary, final.standardisation)
+    start, known = None, None
     if public.is_wanted(final.study):
         first = min((out / "run" / "checkpoints").glob("00000-*"))
         start = checkpoint.load(first).parameters
-    holdout = to_patients(
-        load_cohort(out / HOLDOUT / "checked"),
-        final.vocabulary,
-        final.standardisation,
-    )
+        known = to_patients(load_cohort(out / PUBLIC / "checked"), *place)
+    holdout = to_patients(load_cohort(out / HOLDOUT / "checked"), *place)
     took_part = [name for name in parts.sites if name in final.trained_on["sites"]]
-    return comparisons.open_federation(final, out / "sites", took_part, holdout, start)
+    return comparisons.open_federation(
+        final, out / "sites", took_part, holdout, start, known
+    )
 
 
 def _report(

@@ -11,16 +11,14 @@ import torch
 
 from fedgex.client.local_training import (
     RoundResult,
-    phase_loss,
-    take_part,
     train_round,
-    trained_parameters,
 )
 from fedgex.common import tasks
 from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.fitting import fit, judge
 from fedgex.common.harmonise import Patients
 from fedgex.common.parameters import parameters
+from fedgex.common.phases import phase_loss, take_part, trained_parameters
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 

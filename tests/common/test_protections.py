@@ -34,6 +34,7 @@ def test_each_protection_has_a_line_of_its_own():
         **DELTAS,
         privacy={"patient": PATIENT | {"epsilon": 8}, "site": site},
         secure_aggregation={},
+        rounds={"quorum": 3},
     )
 
     patient, hospital, sums, statistics = told

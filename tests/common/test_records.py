@@ -10,17 +10,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from torch import nn
 
+from fedgex.common.arrays import check
 from fedgex.common.errors import UpdateError
 from fedgex.common.parameters import load_parameters, parameters
-from fedgex.common.records import (
-    check,
-    digest,
-    floats,
-    packed,
-    text,
-    to_arrays,
-    to_record,
-)
+from fedgex.common.records import digest, floats, packed, text, to_arrays, to_record
 
 
 def test_arrays_survive_the_record_in_name_value_and_precision():

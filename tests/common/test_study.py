@@ -287,3 +287,65 @@ def test_noise_on_the_mean_does_not_stand_beside_statistics_without_any():
 def test_a_public_cohort_and_sites_are_not_both_asked_for_cross_products():
     with pytest.raises(ConfigError, match="cross_products = false"):
         study(cross_products=True, public={"statistics": True})
+
+
+PRIVATE: dict[str, Any] = {
+    "privacy": {
+        "patient": {"epsilon": 1, "delta": 1e-3, "clip": 1, "sample_rate": 0.5}
+    },
+    "public": {"statistics": True},
+    "strategy": {"name": "fedavg", "weights": "equal"},
+}
+
+
+def test_a_study_may_promise_patients_privacy():
+    assert study(**PRIVATE).privacy.patient is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"strategy": {"name": "fedavg", "weights": "patients"}}, "counts patients"),
+        ({"public": {}}, "public.statistics = true"),
+        ({"cross_products": True, "public": {}}, "cross_products = false"),
+        (
+            {"survival": {"rounds": 1, "cancer_types": ["BRCA"], "loss": "cox"}},
+            "no sum over patients",
+        ),
+    ],
+)
+def test_what_would_tell_of_patients_beside_the_noise_is_refused(change, said):
+    assert said in refusal(**PRIVATE | change)
+
+
+@pytest.mark.parametrize("given", [{}, {"epsilon": 1, "noise_multiplier": 1}])
+def test_privacy_is_set_by_target_or_by_noise(given):
+    patient = {"delta": 1e-3, "clip": 1, "sample_rate": 0.5} | given
+
+    message = refusal(**PRIVATE | {"privacy": {"patient": patient}})
+
+    assert "either epsilon or noise_multiplier" in message
+
+
+SUMMED: dict[str, Any] = {
+    "secure_aggregation": {},
+    "strategy": {"name": "fedavg", "weights": "equal", "update": "delta"},
+    "rounds": {"quorum": 3},
+}
+
+
+def test_a_study_may_show_the_server_sums_alone():
+    assert study(**SUMMED).secure_aggregation is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rounds": {"quorum": 2}}, "quorum to 3"),
+        ({"strategy": SUMMED["strategy"] | {"name": "median"}}, "by itself"),
+        ({"strategy": SUMMED["strategy"] | {"update": "parameters"}}, '"delta"'),
+        ({"strategy": SUMMED["strategy"] | {"weights": "patients"}}, '"equal"'),
+    ],
+)
+def test_what_a_sum_cannot_serve_is_refused(change, said):
+    assert said in refusal(**SUMMED | change)

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedgex.client import local_training, training
-from fedgex.common import tasks
+from fedgex.client import local_training
+from fedgex.common import fitting, tasks
 from fedgex.common.harmonise import Patients
 from fedgex.common.model import PER_GENE
 from fedgex.common.records import packed, to_record
@@ -50,7 +50,7 @@ def hide_by_row(values: Tensor, measured: Tensor, *_: object) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _hidden_cells_depend_on_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "draw_hidden", hide_by_row)
+    monkeypatch.setattr(fitting, "draw_hidden", hide_by_row)
 
 
 def patients(seed: int, n: int, lacking: tuple[int, ...] = ()) -> Patients:

@@ -16,7 +16,7 @@ from fedgex.common.model import GexBert
 from fedgex.common.parameters import load_parameters
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.server import public
+from fedgex.server import public, public_start
 
 GENES = ("A", "B", "C", "D", "E", "F", "G", "H")
 VOCABULARY = Vocabulary(GENES)
@@ -45,7 +45,7 @@ def cohort(n: int = N, lacking: tuple[str, ...] = (), seed: int = 0) -> Cohort:
         patients=(*(f"p{i}" for i in range(n)), f"p{n - 1}"),
         genes=tuple(GENES[i] for i in kept),
         expression=expression[:, kept].astype(np.float32),
-        clinical=pd.DataFrame(index=range(n + 1)),
+        clinical=pd.DataFrame({"cancer_type": ["xy"[i % 2] for i in range(n + 1)]}),
     )
 
 
@@ -53,7 +53,7 @@ def test_the_scale_is_mean_and_sd_with_one_sample_a_patient():
     known = cohort()
     known.expression[3, 2] = np.nan
 
-    scale = public.standardisation(known, VOCABULARY)
+    scale = public_start.standardisation(known, VOCABULARY)
 
     firsts = known.expression[:N].astype(np.float64)
     np.testing.assert_allclose(scale.mean, np.nanmean(firsts, axis=0), rtol=1e-9)
@@ -62,9 +62,9 @@ def test_the_scale_is_mean_and_sd_with_one_sample_a_patient():
 
 def test_the_covariance_is_that_of_the_standardised_patients():
     known = cohort()
-    scale = public.standardisation(known, VOCABULARY)
+    scale = public_start.standardisation(known, VOCABULARY)
 
-    covariance = public.covariance(known, VOCABULARY, scale)
+    covariance = public_start.covariance(known, VOCABULARY, scale)
 
     expected = np.corrcoef(known.expression[:N].astype(np.float64), rowvar=False)
     np.testing.assert_allclose(covariance, expected, atol=1e-5)
@@ -85,7 +85,7 @@ def test_genes_that_the_cohort_lacks_or_has_of_few_are_counted_and_named():
     known.expression[: N - 29, 0] = np.nan  # 29 patients are left
 
     with pytest.raises(ConfigError) as refused:
-        public.standardisation(known, VOCABULARY)
+        public_start.standardisation(known, VOCABULARY)
 
     message = str(refused.value)
     assert "7 of the study's 8 genes (A, B, C, D, E and 2 others)" in message
@@ -113,11 +113,13 @@ def test_a_study_that_wants_nothing_reads_no_cohort(tmp_path: Path):
 def pretrained(seed: int = 1, epochs: int = 2) -> dict[str, Any]:
     told = study(epochs=epochs).model_copy(update={"seed": seed})
     known = cohort()
-    scale = public.standardisation(known, VOCABULARY)
+    scale = public_start.standardisation(known, VOCABULARY)
     start = tasks.initial(study(), len(GENES))
-    start |= tasks.linear_start(told, public.covariance(known, VOCABULARY, scale))
+    start |= tasks.linear_start(told, public_start.covariance(known, VOCABULARY, scale))
     return {"start": start} | {
-        "end": public.pretrain(told, known, VOCABULARY, scale, start)
+        "end": public_start.fit_phase(
+            told, "pretraining", to_patients(known, VOCABULARY, scale), start
+        )
     }
 
 
@@ -143,7 +145,7 @@ def test_pretraining_leaves_heads_and_the_linear_start_alone():
 def test_pretraining_lowers_the_loss_of_restoration():
     known, told = cohort(), study(epochs=20)
     done = pretrained(epochs=20)
-    scale = public.standardisation(known, VOCABULARY)
+    scale = public_start.standardisation(known, VOCABULARY)
     patients = to_patients(known, VOCABULARY, scale)
 
     def loss(whole: dict[str, Any]) -> float:
@@ -156,3 +158,42 @@ def test_pretraining_lowers_the_loss_of_restoration():
 
     with torch.no_grad():
         assert loss(done["end"]) < 0.95 * loss(done["start"])
+
+
+def fine_tuned(told: Study, known: Cohort) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the model before and after classification began."""
+    scale = public_start.standardisation(known, VOCABULARY)
+    patients = to_patients(known, VOCABULARY, scale)
+    start = tasks.initial(told, len(GENES))
+    return start, public_start.begin(told, "classification", start, patients)
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "tuned"])
+def test_a_head_and_a_tuned_encoder_begin_on_the_public_cohort(backbone):
+    classes = {"classification": {"rounds": 1, "classes": ["x", "y"]}}
+    classes["classification"]["backbone"] = backbone
+    told = Study.read({"name": "test", "public": {"epochs": 2}} | classes, "test")
+    start, begun = fine_tuned(told, cohort())
+
+    plain = tasks.begin(told, "classification", start)
+    changed = {n for n, a in begun.items() if not np.array_equal(a, plain[n])}
+    assert begun.keys() == plain.keys()
+    assert {n.partition(".")[2].partition(".")[0] for n in changed} == (
+        {"head"} if backbone == "frozen" else {"head", "encoder"}
+    )
+    assert all(n.startswith("classification.") for n in changed)
+
+
+@pytest.mark.parametrize(
+    ("head", "n"), [("local", N), ("shared", public.MIN_PATIENTS - 2)]
+)
+def test_a_phase_begins_plainly_with_a_local_head_or_few_public_patients(head, n):
+    classes = {"rounds": 1, "classes": ["x", "y"], "head": head}
+    values = {"name": "test", "public": {"epochs": 2}, "classification": classes}
+    told = Study.read(values, "test")
+    known = cohort()
+    known.clinical.loc[n:, "cancer_type"] = None
+    start, begun = fine_tuned(told, known)
+
+    plain = tasks.begin(told, "classification", start)
+    assert all(np.array_equal(begun[n], plain[n]) for n in plain)

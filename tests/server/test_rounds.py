@@ -22,8 +22,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from fedgex.common import keys
+from fedgex.common.arrays import Arrays
 from fedgex.common.errors import FederationError
-from fedgex.common.records import Arrays, packed, to_record
+from fedgex.common.records import packed, to_record
 from fedgex.common.study import RoundRule, Study
 from fedgex.server.asking import Line, Request, Simulated
 from fedgex.server.journal import Journal

@@ -1,21 +1,78 @@
-"""What a hospital's patients teach in fine-tuning: the losses of the two tasks.
+"""What each phase learns: from which patients, by which loss, in which parameters.
 
-N rows (one per patient), V genes, D width. The loop that lowers them, and the loss of
-restoration, are in common/fitting.py.
+Shared by the hospitals and by the server, which may begin a phase on its public cohort.
+N rows (one per patient), V genes, D width. The loop that lowers the losses, and the
+loss of restoration, are in common/fitting.py.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgex.common import survival
-from fedgex.common.fitting import Loss
+from fedgex.common.fitting import Loss, pretraining_loss
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, SurvivalHead
+from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.objectives import draw_panel, embed, embed_all, mixed_precision
-from fedgex.common.study import Classification, Survival
+from fedgex.common.study import (
+    CLASSIFICATION,
+    PRETRAINING,
+    SURVIVAL,
+    Classification,
+    Study,
+    Survival,
+)
+from fedgex.common.tasks import BACKBONE, Modules
+
+
+def take_part(study: Study, phase: str, patients: Patients) -> Patients:
+    """Return the patients that a phase can learn from.
+
+    All for pretraining; those of the named cancer types for fine-tuning; for survival
+    moreover those with known follow-up above zero days.
+    """
+    if phase == PRETRAINING:
+        return patients
+    if phase == CLASSIFICATION:
+        fit_for = patients.type_index(study.classification.classes) >= 0
+    else:
+        fit_for = patients.type_index(study.survival.cancer_types) >= 0
+        fit_for &= (patients.duration > 0) & ~patients.event.isnan()
+    return patients.take(fit_for.nonzero().squeeze(1))
+
+
+def phase_loss(study: Study, phase: str, modules: Modules, patients: Patients) -> Loss:
+    """Return the loss of a phase for patients that take part in it."""
+    if phase == PRETRAINING:
+        backbone = modules[BACKBONE]
+        assert isinstance(backbone, GexBert)
+        return pretraining_loss(backbone, patients, study.pretraining)
+    encoder, head = modules[f"{phase}.encoder"], modules[f"{phase}.head"]
+    assert isinstance(encoder, Encoder)
+    if phase == CLASSIFICATION:
+        assert isinstance(head, ClassificationHead)
+        return classification_loss(encoder, head, patients, study.classification)
+    assert isinstance(head, SurvivalHead)
+    return survival_loss(encoder, head, patients, study.survival)
+
+
+def trained_parameters(
+    study: Study, phase: str, modules: Modules
+) -> list[nn.Parameter]:
+    """Return what a phase trains: the backbone, or the head and a tuned encoder."""
+    settings = {
+        CLASSIFICATION: study.classification.backbone,
+        SURVIVAL: study.survival.backbone,
+    }
+    frozen = settings.get(phase) == "frozen"
+    return [
+        parameter
+        for name, module in modules.items()
+        if not (frozen and name.endswith(".encoder"))
+        for parameter in module.parameters()
+    ]
 
 
 def classification_loss(

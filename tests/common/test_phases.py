@@ -8,10 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedgex.client.training import (
-    classification_loss,
-    survival_loss,
-)
 from fedgex.common.fitting import fit, judge
 from fedgex.common.harmonise import Patients
 from fedgex.common.model import (
@@ -22,6 +18,10 @@ from fedgex.common.model import (
     SurvivalHead,
 )
 from fedgex.common.objectives import embed
+from fedgex.common.phases import (
+    classification_loss,
+    survival_loss,
+)
 from fedgex.common.study import (
     Classification,
     Survival,
@@ -126,7 +126,7 @@ def test_panels_are_drawn_evenly_on_the_log_scale_down_to_the_smallest(monkeypat
         sizes.append(int(visible[0].sum()))
         return torch.zeros(len(values), CONFIG.width)
 
-    monkeypatch.setattr("fedgex.client.training.embed", spy)
+    monkeypatch.setattr("fedgex.common.phases.embed", spy)
     complete = Patients(
         values=torch.zeros(2, 64),
         cancer_type=("A", "B"),

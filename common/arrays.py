@@ -1,0 +1,51 @@
+"""Named arrays, and what is refused in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgex.common.errors import UpdateError
+
+Arrays = Mapping[str, NDArray[np.generic]]
+"""Named arrays."""
+
+
+def check(
+    expected: Mapping[str, tuple[int, ...]], arrays: Arrays, *, exact: bool = False
+) -> None:
+    """Refuse arrays that are missing, misshapen, not numbers, or not finite.
+
+    Parameters
+    ----------
+    expected
+        Shape of each array that must be there.
+    exact
+        Whether other names are refused too.
+
+    Raises
+    ------
+    UpdateError
+        With everything wrong at once, by parameter.
+    """
+    wrong = [f"{name} is missing" for name in expected if name not in arrays]
+    if exact:
+        wrong += [f"{name} is not asked for" for name in arrays if name not in expected]
+    for name, shape in expected.items():
+        if name not in arrays:
+            continue
+        try:
+            array = arrays[name]
+        except UpdateError as error:  # of a mapping that reads it only now
+            wrong.append(str(error))
+            continue
+        if array.shape != shape:
+            wrong.append(f"{name} has shape {array.shape}, expected {shape}")
+        elif array.dtype.kind != "f":
+            wrong.append(f"{name} is of type {array.dtype}, expected floating point")
+        elif not (np.abs(array) <= np.finfo(np.float32).max).all():
+            wrong.append(f"{name} holds NaN or infinity")
+    if wrong:
+        raise UpdateError("; ".join(wrong))

@@ -267,7 +267,6 @@ def fit_privately(
         rows = secret.bernoulli(n_rows, rule.sample_rate).nonzero().squeeze(1)
         drawn = loss.draw(rows, torch.Generator().manual_seed(secret.seed()))
         take_step(each, optimizer, rows, drawn)
-    each.cleanup()
 
 
 class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
@@ -320,7 +319,7 @@ def take_step(
     parts = list(zip(rows.split(size), drawn.split(size), strict=True))
     for i, (few, shown) in enumerate(parts):
         optimizer.zero_grad(set_to_none=True)
-        if True:
+        if len(few):
             each(few, shown).sum().backward()
         else:  # an empty tensor splits into one empty part
             for p in optimizer.params:

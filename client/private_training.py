@@ -267,6 +267,7 @@ def fit_privately(
         rows = secret.bernoulli(n_rows, rule.sample_rate).nonzero().squeeze(1)
         drawn = loss.draw(rows, torch.Generator().manual_seed(secret.seed()))
         take_step(each, optimizer, rows, drawn)
+    each.cleanup()
 
 
 class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types

@@ -12,11 +12,9 @@ in docs/audit.md. N patients of all sites, M shadow models, V genes.
 
 from __future__ import annotations
 
-import dataclasses
-import multiprocessing
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -26,8 +24,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort as check_cohort
 from fedgex.common import attacks, privacy, tasks
 from fedgex.common.audit import (
     AuditReport,
@@ -154,7 +150,7 @@ def audit(
         If the data do not fit, the study has no pretraining, or no site has enough
         patients for two halves.
     """
-    study = _shortened(scenario.study, effort)
+    study = in_process.shortened(scenario.study, effort.rounds)
     if PRETRAINING not in study.phases:
         raise ConfigError(
             "the study has no pretraining, which the audit attacks; set "
@@ -249,7 +245,7 @@ def _ground(study: Study, parts: Split, out: Path) -> tuple[_Ground, list[str]]:
     """Read the sites; those too small for two halves are left out with a note."""
     sites, small = {}, []
     for name in parts.sites:
-        cohort = _cohort(out / "sites" / name, study)
+        cohort = in_process.read(out / "sites" / name, study)
         if len(cohort.patients) >= 2 * study.minimum_cohort:
             sites[name] = cohort
         else:
@@ -265,44 +261,14 @@ def _ground(study: Study, parts: Split, out: Path) -> tuple[_Ground, list[str]]:
         notes.append(f"left out, too small for two halves: {', '.join(small)}")
     ground = _Ground(
         sites=sites,
-        public=_cohort(out / PUBLIC, study) if parts.public_size else None,
+        public=in_process.read(out / PUBLIC, study) if parts.public_size else None,
         genes=in_process.vocabulary(study, sites),
         seed=derive(study.seed, "audit"),
     )
     return ground, notes
 
 
-def _cohort(folder: Path, study: Study) -> Cohort:
-    """Read a site's patients, the first sample of each."""
-    settings = SiteSettings.load(folder / "site.toml")
-    cohort, _ = check_cohort(settings, study.scale, tuple(study.phases))
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    return _take(cohort, np.sort(first))
-
-
-def _take(cohort: Cohort, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Cohort:
-    return dataclasses.replace(
-        cohort,
-        patients=tuple(np.asarray(cohort.patients)[rows]),
-        expression=cohort.expression[rows],
-        clinical=cohort.clinical.iloc[rows],
-    )
-
-
 # ---- models ----
-
-
-def _shortened(study: Study, effort: Effort) -> Study:
-    """Return the study with as few rounds as the effort permits, which is another."""
-    if effort.rounds is None:
-        return study
-    fewer = {
-        phase: settings.model_copy(
-            update={"rounds": min(settings.rounds, effort.rounds)}
-        )
-        for phase, settings in study.phases.items()
-    }
-    return study.model_copy(update=fewer)
 
 
 def _trainings(study: Study) -> dict[Training, Study]:
@@ -361,26 +327,13 @@ def _all(
     todo = [job for job in jobs if not paths[job.name].exists()]
     console.print(f"{len(jobs)} models, {len(todo)} to train", highlight=False)
 
-    def keep(job: _Job, found: Losses, done: int) -> None:
-        partial = paths[job.name].with_suffix(".partial.npz")
-        np.savez(partial, allow_pickle=False, **found)
-        partial.replace(paths[job.name])
+    attacked = in_process.each_done(partial(_attacked, ground), todo, workers)
+    for done, (job, found) in enumerate(attacked, start=1):
+        unfinished = paths[job.name].with_suffix(".partial.npz")
+        np.savez(unfinished, allow_pickle=False, **found)
+        unfinished.replace(paths[job.name])
         console.print(f"trained {done} of {len(todo)}", highlight=False)
-
-    if workers == 1:
-        for done, job in enumerate(todo, start=1):
-            keep(job, _attacked(ground, job), done)
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
-            running = {pool.submit(_attacked, ground, job): job for job in todo}
-            for done, future in enumerate(as_completed(running), start=1):
-                keep(running[future], future.result(), done)
     return {name: dict(np.load(path)) for name, path in paths.items()}
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _attacked(ground: _Ground, job: _Job) -> Losses:
@@ -390,7 +343,7 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
     """
     study = job.study
     members = {
-        name: _take(cohort, ground.of(name, job.inside))
+        name: in_process.take(cohort, ground.of(name, job.inside))
         for name, cohort in ground.sites.items()
     }
     begun = in_process.start(study, ground.genes, members, ground.public)
@@ -537,7 +490,7 @@ def _inversions(
 ) -> Iterator[Inversion]:
     """Yield how well patients of the largest site are recovered, by size of batch."""
     members = {
-        name: _take(cohort, ground.of(name, ground.half("members")))
+        name: in_process.take(cohort, ground.of(name, ground.half("members")))
         for name, cohort in ground.sites.items()
     }
     begun = in_process.start(study, ground.genes, members, ground.public)

@@ -26,6 +26,7 @@ from fedgex.simulations import (
     scenario,
 )
 from fedgex.simulations import run as simulation
+from fedgex.simulations import utility as usefulness
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -149,6 +150,54 @@ def audit(
         typer.echo(report.to_json(), nl=False)
         return
     for line in auditing.table(report):
+        typer.echo(line)
+
+
+@app.command()
+def utility(
+    name: Annotated[
+        str, typer.Argument(metavar="SCENARIO", help="Scenario: a TOML file or a name.")
+    ],
+    data: Annotated[Path, typer.Option(help="Folder of the data.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the comparison; one goes on in it.")
+    ],
+    epsilons: Annotated[
+        str, typer.Option(help="Epsilons to compare, with commas between.")
+    ] = ",".join(f"{each:g}" for each in usefulness.EPSILONS),
+    seeds: Annotated[
+        int, typer.Option(help="Seeds, from the study's on.", min=1)
+    ] = usefulness.SEEDS,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small run, to see that it works.")
+    ] = False,
+    form: Annotated[
+        Format, typer.Option("--format", help="A table for people, or JSON.")
+    ] = Format.TEXT,
+) -> None:
+    """Measure what privacy costs a scenario's model (docs/results/privacy.md)."""
+    try:
+        values = tuple(float(each) for each in epsilons.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{epsilons}: expected numbers with commas between, such as 1,3,8."
+        ) from error
+    try:
+        report = usefulness.utility(
+            scenario.find(name),
+            data,
+            out,
+            errors,
+            epsilons=values,
+            seeds=seeds,
+            quick=quick,
+        )
+    except FedgexError as error:
+        _refuse(error)
+    if form is Format.JSON:
+        typer.echo(report.to_json(), nl=False)
+        return
+    for line in usefulness.table(report):
         typer.echo(line)
 
 

@@ -2,21 +2,29 @@
 
 The sites' own rounds (`local_training`) and the server's own sums (`strategy.combine`),
 without engine, messages, journal and checkpoints. Everybody answers every round.
-Secure aggregation is left out, since it changes no sum.
+Secure aggregation is left out, since it changes no sum. For what trains many of them:
+patients as a split left them, and processes side by side.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fedgex.client.local_training import train_round
+from fedgex.client.settings import SiteSettings
+from fedgex.client.validation import load_cohort
 from fedgex.common import tasks
 from fedgex.common.cohort import Cohort
 from fedgex.common.harmonise import Patients, to_patients
@@ -33,6 +41,9 @@ from fedgex.common.vocabulary import Vocabulary, agree
 from fedgex.server import public_start
 from fedgex.server.strategy import Update, combine
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -43,6 +54,41 @@ class Start:
     parameters: Parameters
     public: Patients | None
     """The server's own patients, standardised."""
+
+
+def read(folder: Path, study: Study) -> Cohort:
+    """Read and check the patients in a folder of a split, the first sample of each."""
+    settings = SiteSettings.load(folder / "site.toml")
+    cohort, _ = load_cohort(settings, study.scale, tuple(study.phases))
+    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
+    return take(cohort, np.sort(first))
+
+
+def take(cohort: Cohort, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Cohort:
+    """Return some of a cohort's samples."""
+    return dataclasses.replace(
+        cohort,
+        patients=tuple(np.asarray(cohort.patients)[rows]),
+        expression=cohort.expression[rows],
+        clinical=cohort.clinical.iloc[rows],
+    )
+
+
+def shortened(study: Study, rounds: int | None) -> Study:
+    """Return the study with at most so many rounds a phase, which is another.
+
+    Parameters
+    ----------
+    rounds
+        None: as many as the study has.
+    """
+    if rounds is None:
+        return study
+    fewer = {
+        phase: settings.model_copy(update={"rounds": min(settings.rounds, rounds)})
+        for phase, settings in study.phases.items()
+    }
+    return study.model_copy(update=fewer)
 
 
 def vocabulary(study: Study, sites: Mapping[str, Cohort]) -> Vocabulary:
@@ -143,6 +189,32 @@ def federate(
                 )
                 whole |= combined
     return whole
+
+
+def each_done(
+    work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
+) -> Iterator[tuple[Job, Result]]:
+    """Yield each job with its result as soon as it is done.
+
+    Parameters
+    ----------
+    work
+        Run in processes of its own, so that it has to be pickled; in this one if there
+        is one worker.
+    """
+    if workers == 1:
+        for job in jobs:
+            yield job, work(job)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
+        running = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _update(

@@ -259,10 +259,11 @@ def _ground(study: Study, parts: Split, out: Path) -> tuple[_Ground, list[str]]:
     notes = list(parts.notes)
     if small:
         notes.append(f"left out, too small for two halves: {', '.join(small)}")
+    public = in_process.read(out / PUBLIC, study) if parts.public_size else None
     ground = _Ground(
         sites=sites,
-        public=in_process.read(out / PUBLIC, study) if parts.public_size else None,
-        genes=in_process.vocabulary(study, sites),
+        public=public,
+        genes=in_process.vocabulary(study, sites, public),
         seed=derive(study.seed, "audit"),
     )
     return ground, notes

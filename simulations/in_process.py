@@ -39,6 +39,7 @@ from fedgex.common.study import PRETRAINING, Study
 from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary, agree
 from fedgex.server import public_start
+from fedgex.server.public import well_known
 from fedgex.server.strategy import Update, combine
 
 Job = TypeVar("Job")
@@ -91,19 +92,33 @@ def shortened(study: Study, rounds: int | None) -> Study:
     return study.model_copy(update=fewer)
 
 
-def vocabulary(study: Study, sites: Mapping[str, Cohort]) -> Vocabulary:
-    """Return the study's genes, or those that the sites agree on."""
+def vocabulary(
+    study: Study, sites: Mapping[str, Cohort], public: Cohort | None
+) -> Vocabulary:
+    """Return the study's genes, or those that the sites agree on.
+
+    Parameters
+    ----------
+    public
+        The server's own patients; where the study takes its statistics from them, no
+        other genes count than theirs.
+    """
     rule = study.vocabulary
     if rule.genes:
         return Vocabulary(tuple(sorted(rule.genes)))
-    panels = {}
+    panels: dict[str, list[str]] = {}
     for name, cohort in sites.items():
-        known = (~np.isnan(cohort.expression)).sum(axis=0)
+        counts = (~np.isnan(cohort.expression)).sum(axis=0)
         enough = rule.min_patient_share * len(cohort.patients)
         least = max(study.minimum_cohort, enough)
         panels[name] = [
-            gene for gene, n in zip(cohort.genes, known, strict=True) if n >= least
+            gene for gene, n in zip(cohort.genes, counts, strict=True) if n >= least
         ]
+    if public is not None and study.public.statistics:
+        known = well_known(public, rule.min_patient_share)
+        panels = {
+            name: [g for g in genes if g in known] for name, genes in panels.items()
+        }
     return agree(panels, rule.min_share)
 
 

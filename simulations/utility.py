@@ -193,11 +193,12 @@ def utility(
     sites = {name: in_process.read(out / "sites" / name, study) for name in parts.sites}
     for cohort in sites.values():
         refuse_large_delta(study, cohort.n_patients)
+    known = in_process.read(out / PUBLIC, study)
     ground = _Ground(
         sites=sites,
-        public=in_process.read(out / PUBLIC, study),
+        public=known,
         holdout=in_process.read(out / HOLDOUT, study),
-        genes=in_process.vocabulary(study, sites),
+        genes=in_process.vocabulary(study, sites, known),
     )
     numbers = [study.seed + k for k in range(1 if quick else seeds)]
     columns = {

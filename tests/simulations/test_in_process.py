@@ -43,7 +43,7 @@ SITES = {"north": cohort(1), "south": cohort(2, n=12)}
 
 
 def begun(of: Study) -> tuple[in_process.Start, dict[str, Patients]]:
-    genes = in_process.vocabulary(of, SITES)
+    genes = in_process.vocabulary(of, SITES, None)
     start = in_process.start(of, genes, SITES, None)
     patients = {
         name: to_patients(each, genes, start.standardisation)
@@ -64,9 +64,17 @@ def test_genes_are_those_of_enough_sites() -> None:
     sites = {"north": cohort(1), "south": cohort(2, genes=GENES[:4])}
     rule = {"min_share": 1.0}
 
-    found = in_process.vocabulary(study(vocabulary=rule), sites)
+    found = in_process.vocabulary(study(vocabulary=rule), sites, None)
 
     assert found.genes == GENES[:4]
+
+
+def test_statistics_of_the_public_cohort_leave_out_the_genes_that_it_lacks() -> None:
+    public = cohort(3, n=30, genes=GENES[1:])
+
+    found = in_process.vocabulary(study(public={"statistics": True}), SITES, public)
+
+    assert found.genes == GENES[1:]
 
 
 def test_a_round_is_the_mean_of_the_sites_own_rounds(tmp_path: Path) -> None:

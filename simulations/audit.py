@@ -41,7 +41,7 @@ from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.model import GexBert
 from fedgex.common.objectives import draw_hidden
 from fedgex.common.seeds import derive, generator
-from fedgex.common.study import CLASSIFICATION, PRETRAINING, Privacy, Study
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Privacy, Study
 from fedgex.common.tasks import BACKBONE
 from fedgex.common.vocabulary import Vocabulary
 from fedgex.simulations import in_process
@@ -355,7 +355,8 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
         own = [i for i, (site, _) in enumerate(canaries) if site == name]
         added = [canaries[i][1] for i in own if job.inserted[i]]
         training[name] = _joined([patients, *added])
-    whole = in_process.federate(study, begun, training)
+    # No attack looks at survival, and no other phase hears of it.
+    whole = in_process.federate(study, begun, training, without=(SURVIVAL,))
     everybody = _joined(
         [
             to_patients(cohort, ground.genes, begun.standardisation)

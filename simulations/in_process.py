@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,17 +168,28 @@ def start(
 
 
 def federate(
-    study: Study, begun: Start, sites: Mapping[str, Patients]
+    study: Study,
+    begun: Start,
+    sites: Mapping[str, Patients],
+    *,
+    without: Collection[str] = (),
 ) -> dict[str, NDArray[np.float32]]:
     """Train every phase over all sites and return the whole model.
 
     A site with fewer patients than the study's minimum for a phase sits it out, and a
     phase that no site can train is left out.
+
+    Parameters
+    ----------
+    without
+        Phases to leave out.
     """
     whole = dict(begun.parameters)
     with tempfile.TemporaryDirectory(prefix="fedgex-") as temporary:
         folder = Path(temporary)
         for phase, settings in study.phases.items():
+            if phase in without:
+                continue
             able = {
                 name: patients
                 for name, patients in sorted(sites.items())

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,19 +46,27 @@ SCENARIO: dict[str, Any] = {
 }
 
 
-def build(folder: Path, **changes: Any) -> Rehearsal:
+def build(
+    folder: Path,
+    *,
+    values: Mapping[str, Any] = SCENARIO,
+    n_sites: int = N_SITES,
+    n_holdouts: int = 1,
+    patients_per_site: int = 30,
+    **changes: Any,
+) -> Rehearsal:
     """Return a consortium that is not provisioned yet."""
     data = folder / "data"
     new_data(
         data,
-        n_sites=N_SITES,
-        n_holdouts=1,
-        patients_per_site=30,
+        n_sites=n_sites,
+        n_holdouts=n_holdouts,
+        patients_per_site=patients_per_site,
         n_genes=30,
         n_cancer_types=len(TYPES),
     )
-    scenario = Scenario.read(SCENARIO, "a test's scenario")
-    study, sites = rehearsal.prepare(scenario, data, folder, N_SITES, changes)
+    scenario = Scenario.read(values, "a test's scenario")
+    study, sites = rehearsal.prepare(scenario, data, folder, n_sites, changes)
     return Rehearsal(folder=folder, study=study, sites=sites, told=_silent)
 
 

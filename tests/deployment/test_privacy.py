@@ -1,0 +1,150 @@
+"""Private training under secure aggregation, with real processes, ledgers and kills."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from typing import Any
+
+import pytest
+
+from fedgex.client import charging, ledger
+from fedgex.client.settings import SiteSettings
+from fedgex.common import chain, privacy
+
+pytestmark = pytest.mark.deployment
+
+N_SITES = 4
+"""Of whom three are enough to unmask a sum."""
+STUDY: dict[str, Any] = {
+    "name": "protected",
+    "minimum_cohort": 10,
+    "linear_rank": 4,
+    "pretraining": {"rounds": 2, "local_epochs": 1, "batch_size": 16},
+    "strategy": {"name": "fedavg", "weights": "equal", "update": "delta"},
+    "privacy": {
+        "patient": {
+            "noise_multiplier": 4.0,
+            "delta": 1e-3,
+            "clip": 1.0,
+            "sample_rate": 0.5,
+        }
+    },
+    "secure_aggregation": {"clip": 10.0},
+    "public": {"statistics": True, "epochs": 1},
+    "evaluation": {"rates": [0.5], "panels": [10]},
+    "rounds": {"quorum": 3, "mandatory_sites": []},
+}
+SCENARIO: dict[str, Any] = {
+    "study": STUDY,
+    "data": {
+        "expression": "expression.parquet",
+        "scale": "log2p1",
+        "clinical": "clinical.csv",
+    },
+    "sites": {"column": "institution", "minimum_patients": 10},
+    "holdout": {"institutions": ["Hold-out 01"]},
+    "public": {"institutions": ["Hold-out 02"]},
+    "reference": {"alone": False, "pooled": False},
+}
+
+
+def permit(consortium, site: str, epsilon: float) -> None:
+    """Set a hospital's budget in its policy.toml."""
+    path = consortium.site_toml(site).with_name("policy.toml")
+    line = f"privacy_epsilon = {epsilon}"
+    text = re.sub(r"(?m)^privacy_epsilon = [^#\n]*", line, path.read_text())
+    path.write_text(text)
+
+
+def spent(consortium, site: str) -> float:
+    settings = SiteSettings.load(consortium.site_toml(site))
+    found = ledger.Ledger.open(settings.state_dir)
+    return found.spent(None, settings.policy.privacy_delta)
+
+
+def budget_of(consortium, runs: int, site: str) -> float:
+    """Return what so many whole runs of the study cost at a hospital's delta."""
+    settings = SiteSettings.load(consortium.site_toml(site))
+    planned = privacy.planned(consortium.study) * runs
+    return privacy.epsilon(planned, settings.policy.privacy_delta)
+
+
+@pytest.fixture(scope="module")
+def protected(tmp_path_factory, builder, serving):
+    folder = tmp_path_factory.mktemp("protected")
+    with builder(
+        folder, values=SCENARIO, n_sites=N_SITES, n_holdouts=2, patients_per_site=120
+    ) as consortium:
+        consortium.reviving = True
+        consortium.provision()
+        once = budget_of(consortium, 1, consortium.sites[0])
+        for site in consortium.sites:
+            permit(consortium, site, 1.2 * once)
+        consortium.start()
+        contract = consortium.publish()
+        consortium.approve(contract)
+        yield serving(consortium, contract, simulated="")
+
+
+def test_what_dies_in_a_private_run_spends_nothing_twice_and_nothing_is_forgotten(
+    protected,
+):
+    consortium = protected.consortium
+
+    def everything() -> None:
+        for process in consortium.processes.values():
+            process.kill()
+            process.wait()
+
+    assert protected.run("first", everything) == "finished"
+
+    for site in consortium.sites:
+        assert spent(consortium, site) == budget_of(consortium, 1, site)
+        chain.verify(consortium.site_state(site) / "audit.jsonl")
+    states = [e["sites"] for e in protected.rounds("first")]
+    assert all(site["state"] == "contributed" for e in states for site in e.values())
+
+
+def test_a_run_beyond_the_budget_ends_with_its_reason_and_spends_nothing(protected):
+    consortium = protected.consortium
+    before = {site: spent(consortium, site) for site in consortium.sites}
+
+    assert protected.run("second") == "failed"
+
+    events = consortium.events("second")
+    (failed,) = (e for e in events if e["event"] == "run-failed")
+    assert failed["reason"].count(ledger.EXCEEDED) >= 1
+    for site in consortium.sites:
+        assert spent(consortium, site) < budget_of(consortium, 2, site)
+        assert spent(consortium, site) <= 1.2 * before[site]
+
+
+def test_a_daemon_does_not_start_over_a_ledger_from_a_backup(protected):
+    consortium = protected.consortium
+    site = consortium.sites[0]
+    consortium.kill(site, signal.SIGTERM)
+    state = consortium.site_state(site)
+    assert charging.existing(state) is not None
+    now, old = state / ledger.FILE, state / "backup.sqlite"
+    shutil.copy(now, old)
+    ledger.Ledger.open(state).debit(
+        ledger.Debit(
+            contract="", run="later", type="train", phase="", round=1, request="0"
+        ),
+        [privacy.Invocation(noise_multiplier=100.0, sample_rate=1)],
+        ["somebody"],
+        budget=ledger.Budget(epsilon=1e6, delta=1e-5),
+    )
+    head = ledger.Ledger.open(state).head
+    audit = chain.Chain(state / "audit.jsonl")
+    audit.append(charging.DEBITED, ledger={"index": head.index, "hash": head.hash})
+    old.replace(now)
+
+    consortium.reviving = False
+    consortium.start_site(site)
+
+    assert consortium.processes[site].wait(timeout=60) == 1
+    log = (consortium.folder / f"{site}.log").read_text()
+    assert "restored from a backup, or replaced" in log

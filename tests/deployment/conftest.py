@@ -88,9 +88,13 @@ class Served:
         return self.consortium.wait(name)
 
     def until_round(self, run: str, number: int) -> None:
-        """Wait until so many rounds of a run are finished."""
+        """Wait until so many rounds of a run are finished, or it ended before."""
         self.consortium.until(
-            f"{number} rounds of {run}", lambda: len(self.rounds(run)) >= number
+            f"{number} rounds of {run}",
+            lambda: (
+                len(self.rounds(run)) >= number
+                or self.consortium.state_of(run) not in ("ordered", "running")
+            ),
         )
 
     def rounds(self, run: str) -> list[dict[str, Any]]:

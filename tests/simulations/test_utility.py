@@ -34,15 +34,13 @@ def scenario(**study: Any) -> Scenario:
                     "epsilon": 4,
                     "delta": 1e-3,
                     "clip": 1,
-                    "sample_rate": 0.5,
+                    "sample_rate": 1,
                     "label_noise": 20,
-                    "accountant": "rdp",
                 }
             },
             "public": {"statistics": True, "epochs": 1},
             "pretraining": training,
             "classification": training | {"classes": TYPES, "backbone": "frozen"},
-            "survival": training | {"cancer_types": TYPES},
             "strategy": {"name": "fedavg", "weights": "equal"},
         }
         | study,

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 TIME_LIMIT = "FX-SITE-007"
 LOOK_S = 0.5
 STATUS_S = 5.0
+LOCK_S = 1.0
+"""How long a daemon waits for its lock, which `fedgex-site status` holds for a blink."""
 
 
 def run(site_toml: Path) -> None:
@@ -172,13 +174,19 @@ def _going_on() -> Iterator[None]:
 
 
 def _lock(lock: int, state_dir: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise FedgexError(
-            f"another daemon serves {state_dir} (process {daemon_pid(state_dir)}); "
-            "stop it with fedgex-site stop, or use it."
-        ) from error
+    end = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() < end:
+                time.sleep(LOCK_S / 10)
+                continue
+            raise FedgexError(
+                f"another daemon serves {state_dir} (process {daemon_pid(state_dir)}); "
+                "stop it with fedgex-site stop, or use it."
+            ) from error
+        return
 
 
 def _free_port() -> int:

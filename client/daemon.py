@@ -35,7 +35,7 @@ TIME_LIMIT = "FX-SITE-007"
 LOOK_S = 0.5
 STATUS_S = 5.0
 LOCK_S = 1.0
-"""How long a daemon waits for its lock, which `fedgex-site status` holds for a blink."""
+"""Longest wait for the daemon's lock, which `fedgex-site status` takes for a blink."""
 
 
 def run(site_toml: Path) -> None:

@@ -41,6 +41,13 @@ class Format(StrEnum):
     JSON = "json"
 
 
+Scenario = Annotated[
+    str, typer.Argument(metavar="SCENARIO", help="Scenario: a TOML file or a name.")
+]
+Data = Annotated[Path, typer.Option(help="Folder of the data.")]
+Form = Annotated[Format, typer.Option("--format", help="A table for people, or JSON.")]
+
+
 @app.callback()
 def main() -> None:
     """Run whole federations on this machine, with the apps that hospitals run."""
@@ -49,10 +56,8 @@ def main() -> None:
 
 @app.command()
 def run(
-    name: Annotated[
-        str, typer.Argument(metavar="SCENARIO", help="Scenario: a TOML file or a name.")
-    ],
-    data: Annotated[Path, typer.Option(help="Folder of the data.")],
+    name: Scenario,
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the run; a run goes on in it.")],
 ) -> None:
     """Run a scenario to its report; a run that was stopped goes on."""
@@ -118,10 +123,8 @@ def rehearse(
 
 @app.command()
 def audit(
-    name: Annotated[
-        str, typer.Argument(metavar="SCENARIO", help="Scenario: a TOML file or a name.")
-    ],
-    data: Annotated[Path, typer.Option(help="Folder of the data.")],
+    name: Scenario,
+    data: Data,
     out: Annotated[
         Path, typer.Option(help="Folder for the audit; an audit goes on in it.")
     ],
@@ -134,9 +137,7 @@ def audit(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small audit, to see that it works.")
     ] = False,
-    form: Annotated[
-        Format, typer.Option("--format", help="A table for people, or JSON.")
-    ] = Format.TEXT,
+    form: Form = Format.TEXT,
 ) -> None:
     """Attack a scenario's model, with and without privacy (docs/audit.md)."""
     try:
@@ -155,10 +156,8 @@ def audit(
 
 @app.command()
 def utility(
-    name: Annotated[
-        str, typer.Argument(metavar="SCENARIO", help="Scenario: a TOML file or a name.")
-    ],
-    data: Annotated[Path, typer.Option(help="Folder of the data.")],
+    name: Scenario,
+    data: Data,
     out: Annotated[
         Path, typer.Option(help="Folder for the comparison; one goes on in it.")
     ],
@@ -171,9 +170,7 @@ def utility(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small run, to see that it works.")
     ] = False,
-    form: Annotated[
-        Format, typer.Option("--format", help="A table for people, or JSON.")
-    ] = Format.TEXT,
+    form: Form = Format.TEXT,
 ) -> None:
     """Measure what privacy costs a scenario's model (docs/results/privacy.md)."""
     try:

@@ -13,6 +13,8 @@ from fedgex.client import charging, ledger
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, privacy
 
+from .conftest import SCENARIO
+
 pytestmark = pytest.mark.deployment
 
 N_SITES = 4
@@ -34,20 +36,9 @@ STUDY: dict[str, Any] = {
     "secure_aggregation": {"clip": 10.0},
     "public": {"statistics": True, "epochs": 1},
     "evaluation": {"rates": [0.5], "panels": [10]},
-    "rounds": {"quorum": 3, "mandatory_sites": []},
+    "rounds": {"quorum": 3},
 }
-SCENARIO: dict[str, Any] = {
-    "study": STUDY,
-    "data": {
-        "expression": "expression.parquet",
-        "scale": "log2p1",
-        "clinical": "clinical.csv",
-    },
-    "sites": {"column": "institution", "minimum_patients": 10},
-    "holdout": {"institutions": ["Hold-out 01"]},
-    "public": {"institutions": ["Hold-out 02"]},
-    "reference": {"alone": False, "pooled": False},
-}
+PRIVATE = SCENARIO | {"study": STUDY, "public": {"institutions": ["Hold-out 02"]}}
 
 
 def permit(consortium, site: str, epsilon: float) -> None:
@@ -75,7 +66,7 @@ def budget_of(consortium, runs: int, site: str) -> float:
 def protected(tmp_path_factory, builder, serving):
     folder = tmp_path_factory.mktemp("protected")
     with builder(
-        folder, values=SCENARIO, n_sites=N_SITES, n_holdouts=2, patients_per_site=120
+        folder, values=PRIVATE, n_sites=N_SITES, n_holdouts=2, patients_per_site=120
     ) as consortium:
         consortium.reviving = True
         consortium.provision()

@@ -43,6 +43,17 @@ rounds = 2
 genes = {genes}
 """
 
+OF_DELTAS: dict[str, Any] = {
+    "strategy": {
+        "name": "fedavg",
+        "weights": "equal",
+        "update": "delta",
+        "per_gene": False,
+    },
+    "public": {"statistics": True},
+}
+"""What a study must say for the server to add noise to its mean."""
+
 Holder = tuple[pki.Key, x509.Certificate]
 
 
@@ -53,6 +64,19 @@ def shared_data() -> Path:
     if not (folder / "tcga" / "clinical.csv").is_file():
         pytest.skip(f"no real data: {folder}/tcga/clinical.csv is absent (FEDGEX_DATA)")
     return folder
+
+
+def attack(training: str, high: float) -> dict[str, Any]:
+    """Return an audit's attack whose AUC may be as much as `high`."""
+    return {
+        "training": training,
+        "attack": "loss",
+        "task": "restoration",
+        "members": 40,
+        "non_members": 50,
+        "auc": {"value": 0.5, "low": 0.4, "high": high},
+        "found": [],
+    }
 
 
 @dataclass

@@ -5,44 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections import Counter
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner, Result
 
 import fedgex.client.app
-from fedgex.client import charging, daemon, identity
+from fedgex.client import charging, daemon
 from fedgex.client.cli import app as site_app
-from fedgex.client.decisions import Desk, objections
-from fedgex.client.gate import Gate
+from fedgex.client.decisions import objections
 from fedgex.client.ledger import FILE, KEY, BudgetError, Ledger, LedgerError
 from fedgex.client.policy import TEMPLATE, Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.client.spending import Account
-from fedgex.common import chain, failpoints, keys, pki, privacy
+from fedgex.common import chain, keys, privacy
 from fedgex.common.chain import Chain
 from fedgex.common.contract import Contract
 from fedgex.common.pki import Signed
 from fedgex.common.study import Study
-from fedgex.common.vocabulary import Vocabulary
 
-TOMORROW = datetime.now(UTC).date() + timedelta(days=1)
+from . import hospital
+from .hospital import Died, as_bytes, code, death_at, join_and_approve, round_of
+
 CONTRACT = f"""\
-purpose = "Restoration, for tests"
-expires = {TOMORROW}
-code_version = "0.1"
-vocabulary_hash = "{Vocabulary(("MYC", "TP53")).hash}"
-sites = ["north", "south"]
-[study]
-name = "small"
-vocabulary.genes = ["MYC", "TP53"]
+{hospital.CONTRACT}\
 public.statistics = true
 strategy = {{ name = "fedavg", weights = "equal" }}
 [study.privacy.patient]
@@ -68,26 +58,15 @@ def after(rounds: int) -> float:
     return privacy.epsilon(history, DELTA)
 
 
-class Died(BaseException):
-    """Ends a process as a signal would: nothing of it catches this."""
-
-
 @dataclass
-class Hospital:
-    """A hospital that approved a contract, and an app that charges and does little."""
+class Hospital(hospital.Hospital):
+    """A hospital whose app debits its patients before it does little."""
 
-    site_toml: Path
-    contract: str
-    computed: Counter[int] = field(default_factory=Counter)
     patients: tuple[str, ...] = PATIENTS
 
     @property
     def settings(self) -> SiteSettings:
         return SiteSettings.load(self.site_toml)
-
-    @property
-    def state_dir(self) -> Path:
-        return self.site_toml.with_name("state")
 
     @property
     def spent(self) -> float:
@@ -99,41 +78,11 @@ class Hospital:
         policy.write_text(TEMPLATE.replace("privacy_epsilon = 8.0 ", new))
 
     def app(self, message: Message, context: Context) -> Message:
-        number = int(str(message.content.config_records[keys.ROUND][keys.NUMBER]))
+        number = round_of(message)
         charging.charge(
             message, self.settings, STUDY, "pretraining", number, self.patients
         )
-        self.computed[number] += 1
-        told: dict[str, Any] = {keys.NUM_EXAMPLES: 40, "times": self.computed[number]}
-        return Message(RecordDict({keys.METRICS: MetricRecord(told)}), reply_to=message)
-
-    def ask(self, number: int = 1, model: int = 0) -> RecordDict:
-        """Ask a process that was just started to train a round."""
-        content = RecordDict(
-            {
-                keys.RUN: ConfigRecord(
-                    {keys.CONTRACT_HASH: self.contract, keys.RUN_NAME: "run-1"}
-                ),
-                keys.STUDY: ConfigRecord({keys.JSON: STUDY.to_json()}),
-                keys.ROUND: ConfigRecord(
-                    {keys.PHASE: "pretraining", keys.NUMBER: number}
-                ),
-                keys.MODEL: ConfigRecord({"version": model}),
-            }
-        )
-        message = Message(content, 1, keys.TRAIN)
-        message.metadata.__dict__["_message_id"] = "message-1"
-        context = Context(
-            run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}
-        )
-        reply: RecordDict = Gate(self.site_toml, self.app)(message, context).content
-        return reply
-
-    def events(self, *names: str) -> list[str]:
-        """Return what the audit log says of these, once its chain was followed."""
-        chain.verify(self.state_dir / "audit.jsonl")
-        lines = chain.read(self.state_dir / "audit.jsonl")
-        return [x["event"] for x in lines if not names or x["event"] in names]
+        return super().app(message, context)
 
     def why(self) -> str:
         """Return why the last request was refused, which stays in the log."""
@@ -141,60 +90,22 @@ class Hospital:
 
 
 @pytest.fixture(scope="module")
-def joined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("joined") / "north"
-    folder.mkdir()
-    (folder / "policy.toml").write_text(TEMPLATE)
-    site_toml = folder / "site.toml"
-    site_toml.write_text(
-        'name = "north"\ndata.expression = "absent.csv"\ndata.scale = "log2p1"\n'
-    )
-    settings = SiteSettings.load(site_toml)
-    key, authority = pki.new_authority("alliance")
-
-    def issue(csr: str, name: str, role: pki.Role) -> Any:
-        return pki.issue(key, authority, csr, name=name, role=role, days=30)
-
-    asked = identity.Request.load(identity.create(settings))
-    kit = {
-        "consortium": "alliance",
-        "site": "north",
-        "server": "fed.example.org:9092",
-        "authority": pki.to_pem(authority),
-        "certificate": pki.to_pem(issue(asked.certificate_request, "north", "site")),
-    }
-    (folder / "kit.json").write_text(json.dumps(kit))
-    identity.join(settings, folder / "kit.json")
-    ada = pki.new_key()
-    certificate = issue(
-        pki.request(ada, "ada", "administrator"), "ada", "administrator"
-    )
-    contract = Signed(CONTRACT).signed_by(ada, certificate)
+def approved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Signed]:
+    """Return the folder of a hospital that approved the contract, to be copied."""
+    site_toml, contract = join_and_approve(tmp_path_factory.mktemp("north"), CONTRACT)
     assert Contract.read_signed(contract).study == STUDY
-    desk = Desk.of(settings)
-    desk.receive(contract)
-    desk.decide(contract.hash, "approved", by="Dr. N.", expires=TOMORROW)
-    return folder, contract.hash
+    return site_toml.parent, contract
 
 
 @pytest.fixture
 def north(
-    joined: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    approved: tuple[Path, Signed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Hospital:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    shutil.copytree(joined[0], tmp_path / "north")
-    return Hospital(tmp_path / "north" / "site.toml", joined[1])
-
-
-def code(reply: RecordDict) -> str | None:
-    record = reply.config_records.get(keys.REFUSAL)
-    return None if record is None else str(record[keys.CODE])
-
-
-def as_bytes(reply: RecordDict) -> bytes:
-    sent: bytes = recorddict_to_proto(reply).SerializeToString(deterministic=True)
-    return sent
+    folder, contract = approved
+    shutil.copytree(folder, tmp_path / "north")
+    return Hospital(tmp_path / "north" / "site.toml", contract)
 
 
 def site(command: str, north: Hospital, *more: str) -> Result:
@@ -271,23 +182,10 @@ def test_an_answer_that_may_have_left_is_not_computed_again_under_its_debit(
     ],
 )
 def test_after_a_death_at_any_step_a_round_is_charged_once(
-    north: Hospital,
-    monkeypatch: pytest.MonkeyPatch,
-    point: str,
-    nth: int,
-    computed: int,
+    north: Hospital, point: str, nth: int, computed: int
 ) -> None:
-    reached: Counter[str] = Counter()
-
-    def reach(name: str) -> None:
-        reached[name] += 1
-        if name == point and reached[name] == nth:
-            raise Died
-
-    with monkeypatch.context() as patch:
-        patch.setattr(failpoints, "reach", reach)
-        with pytest.raises(Died):
-            north.ask()
+    with death_at(point, nth):
+        north.ask()
 
     again, once_more = north.ask(), north.ask()
 
@@ -331,16 +229,10 @@ def test_a_round_beyond_the_budget_is_declined_before_it_is_computed(
 
 
 def test_a_debited_round_may_be_computed_whatever_the_budget_became(
-    north: Hospital, monkeypatch: pytest.MonkeyPatch
+    north: Hospital,
 ) -> None:
-    def reach(name: str) -> None:
-        if name == "site.after_train":
-            raise Died
-
-    with monkeypatch.context() as patch:
-        patch.setattr(failpoints, "reach", reach)
-        with pytest.raises(Died):
-            north.ask()
+    with death_at("site.after_train"):
+        north.ask()
     north.permit(1e-3)
 
     assert code(north.ask(1)) is None
@@ -481,7 +373,7 @@ def test_show_says_what_was_done_what_is_spent_and_left(north: Hospital) -> None
     header, line, last = shown.stdout.splitlines()
     assert header.split()[-2:] == ["patients", "epsilon"]
     assert line.split() == [
-        north.contract[:16],
+        north.contract.hash[:16],
         "run-1",
         "pretraining",
         *("2", "Gaussian", "4", "1", "2", "40"),
@@ -562,9 +454,9 @@ def test_status_tells_the_rounds_that_the_budget_permits(north: Hospital) -> Non
 
 
 def test_study_show_says_what_the_study_would_cost(north: Hospital) -> None:
-    before = site("study show", north, north.contract).stdout
+    before = site("study show", north, north.contract.hash).stdout
     north.permit(after(3))
-    tight = site("study show", north, north.contract).stdout
+    tight = site("study show", north, north.contract.hash).stdout
 
     assert (
         "privacy      for each patient, made here: the whole study costs epsilon "
@@ -584,5 +476,5 @@ def test_what_is_left_counts_who_was_used_most(north: Hospital) -> None:
 
     assert account.spent == after(1)
     # Whoever was in the first round has three to come, as has the new one.
-    assert account.after(north.contract, STUDY) == after(4)
+    assert account.after(north.contract.hash, STUDY) == after(4)
     assert account.alone(STUDY) == after(5)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.client import daemon, identity
+from fedgex.client import daemon
 from fedgex.client.daemon import daemon_pid
-from fedgex.client.policy import TEMPLATE
 from fedgex.client.settings import SiteSettings
-from fedgex.common import pki
 from fedgex.common.chain import Chain
 from fedgex.common.errors import FedgexError, TrustError
+
+from .hospital import join
 
 WORKER = 4711
 
@@ -26,27 +26,7 @@ WORKER = 4711
 @pytest.fixture
 def site_toml(tmp_path: Path) -> Path:
     """Return the settings of a hospital that has joined."""
-    (tmp_path / "policy.toml").write_text(TEMPLATE)
-    site_toml = tmp_path / "site.toml"
-    site_toml.write_text(
-        'name = "north"\ndata.expression = "absent.csv"\ndata.scale = "log2p1"\n'
-    )
-    settings = SiteSettings.load(site_toml)
-    key, authority = pki.new_authority("alliance")
-    asked = identity.Request.load(identity.create(settings))
-    issued = pki.issue(
-        key, authority, asked.certificate_request, name="north", role="site", days=30
-    )
-    kit = {
-        "consortium": "alliance",
-        "site": "north",
-        "server": "fed.example.org:9092",
-        "authority": pki.to_pem(authority),
-        "certificate": pki.to_pem(issued),
-    }
-    (tmp_path / "kit.json").write_text(json.dumps(kit))
-    identity.join(settings, tmp_path / "kit.json")
-    return site_toml
+    return join(tmp_path)[0]
 
 
 @contextmanager

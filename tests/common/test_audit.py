@@ -10,23 +10,14 @@ import pytest
 from fedgex.common.audit import AuditReport
 from fedgex.common.errors import ConfigError
 
+from ..conftest import attack
+
 STUDY, MODEL = "a" * 64, "b" * 64
 
 
 def report(kind: str = "hospital", **highs: float) -> AuditReport:
     """Return a report with one attack for each kind of training and its upper end."""
-    attacks = [
-        {
-            "training": training,
-            "attack": "loss",
-            "task": "restoration",
-            "members": 40,
-            "non_members": 50,
-            "auc": {"value": 0.5, "low": 0.4, "high": high},
-            "found": [],
-        }
-        for training, high in highs.items()
-    ]
+    attacks = [attack(training, high) for training, high in highs.items()]
     values: dict[str, Any] = {
         "kind": kind,
         "study": "small",

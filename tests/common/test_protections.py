@@ -5,15 +5,8 @@ from typing import Any
 from fedgex.common.protections import protections
 from fedgex.common.study import Study
 
-DELTAS = {
-    "strategy": {
-        "name": "fedavg",
-        "weights": "equal",
-        "update": "delta",
-        "per_gene": False,
-    },
-    "public": {"statistics": True},
-}
+from ..conftest import OF_DELTAS
+
 PATIENT = {"delta": 1e-4, "clip": 1, "sample_rate": 0.1}
 
 
@@ -31,7 +24,7 @@ def test_each_protection_has_a_line_of_its_own():
     site = {"noise_multiplier": 1, "clip": 1, "delta": 1e-3}
 
     told = lines(
-        **DELTAS,
+        **OF_DELTAS,
         privacy={"patient": PATIENT | {"epsilon": 8}, "site": site},
         secure_aggregation={},
         rounds={"quorum": 3},
@@ -48,7 +41,7 @@ def test_epsilon_follows_from_the_noise_where_that_is_given():
     noise = PATIENT | {"noise_multiplier": 5, "sample_rate": 1}
 
     strong, weak = (
-        lines(**DELTAS, pretraining={"rounds": n}, privacy={"patient": noise})[0]
+        lines(**OF_DELTAS, pretraining={"rounds": n}, privacy={"patient": noise})[0]
         for n in (1, 30)
     )
 

@@ -16,6 +16,8 @@ from fedgex.common.harmonise import to_patients
 from fedgex.common.study import Study
 from fedgex.server import public
 
+from ..conftest import OF_DELTAS
+
 if TYPE_CHECKING:
     from .conftest import Consortium, Finished
 
@@ -25,16 +27,11 @@ ONE_PHASE: dict[str, Any] = {
     "classification": {"rounds": 0},
     "survival": {"rounds": 0},
 }
-NOISY: dict[str, Any] = ONE_PHASE | {
-    "strategy": {
-        "name": "fedavg",
-        "weights": "equal",
-        "update": "delta",
-        "per_gene": False,
-    },
-    "public": {"statistics": True},
-    "privacy": {"site": {"noise_multiplier": 2.0, "clip": 0.5, "delta": 1e-3}},
-}
+NOISY: dict[str, Any] = (
+    ONE_PHASE
+    | OF_DELTAS
+    | {"privacy": {"site": {"noise_multiplier": 2.0, "clip": 0.5, "delta": 1e-3}}}
+)
 
 
 @pytest.fixture(autouse=True)

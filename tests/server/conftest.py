@@ -4,11 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedgex.common import pki
+from fedgex.common import checkpoint, pki
+from fedgex.server import orders, runs, studies
 from fedgex.server.consortium import (
     Consortium,
     ConsortiumSettings,
@@ -103,3 +106,49 @@ def drafted(tmp_path: Path) -> dict[str, Path]:
     study.write_text(STUDY)
     genes.write_text("# three genes\nTP53\nESR1  # oestrogen receptor\n\nMKI67\n")
     return {"study": study, "genes": genes, "contract": tmp_path / "contract.toml"}
+
+
+@pytest.fixture
+def finish(
+    admitted: Admitted, drafted: dict[str, Path], train: Callable[..., Any]
+) -> Callable[..., runs.Run]:
+    """Return a function that makes the run "small" at its end, launched by ada."""
+
+    def make(release: str = "") -> runs.Run:
+        """`release` goes into that section of the contract."""
+        consortium, ada = admitted.consortium, admitted.key("ada")
+        text = studies.draft(
+            drafted["study"],
+            drafted["genes"],
+            purpose="Restoration of gene panels, for tests",
+            expires=(datetime.now(UTC) + timedelta(days=100)).date(),
+            sites=("north", "south"),
+            administrators=2,
+        )
+        text = text.replace("[release]\n", f"[release]\n{release}")
+        drafted["contract"].write_text(text)
+        studies.sign(drafted["contract"], ada, consortium.administrator(ada)[1])
+        contract = studies.publish(consortium, drafted["contract"], ada).subject
+        order = orders.launch(consortium, contract, "small", ada)
+        run = runs.launch(consortium, order)
+        sites = {
+            name: (key, pki.from_pem(consortium.site(name).certificate))
+            for name, key in admitted.sites.items()
+        }
+        train(
+            run.folder,
+            studies.load(consortium, contract).signed,
+            (consortium.coordinator_key, consortium.coordinator),
+            sites,
+        )
+        run.set("finished", reason=None)
+        return run
+
+    return make
+
+
+def digest_of(run: runs.Run) -> str:
+    """Return the digest of a run's last model."""
+    last = checkpoint.latest(run.folder / "checkpoints")
+    assert last is not None
+    return checkpoint.digest(last / "manifest.json")

@@ -3,57 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from fedgex.common import bundle, chain, checkpoint, pki
+from fedgex.common import bundle, chain, checkpoint
 from fedgex.common.audit import AuditReport
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.server import orders, releases, runs, studies
 from fedgex.server.cli import app
 
+from ..conftest import attack
+from .conftest import digest_of
+
 
 @pytest.fixture
-def finished(
-    admitted: Any, drafted: dict[str, Path], train: Callable[..., Any]
-) -> runs.Run:
+def finished(finish: Callable[[str], runs.Run]) -> runs.Run:
     """Return a run at its end, of a contract that permits an AUC up to 0.6."""
-    consortium, ada = admitted.consortium, admitted.key("ada")
-    text = studies.draft(
-        drafted["study"],
-        drafted["genes"],
-        purpose="Restoration of gene panels, for tests",
-        expires=(datetime.now(UTC) + timedelta(days=100)).date(),
-        sites=("north", "south"),
-        administrators=2,
-    )
-    demand = "[release]\naudit_max_auc = 0.6\n"
-    drafted["contract"].write_text(text.replace("[release]\n", demand))
-    studies.sign(drafted["contract"], ada, consortium.administrator(ada)[1])
-    contract = studies.publish(consortium, drafted["contract"], ada).subject
-    run = runs.launch(consortium, orders.launch(consortium, contract, "small", ada))
-    sites = {
-        name: (key, pki.from_pem(consortium.site(name).certificate))
-        for name, key in admitted.sites.items()
-    }
-    train(
-        run.folder,
-        studies.load(consortium, contract).signed,
-        (consortium.coordinator_key, consortium.coordinator),
-        sites,
-    )
-    run.set("finished", reason=None)
-    return run
-
-
-def digest_of(run: runs.Run) -> str:
-    last = checkpoint.latest(run.folder / "checkpoints")
-    assert last is not None
-    return checkpoint.digest(last / "manifest.json")
+    return finish("audit_max_auc = 0.6\n")
 
 
 @pytest.fixture
@@ -61,21 +30,12 @@ def report(finished: runs.Run, tmp_path: Path) -> Callable[..., Path]:
     """Return a function that writes a hospital's report on the run's model."""
 
     def make(high: float, **changes: Any) -> Path:
-        attack = {
-            "training": "released",
-            "attack": "loss",
-            "task": "restoration",
-            "members": 40,
-            "non_members": 50,
-            "auc": {"value": 0.5, "low": 0.4, "high": high},
-            "found": [],
-        }
         values = {
             "kind": "hospital",
             "study": "small",
             "study_hash": "a" * 64,
             "model": digest_of(finished),
-            "membership": [attack],
+            "membership": [attack("released", high)],
         }
         path = tmp_path / f"audit-{high}.json"
         path.write_text(AuditReport.read(values | changes, "test").to_json())

@@ -11,6 +11,8 @@ from scipy.stats import kstest, norm
 from fedgex.common.study import SitePrivacy, Study
 from fedgex.server import privacy
 
+from ..conftest import OF_DELTAS
+
 RULE = SitePrivacy(noise_multiplier=2.0, clip=3.0, delta=1e-3)
 
 
@@ -19,16 +21,9 @@ def study(**rules: Any) -> Study:
         "name": "test",
         "pretraining": {"rounds": 3},
         "survival": {"rounds": 4, "cancer_types": ["x"]},
-        "strategy": {
-            "name": "fedavg",
-            "weights": "equal",
-            "update": "delta",
-            "per_gene": False,
-        },
-        "public": {"statistics": True},
         "privacy": rules,
     }
-    return Study.read(values, "test")
+    return Study.read(values | OF_DELTAS, "test")
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:

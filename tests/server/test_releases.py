@@ -8,65 +8,32 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from fedgex.common import bundle, chain, checkpoint, pki
+from fedgex.common import bundle, chain
 from fedgex.common.errors import FedgexError, TrustError
-from fedgex.server import orders, releases, runs, studies
+from fedgex.server import orders, releases, runs
 from fedgex.server.cli import app
 from fedgex.server.orders import Order
 from fedgex.server.releases import Released
+
+from .conftest import digest_of
 
 Do = Callable[[str], Released]
 
 
 @pytest.fixture
-def finished(
-    admitted: Any, drafted: dict[str, Path], train: Callable[..., Any]
-) -> runs.Run:
-    """Return the run of a published contract at its end, launched by ada."""
-    consortium = admitted.consortium
-    text = studies.draft(
-        drafted["study"],
-        drafted["genes"],
-        purpose="Restoration of gene panels, for tests",
-        expires=(datetime.now(UTC) + timedelta(days=100)).date(),
-        sites=("north", "south"),
-        administrators=2,
-    )
-    drafted["contract"].write_text(text)
-    ada = admitted.key("ada")
-    studies.sign(drafted["contract"], ada, consortium.administrator(ada)[1])
-    contract = studies.publish(consortium, drafted["contract"], ada).subject
-    order = orders.launch(consortium, contract, "small", ada)
-    run = runs.launch(consortium, order)
-    sites = {
-        name: (key, pki.from_pem(consortium.site(name).certificate))
-        for name, key in admitted.sites.items()
-    }
-    train(
-        run.folder,
-        studies.load(consortium, contract).signed,
-        (consortium.coordinator_key, consortium.coordinator),
-        sites,
-    )
-    run.set("finished", reason=None)
-    return run
-
-
-def model(run: runs.Run) -> str:
-    last = checkpoint.latest(run.folder / "checkpoints")
-    assert last is not None
-    return checkpoint.digest(last / "manifest.json")
+def finished(finish: Callable[[], runs.Run]) -> runs.Run:
+    """Return a run at its end."""
+    return finish()
 
 
 def ordered(admitted: Any, run: runs.Run, name: str, **changes: Any) -> Order:
-    arguments = {"model": model(run)} | changes
+    arguments = {"model": digest_of(run)} | changes
     return orders.submit(
         admitted.consortium, "release", run.name, admitted.key(name), **arguments
     )
@@ -94,7 +61,7 @@ def test_a_model_is_released_by_the_last_administrator_whom_the_contract_wants(
     assert second.complete
     found = bundle.verify(path, admitted.consortium.authority)
     assert found.administrators == ("ada", "bo")
-    assert (found.release.run, found.release.model) == ("small", model(finished))
+    assert (found.release.run, found.release.model) == ("small", digest_of(finished))
 
 
 def test_one_administrator_twice_is_one(admitted: Any, finished: runs.Run) -> None:

@@ -14,41 +14,23 @@ from typer.testing import CliRunner
 
 from fedgex.common.audit import AuditReport
 from fedgex.common.errors import ConfigError
-from fedgex.simulations import audit, cohorts, in_process
+from fedgex.simulations import audit, in_process
 from fedgex.simulations.cli import app
 from fedgex.simulations.scenario import Scenario
+
+from ..conftest import attack
+from . import small
 
 SMALL = audit.Effort(shadows=4, canaries=10, inverted=1, inversion_steps=3)
 
 
 def scenario(**study: Any) -> Scenario:
-    values = {
-        "study": {
-            "name": "small",
-            "minimum_cohort": 5,
-            "pretraining": {"rounds": 1, "batch_size": 32},
-            "strategy": {"name": "fedavg", "weights": "equal"},
-        }
-        | study,
-        "data": {
-            "expression": "expression.parquet",
-            "scale": "log2p1",
-            "clinical": "clinical.csv",
-        },
-        "sites": {"column": "institution", "minimum_patients": 10},
-        "holdout": {"institutions": ["Hold-out 01", "Hold-out 02"]},
-        "run": {"workers": 1},
-    }
-    return Scenario.read(values, "test")
+    return small.scenario(study)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "data"
-    cohorts.new_data(
-        folder, n_sites=2, patients_per_site=20, n_genes=12, n_cancer_types=2
-    )
-    return folder
+    return small.new_data(tmp_path_factory, n_sites=2, patients_per_site=20, n_genes=12)
 
 
 @pytest.fixture(scope="module")
@@ -118,28 +100,22 @@ def test_shadow_models_come_in_pairs_that_share_nobody(done: Path) -> None:
 
 
 def test_the_table_has_a_column_for_each_model() -> None:
-    def attack(training: str) -> dict[str, Any]:
-        interval = {"value": 0.6, "low": 0.5, "high": 0.7}
-        found = {
-            "false_positive_rate": 0.01,
-            "true_positive_rate": None,
-            "note": "not estimable, 50 non-members",
-        }
-        return {
-            "training": training,
-            "attack": "loss",
-            "task": "restoration",
-            "members": 40,
-            "non_members": 50,
-            "auc": interval,
-            "found": [found],
-        }
-
+    found = {
+        "false_positive_rate": 0.01,
+        "true_positive_rate": None,
+        "note": "not estimable, 50 non-members",
+    }
+    measured = {
+        "auc": {"value": 0.6, "low": 0.5, "high": 0.7},
+        "found": [found],
+    }
     values = {
         "kind": "simulation",
         "study": "small",
         "study_hash": "a" * 64,
-        "membership": [attack("plain"), attack("private")],
+        "membership": [
+            attack(training, 0.7) | measured for training in ("plain", "private")
+        ],
     }
     lines = audit.table(AuditReport.read(values, "test"))
 

@@ -15,55 +15,37 @@ from typer.testing import CliRunner
 from fedgex.common.errors import ConfigError, DataError
 from fedgex.common.harmonise import Patients
 from fedgex.common.statistics import Standardisation
-from fedgex.simulations import cohorts, utility
+from fedgex.simulations import utility
 from fedgex.simulations.cli import app
 from fedgex.simulations.scenario import Scenario
+
+from . import small
 
 TYPES = ["type-1", "type-2"]
 
 
-def scenario(**study: Any) -> Scenario:
+def scenario(**changes: Any) -> Scenario:
     training = {"rounds": 1, "batch_size": 32}
-    values = {
-        "study": {
-            "name": "small",
-            "minimum_cohort": 5,
-            "linear_rank": 4,
-            "privacy": {
-                "patient": {
-                    "epsilon": 4,
-                    "delta": 1e-3,
-                    "clip": 1,
-                    "sample_rate": 1,
-                    "label_noise": 20,
-                }
-            },
-            "public": {"statistics": True, "epochs": 1},
-            "pretraining": training,
-            "classification": training | {"classes": TYPES, "backbone": "frozen"},
-            "strategy": {"name": "fedavg", "weights": "equal"},
-        }
-        | study,
-        "data": {
-            "expression": "expression.parquet",
-            "scale": "log2p1",
-            "clinical": "clinical.csv",
+    study = {
+        "linear_rank": 4,
+        "privacy": {
+            "patient": {
+                "epsilon": 4,
+                "delta": 1e-3,
+                "clip": 1,
+                "sample_rate": 1,
+                "label_noise": 20,
+            }
         },
-        "sites": {"column": "institution", "minimum_patients": 10},
-        "holdout": {"institutions": ["Hold-out 01", "Hold-out 02"]},
-        "public": {"institutions": ["Hospital 01"]},
-        "run": {"workers": 1},
+        "public": {"statistics": True, "epochs": 1},
+        "classification": training | {"classes": TYPES, "backbone": "frozen"},
     }
-    return Scenario.read(values, "test")
+    return small.scenario(study | changes, public={"institutions": ["Hospital 01"]})
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "data"
-    cohorts.new_data(
-        folder, n_sites=3, patients_per_site=40, n_genes=80, n_cancer_types=2
-    )
-    return folder
+    return small.new_data(tmp_path_factory, n_sites=3, patients_per_site=40, n_genes=80)
 
 
 def compare(data: Path, out: Path, said: StringIO | None = None) -> utility.Report:

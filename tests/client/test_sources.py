@@ -89,8 +89,8 @@ def test_text_stays_text(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("e.tsv", CSV.replace(",", "\t").encode()),
-        ("e.csv.gz", gzip.compress(CSV.encode())),
-        ("e.tsv.gz", gzip.compress(CSV.replace(",", "\t").encode())),
+        ("e.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
+        ("e.tsv.gz", gzip.compress(CSV.replace(",", "\t").encode(), mtime=0)),
         ("e.csv", b"\xef\xbb\xbf" + CSV.encode()),
         ("e.csv", CSV.replace("\n", "\r\n").encode()),
         ("e.csv", b'"id","TP53","MYC"\n"007","1.50","NA"\n"008","","3"\n'),
@@ -211,7 +211,11 @@ def test_a_clinical_file_goes_before_obs(tmp_path: Path) -> None:
         ("e.csv", "id,TP53\nP1,1\n".encode("utf-16"), Code.FILE_UNREADABLE),
         ("e.csv", "id,TP53\nJosé,1\n".encode("latin-1"), Code.FILE_UNREADABLE),
         ("e.csv.gz", b"id,TP53\nP1,1\n", Code.FILE_UNREADABLE),
-        ("e.csv.gz", gzip.compress(CSV.encode() * 999)[:60], Code.FILE_UNREADABLE),
+        (
+            "e.csv.gz",
+            gzip.compress(CSV.encode() * 999, mtime=0)[:60],
+            Code.FILE_UNREADABLE,
+        ),
         ("e.parquet", b"PAR1 torn", Code.FILE_UNREADABLE),
         ("e.h5ad", b"torn", Code.FILE_UNREADABLE),
         ("e.xlsx", b"PK", Code.FILE_UNREADABLE),

@@ -5,6 +5,7 @@ N patients, V genes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,17 @@ class Patients:
             duration=self.duration[rows],
             event=self.event[rows],
             clinical=self.clinical[rows],
+        )
+
+    @classmethod
+    def joined(cls, groups: Sequence[Patients]) -> Patients:
+        """Return the patients of all groups, one group after the other."""
+        return cls(
+            values=torch.cat([each.values for each in groups]),
+            cancer_type=tuple(t for each in groups for t in each.cancer_type),
+            duration=torch.cat([each.duration for each in groups]),
+            event=torch.cat([each.event for each in groups]),
+            clinical=torch.cat([each.clinical for each in groups]),
         )
 
     def type_index(self, types: tuple[str, ...]) -> Tensor:

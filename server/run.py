@@ -192,8 +192,8 @@ class _Run:
         failpoints.reach("server.before_round")
         started = time.monotonic()
         study = self.study
-        public = self.public if number == 1 else None
-        whole = public_start.begin(study, phase, last.parameters, public)
+        known = self.public if number == 1 else None
+        whole = public_start.begin(study, phase, last.parameters, known)
         incoming = tasks.updated(study, phase, tasks.sent(study, phase, whole))
         request = Request(
             type=keys.TRAIN,

@@ -354,10 +354,10 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
         patients = to_patients(cohort, ground.genes, begun.standardisation)
         own = [i for i, (site, _) in enumerate(canaries) if site == name]
         added = [canaries[i][1] for i in own if job.inserted[i]]
-        training[name] = _joined([patients, *added])
+        training[name] = Patients.joined([patients, *added])
     # No attack looks at survival, and no other phase hears of it.
     whole = in_process.federate(study, begun, training, without=(SURVIVAL,))
-    everybody = _joined(
+    everybody = Patients.joined(
         [
             to_patients(cohort, ground.genes, begun.standardisation)
             for cohort in ground.sites.values()
@@ -379,7 +379,7 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
         found = attacks.classification_losses(modules, everybody, classes)
         losses[CLASSIFICATION] = found
     if job.inserted.any():
-        every = _joined([canary for _, canary in canaries])
+        every = Patients.joined([canary for _, canary in canaries])
         losses["canaries-start"] = restored(begun.parameters, every)
         losses["canaries"] = restored(whole, every)
     return losses
@@ -409,16 +409,6 @@ def _canaries(ground: _Ground, n: int) -> list[tuple[str, Patients]]:
         )
         made.append((names[i % len(names)], patient))
     return made
-
-
-def _joined(groups: list[Patients]) -> Patients:
-    return Patients(
-        values=torch.cat([each.values for each in groups]),
-        cancer_type=tuple(t for each in groups for t in each.cancer_type),
-        duration=torch.cat([each.duration for each in groups]),
-        event=torch.cat([each.event for each in groups]),
-        clinical=torch.cat([each.clinical for each in groups]),
-    )
 
 
 def _backbone(study: Study, genes: Vocabulary, whole: tasks.Parameters) -> GexBert:

@@ -63,7 +63,7 @@ class Federation:
     @property
     def pooled(self) -> Patients:
         """All sites' patients in order of site name."""
-        return _concatenate([self.sites[name] for name in sorted(self.sites)])
+        return Patients.joined([self.sites[name] for name in sorted(self.sites)])
 
 
 def open_federation(
@@ -289,16 +289,6 @@ def _train_and_save(
     partial = path.with_suffix(".partial")
     save_file(train(study, name, patients, start, public), partial)
     partial.replace(path)
-
-
-def _concatenate(parts: list[Patients]) -> Patients:
-    return Patients(
-        values=torch.cat([p.values for p in parts]),
-        cancer_type=tuple(t for p in parts for t in p.cancer_type),
-        duration=torch.cat([p.duration for p in parts]),
-        event=torch.cat([p.event for p in parts]),
-        clinical=torch.cat([p.clinical for p in parts]),
-    )
 
 
 def _mean_alone(

@@ -39,7 +39,7 @@ from fedgex.common.errors import ConfigError, DataError
 from fedgex.common.harmonise import to_patients
 from fedgex.common.records import floats, text, to_arrays, to_record
 from fedgex.common.scale import Scale
-from fedgex.common.statistics import CrossProducts, GeneMoments, Standardisation, pack
+from fedgex.common.statistics import GeneMoments, Standardisation, by_type, pack
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
 
@@ -152,7 +152,10 @@ def statistics(message: Message, settings: SiteSettings, study: Study) -> Record
 def cross_products(
     message: Message, settings: SiteSettings, study: Study
 ) -> RecordDict:
-    """Send cross-products of standardised genes, if this hospital permits it."""
+    """Send cross-products of each cancer type's patients, if this hospital permits it.
+
+    Of the types that the study tells apart, and of all other patients together.
+    """
     _refuse_sums(study)
     if not settings.policy.share_cross_products:
         raise ConfigError(
@@ -161,9 +164,21 @@ def cross_products(
         )
     cohort, vocabulary = _cohort(settings, study), _vocabulary(message)
     patients = to_patients(cohort, vocabulary, _standardisation(message))
-    sums = CrossProducts.of(patients.values.numpy())
-    sums = sums.suppressed(_floor(settings, study))
-    arrays = {"products": pack(sums.products), "pair-counts": pack(sums.pair_counts)}
+    groups = by_type(
+        patients.values.numpy(),
+        patients.cancer_type,
+        study.linear_types,
+        _floor(settings, study),
+    )
+    arrays = {
+        f"{group}/{name}": array
+        for group, sums in groups.items()
+        for name, array in (
+            ("products", pack(sums.products)),
+            ("pair-counts", pack(sums.pair_counts)),
+            ("totals", sums.totals),
+        )
+    }
     return RecordDict({keys.PRODUCTS: to_record(arrays)})
 
 

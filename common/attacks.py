@@ -11,9 +11,7 @@ genes, B patients in a batch.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor, sqrt
 from typing import Any
@@ -27,9 +25,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgex.common import masking, predictions
+from fedgex.common.attribution import differentiable_start
 from fedgex.common.audit import CONFIDENCE
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import GexBert, LinearStart
+from fedgex.common.model import GexBert
 from fedgex.common.objectives import restoration_loss, restore
 from fedgex.common.seeds import generator
 from fedgex.common.study import CLASSIFICATION
@@ -379,7 +378,7 @@ def gradient(
         As in `restoration_loss`, shape (B, V).
     """
     trained = list(backbone.parameters())
-    with sdpa_kernel(SDPBackend.MATH), _differentiable_start(backbone):
+    with sdpa_kernel(SDPBackend.MATH), differentiable_start(backbone.encoder):
         loss, _ = restoration_loss(backbone, values, measured, hidden)
         parts = torch.autograd.grad(
             loss, trained, create_graph=values.requires_grad, allow_unused=True
@@ -484,21 +483,3 @@ def _correlation(x: Floats, y: Floats) -> float:
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
-
-
-@contextmanager
-def _differentiable_start(backbone: GexBert) -> Iterator[None]:
-    """Let gradients through the linear start, which training has no use for.
-
-    Without it the search would not see how the values act through the factors.
-    """
-    linear = backbone.encoder.linear
-    if linear is None:
-        yield
-        return
-    plain: Any = LinearStart.forward
-    linear.__dict__["forward"] = types.MethodType(plain.__wrapped__, linear)
-    try:
-        yield
-    finally:
-        del linear.__dict__["forward"]

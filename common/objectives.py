@@ -5,7 +5,10 @@ B or N patients, V genes, D width.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +20,10 @@ from fedgex.common.harmonise import Patients
 from fedgex.common.imputers import Float
 from fedgex.common.model import Encoder, GexBert, select
 from fedgex.common.study import MaskingRule
+
+REMEMBERED = 64
+"""Sets of patients whose vectors are kept: a simulation's sites and its hold-out."""
+_embedded: OrderedDict[bytes, Tensor] = OrderedDict()
 
 
 def restore(model: GexBert, values: Tensor, visible: Tensor, asked: Tensor) -> Tensor:
@@ -51,7 +58,15 @@ def embed(encoder: Encoder, values: Tensor, visible: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embed_all(encoder: Encoder, patients: Patients, batch_size: int = 64) -> Tensor:
-    """Return one vector a patient from all measured genes, shape (N, D), float32."""
+    """Return one vector a patient from all measured genes, shape (N, D), float32.
+
+    A frozen encoder meets the same patients every round: the vectors of the last
+    `REMEMBERED` calls are kept in this process.
+    """
+    key = _digest([*encoder.state_dict().values(), patients.values])
+    if key in _embedded:
+        _embedded.move_to_end(key)
+        return _embedded[key].clone()
     device = next(encoder.parameters()).device
     with mixed_precision(device):
         parts = [
@@ -62,7 +77,10 @@ def embed_all(encoder: Encoder, patients: Patients, batch_size: int = 64) -> Ten
                 strict=True,
             )
         ]
-    return torch.cat(parts)
+    _embedded[key] = torch.cat(parts)
+    if len(_embedded) > REMEMBERED:
+        _embedded.popitem(last=False)
+    return _embedded[key].clone()
 
 
 class ModelImputer:
@@ -160,6 +178,15 @@ def mixed_precision(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cuda":
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()
+
+
+def _digest(tensors: Iterable[Tensor]) -> bytes:
+    """Return the SHA-256 of what tensors hold, their shapes and where they are."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.device} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.digest()
 
 
 def _tokens(values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -98,8 +98,10 @@ def classification_loss(
 
     def loss(rows: Tensor, rng: torch.Generator) -> tuple[Tensor, int]:
         visible = draw_panel(measured[rows], phase.min_genes, rng)
+        learns = phase.backbone == "tuned" and torch.is_grad_enabled()
         with mixed_precision(device):
-            embedding = embed(encoder, patients.values[rows], visible)
+            with torch.set_grad_enabled(learns):
+                embedding = embed(encoder, patients.values[rows], visible)
             logits = head(embedding).float()
         return F.cross_entropy(logits + log_share, target[rows.to(device)]), len(rows)
 

@@ -44,7 +44,7 @@ def survival(
         From `log_hazard`, of the same patients, shape (N,); NaN stays NaN.
     """
     types = patients.type_index(study.survival.cancer_types).clamp(min=0)
-    baseline: Tensor = _survival_head(modules).baseline(types)  # (N, K)
+    baseline = _survival_head(modules).baseline_logits(types)  # (N, K)
     return survival_probability(baseline + log_hazard[:, None])
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -23,6 +24,12 @@ Summable = TypeVar("Summable", "GeneMoments", "CrossProducts")
 SUPPRESSED = -1
 """A count that a site keeps back, because it is below the minimum cohort. Few and none
 look the same; sums that belong to it are 0, and nothing is known of it."""
+
+OTHERS = "others"
+"""Group of the patients whose cancer type is not told apart."""
+
+MIN_SITES = 2
+"""With fewer, the statistics that everyone receives would be one site's own."""
 
 CONSTANT_BELOW = 1e-6
 """A gene whose SD is this share of its root mean square or less is constant: float64
@@ -150,7 +157,7 @@ class Standardisation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CrossProducts:
-    """Sums of products of every two standardised genes: a covariance that adds up.
+    """Sums of standardised genes, and of products of every two: they add up.
 
     They say more than means do. A site with fewer patients than genes gives away the
     space that its patients' profiles span, so each profile up to one rotation common to
@@ -162,23 +169,27 @@ class CrossProducts:
     """Sum over the patients who have both genes of their product, shape (V, V)."""
     pair_counts: NDArray[np.int64]
     """Patients who have both genes, or SUPPRESSED, shape (V, V)."""
+    totals: NDArray[np.float64]
+    """Sum of each gene over the patients who have it, shape (V,)."""
 
     def __post_init__(self) -> None:
         """Refuse what no site can have summed."""
-        shapes = {self.products.shape, self.pair_counts.shape}
-        if len(shapes) > 1 or self.products.shape != self.products.shape[::-1]:
+        shapes = {self.products.shape, self.pair_counts.shape, 2 * self.totals.shape}
+        if len(shapes) > 1 or self.totals.ndim != 1:
             raise UpdateError(
                 f"cross-products have shapes {sorted(shapes)}; expected one (V, V) for "
-                "products and pair_counts."
+                "products and pair_counts, and (V,) for totals."
             )
         _refuse_non_finite("products", self.products)
+        _refuse_non_finite("totals", self.totals)
         wrong = self.pair_counts < SUPPRESSED
         wrong |= (self.pair_counts <= 0) & (self.products != 0)
+        wrong[np.diag_indices_from(wrong)] |= (self.counts <= 0) & (self.totals != 0)
         if wrong.any():
             raise UpdateError(
                 f"cross-products of {wrong.sum()} pairs are impossible; expected "
-                f"counts of 0 or more, or {SUPPRESSED} for suppressed, and products of "
-                "0 where nothing is counted."
+                f"counts of 0 or more, or {SUPPRESSED} for suppressed, and sums of 0 "
+                "where nothing is counted."
             )
 
     @classmethod
@@ -189,6 +200,7 @@ class CrossProducts:
         return cls(
             products=x.T @ x,
             pair_counts=np.rint(present.T @ present).astype(np.int64),
+            totals=x.sum(axis=0),
         )
 
     def suppressed(self, floor: int) -> Self:
@@ -197,6 +209,16 @@ class CrossProducts:
         return type(self)(
             products=np.where(known, self.products, 0.0),
             pair_counts=np.where(known, self.pair_counts, SUPPRESSED),
+            totals=np.where(np.diag(known), self.totals, 0.0),
+        )
+
+    def without(self, genes: NDArray[np.bool_]) -> Self:
+        """Return the sums with nothing of some genes, marked in shape (V,)."""
+        hidden = genes[:, None] | genes[None, :]
+        return type(self)(
+            products=np.where(hidden, 0.0, self.products),
+            pair_counts=np.where(hidden, SUPPRESSED, self.pair_counts),
+            totals=np.where(genes, 0.0, self.totals),
         )
 
     def __add__(self, other: Self) -> Self:
@@ -205,7 +227,27 @@ class CrossProducts:
         return type(self)(
             products=self.products + other.products,
             pair_counts=_known(self.pair_counts) + _known(other.pair_counts),
+            totals=self.totals + other.totals,
         )
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Patients who have each gene, or SUPPRESSED, shape (V,)."""
+        return np.diag(self.pair_counts)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of each gene, shape (V,); 0 for a gene of which nothing is known."""
+        return self.totals / np.maximum(self.counts, 1)
+
+    def about_mean(self) -> NDArray[np.float64]:
+        """Return the sums of products of deviations from the mean, shape (V, V).
+
+        Each gene deviates from the mean over all who have it, whichever the other gene
+        of the pair; the two agree where all patients have the same genes.
+        """
+        pairs = _known(self.pair_counts)
+        return self.products - pairs * np.outer(self.mean, self.mean)
 
     def covariance(self) -> NDArray[np.float64]:
         """Return the pairwise-complete covariance about 0, shape (V, V).
@@ -230,6 +272,69 @@ def pool(sites: Iterable[Summable]) -> Summable:
     if not summands:
         raise UpdateError("no site sent statistics; expected one or more.")
     return functools.reduce(operator.add, summands)
+
+
+def by_type(
+    standardised: NDArray[np.floating[Any]],
+    cancer_type: Sequence[str | None],
+    types: Collection[str],
+    floor: int,
+) -> dict[str, CrossProducts]:
+    """Return cross-products of the patients of each type, and of all `OTHERS`.
+
+    The groups add up to the site, whose moments are known too, so that what one group
+    holds back, the difference would tell. So patients of a type with fewer than `floor`
+    are among the others; if these are still fewer, the smallest type joins them; and a
+    gene known of fewer than `floor` patients of one group, but of some, is suppressed
+    in every group.
+
+    Parameters
+    ----------
+    standardised
+        Shape (N, V), NaN where not measured.
+    cancer_type
+        Of each patient, length N.
+    types
+        Those to tell apart; none: all patients are among the others.
+    floor
+        Fewest patients in a group, and behind a sum.
+    """
+    group = [t if t is not None and t in types else OTHERS for t in cancer_type]
+    while True:
+        size = Counter(group)
+        told = sorted(size.keys() - {OTHERS}, key=lambda t: (size[t], t))
+        if not told or (size[told[0]] >= floor and not 0 < size[OTHERS] < floor):
+            break
+        group = [OTHERS if t == told[0] else t for t in group]
+    sums = {
+        name: CrossProducts.of(standardised[[g == name for g in group]])
+        for name in sorted(size)
+    }
+    few = [(s.counts > 0) & (s.counts < floor) for s in sums.values()]
+    hidden = np.logical_or.reduce(few)
+    return {n: s.suppressed(floor).without(hidden) for n, s in sums.items()}
+
+
+def pool_types(
+    sites: Iterable[Mapping[str, CrossProducts]],
+) -> dict[str, CrossProducts]:
+    """Return the cross-products of each group over all sites, see `by_type`.
+
+    A type of which fewer than `MIN_SITES` of several sites tell is among the others, so
+    that nobody's own statistics are handed to everyone.
+    """
+    pooled: dict[str, CrossProducts] = {}
+    told_by: Counter[str] = Counter()
+    n_sites = 0
+    for n_sites, site in enumerate(sites, 1):  # noqa: B007 - used after the loop
+        told_by.update(list(site))
+        _add_groups(pooled, site)
+    least = min(MIN_SITES, n_sites)
+    alone = {name: sums for name, sums in pooled.items() if told_by[name] < least}
+    kept = {name: sums for name, sums in pooled.items() if name not in alone}
+    for sums in alone.values():
+        _add_groups(kept, {OTHERS: sums})
+    return kept
 
 
 def pack(matrix: NDArray[Number]) -> NDArray[Number]:
@@ -258,6 +363,13 @@ def unpack(triangle: NDArray[Number]) -> NDArray[Number]:
     matrix[rows, columns] = triangle
     matrix[columns, rows] = triangle
     return matrix
+
+
+def _add_groups(
+    total: dict[str, CrossProducts], more: Mapping[str, CrossProducts]
+) -> None:
+    for name, sums in more.items():
+        total[name] = total[name] + sums if name in total else sums
 
 
 def _known(counts: NDArray[np.int64]) -> NDArray[np.int64]:

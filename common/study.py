@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.scale import Scale
+from fedgex.common.statistics import OTHERS
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
 """Names of the phases, which are the tasks that a site permits."""
@@ -365,6 +366,9 @@ class Study(Settings):
     """Ask the sites that permit it for cross-products (the linear references)."""
     linear_rank: int = Field(default=0, ge=0)
     """Factors of the linear start, from the pooled cross-products; 0 leaves it out."""
+    linear_types: tuple[str, ...] = ()
+    """Cancer types that the linear start tells apart, each with a mean and covariance
+    of its own, which the sites then send; empty: one for all patients."""
     vocabulary: VocabularyRule = VocabularyRule()
     pretraining: Pretraining = Pretraining()
     classification: Classification = Classification()
@@ -386,6 +390,11 @@ class Study(Settings):
                 "linear_rank above 0 needs cross_products = true, or "
                 "public.statistics = true"
             )
+        _named_once(self.linear_types, "linear_types")
+        if self.linear_types and not self.linear_rank:
+            raise ValueError("linear_types are for linear_rank above 0")
+        if OTHERS in self.linear_types:
+            raise ValueError(f'linear_types names "{OTHERS}", which all others are')
         if self.cross_products and self.public.statistics:
             raise ValueError(
                 "with public.statistics = true no site is asked for statistics; set "

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgex.common import model
-from fedgex.common.imputers import factor_analysis
+from fedgex.common import model, start
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.parameters import load_parameters, parameters
 from fedgex.common.seeds import seeded
+from fedgex.common.statistics import CrossProducts
 from fedgex.common.study import (
     CLASSIFICATION,
     PRETRAINING,
@@ -34,30 +34,29 @@ from fedgex.common.study import (
 )
 
 BACKBONE = "backbone"
-FIXED = (".linear.loadings", ".linear.noise")
-"""Ends of the names of what is computed once and never trained: the linear start."""
+FIXED = ".encoder.linear."
+"""In the names of what is computed once and never trained: the linear start."""
 Modules = dict[str, nn.Module]
 Parameters = Mapping[str, NDArray[np.float32]]
 
 
 def build(study: Study, n_genes: int, phase: str) -> Modules:
     """Return the modules of a phase, initialised by the study's seed alone."""
-    config = model.preset(study.preset, n_genes, study.linear_rank)
-    width = config.width + config.linear_rank
+    config = model.preset(
+        study.preset, n_genes, study.linear_rank, max(len(study.linear_types), 1)
+    )
     with seeded(study.seed, "initial", phase):
         if phase == PRETRAINING:
             return {BACKBONE: GexBert(config)}
         encoder = Encoder(config)
         if phase == CLASSIFICATION:
-            head: nn.Module = ClassificationHead(
-                width, len(study.classification.classes)
-            )
-        else:
-            head = SurvivalHead(
-                width,
-                len(study.survival.cancer_types),
-                len(study.survival.interval_ends),
-            )
+            classes = study.classification.classes
+            classifier = ClassificationHead(config, len(classes))
+            classifier.start_from(study.linear_types, classes)
+            return {f"{phase}.encoder": encoder, f"{phase}.head": classifier}
+        head = SurvivalHead(
+            config, len(study.survival.cancer_types), len(study.survival.interval_ends)
+        )
     return {f"{phase}.encoder": encoder, f"{phase}.head": head}
 
 
@@ -66,13 +65,13 @@ def initial(study: Study, n_genes: int) -> dict[str, NDArray[np.float32]]:
 
     A fine-tuned encoder joins when its phase begins, see `begin`.
     """
-    start = parameters(build(study, n_genes, PRETRAINING))
+    whole = parameters(build(study, n_genes, PRETRAINING))
     for phase in (CLASSIFICATION, SURVIVAL):
         settings = study.phases.get(phase)
         if settings is not None and "head" in _shared(settings):
             head = build(study, n_genes, phase)[f"{phase}.head"]
-            start |= parameters({f"{phase}.head": head})
-    return start
+            whole |= parameters({f"{phase}.head": head})
+    return whole
 
 
 def begin(
@@ -119,25 +118,24 @@ def updated(
     return {
         name: array
         for name, array in arrays.items()
-        if name.startswith(up) and not name.endswith(FIXED)
+        if name.startswith(up) and FIXED not in name
     }
 
 
 def linear_start(
-    study: Study, covariance: NDArray[np.float64]
+    study: Study, groups: Mapping[str, CrossProducts]
 ) -> dict[str, NDArray[np.float32]]:
     """Return the linear start's parameters; empty if the study leaves it out.
 
     Parameters
     ----------
-    covariance
-        Of standardised genes, shape (V, V), pooled over the sites.
+    groups
+        Cross-products pooled over the sites, see `statistics.pool_types`.
     """
     if not study.linear_rank:
         return {}
-    loadings, noise = factor_analysis(covariance, study.linear_rank)
-    start = f"{BACKBONE}.encoder"
-    return {f"{start}{FIXED[0]}": loadings, f"{start}{FIXED[1]}": noise}
+    found = start.fit(groups, study.linear_types, study.linear_rank)
+    return {f"{BACKBONE}{FIXED}{name}": array for name, array in found.items()}
 
 
 def load(study: Study, n_genes: int, phase: str, whole: Parameters) -> Modules:

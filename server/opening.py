@@ -9,9 +9,7 @@ why.
 
 from __future__ import annotations
 
-import functools
 import logging
-import operator
 import re
 import shutil
 import time
@@ -34,10 +32,13 @@ from fedgex.common.files import write_atomic
 from fedgex.common.harmonise import to_patients
 from fedgex.common.records import text, to_arrays, to_record
 from fedgex.common.statistics import (
+    MIN_SITES,
+    OTHERS,
     CrossProducts,
     GeneMoments,
     Standardisation,
     pool,
+    pool_types,
     unpack,
 )
 from fedgex.common.study import NAME_PATTERN, PRETRAINING, Study
@@ -52,9 +53,6 @@ from fedgex.server.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 Parsed = TypeVar("Parsed")
-
-MIN_CROSS_PRODUCT_SITES = 2
-"""With fewer, the covariance that everyone receives would be one site's own."""
 
 
 def study_record(study: Study) -> ConfigRecord:
@@ -131,19 +129,19 @@ class Opening:
         study, vocabulary = self.study, self._vocabulary()
         sites = self.sites(vocabulary)
         parameters = tasks.initial(study, len(vocabulary))
-        cohort, covariance = self.public_cohort, None
+        cohort, groups = self.public_cohort, None
         if cohort is not None and study.public.statistics:
             scale = public_start.standardisation(cohort, vocabulary)
             if study.linear_rank:
-                covariance = public_start.covariance(cohort, vocabulary, scale)
+                groups = public_start.cross_products(study, cohort, vocabulary, scale)
         else:
             scale = self._standardisation(vocabulary)
             if study.cross_products:
-                covariance = self._cross_products(vocabulary, scale)
-        if covariance is not None:
+                groups = self._cross_products(vocabulary, scale)
+        if groups is not None:
             path = self.settings.run_dir / "covariance.safetensors"
-            write_atomic(path, save({"covariance": covariance}))
-            parameters |= tasks.linear_start(study, covariance)
+            write_atomic(path, save({"covariance": pool(groups.values()).covariance()}))
+            parameters |= tasks.linear_start(study, groups)
         if cohort is not None and study.public.epochs:
             patients = to_patients(cohort, vocabulary, scale)
             parameters = public_start.fit_phase(
@@ -269,8 +267,8 @@ class Opening:
 
     def _cross_products(
         self, vocabulary: Vocabulary, scale: Standardisation
-    ) -> NDArray[np.float64]:
-        """Pool the cross-products of the sites that permit it; keep the covariance."""
+    ) -> dict[str, CrossProducts]:
+        """Pool the cross-products of the sites that permit it, by cancer type."""
         content = RecordDict(
             {
                 keys.VOCABULARY: vocabulary_record(vocabulary),
@@ -281,29 +279,40 @@ class Opening:
 
         def to_disk(answer: RecordDict) -> Path:
             arrays = to_arrays(answer.array_records[keys.PRODUCTS])
-            _products(arrays, len(vocabulary))  # refused now, not when added up
+            self._products(arrays, len(vocabulary))  # refused now, not when added up
             path = spool / f"{len(list(spool.iterdir()))}.safetensors"
             save_file(arrays, path)
             return path
 
         spool.mkdir(exist_ok=True)
         by_site = dict(self._ask(self.present, content, keys.CROSS_PRODUCTS, to_disk))
-        if len(by_site) < MIN_CROSS_PRODUCT_SITES:
+        if len(by_site) < MIN_SITES:
             raise FederationError(
                 f"the study asks for cross-products and {len(by_site)} sites sent "
-                f"them, expected {MIN_CROSS_PRODUCT_SITES} or more, so that none "
+                f"them, expected {MIN_SITES} or more, so that none "
                 "stands alone; set share_cross_products = true at more sites, or "
                 "cross_products = false in the study."
             )
-        total = functools.reduce(
-            operator.add,
-            (
-                _products(load_file(by_site[name]), len(vocabulary))
-                for name in sorted(by_site)
-            ),
+        pooled = pool_types(
+            self._products(load_file(by_site[name]), len(vocabulary))
+            for name in sorted(by_site)
         )
         shutil.rmtree(spool)
-        return total.covariance()
+        return pooled
+
+    def _products(
+        self, arrays: Mapping[str, NDArray[Any]], n_genes: int
+    ) -> dict[str, CrossProducts]:
+        """Return a site's cross-products by group."""
+        permitted = {*self.study.linear_types, OTHERS}
+        groups = {name.rpartition("/")[0] for name in arrays}
+        if unknown := groups - permitted:
+            raise UpdateError(
+                f"cross-products of {len(unknown)} groups that the study does not name"
+            )
+        if not groups:
+            raise UpdateError("cross-products of no group")
+        return {name: _products(arrays, name, n_genes) for name in sorted(groups)}
 
     # ---- asking ----
 
@@ -381,12 +390,17 @@ def _moments(answer: RecordDict, n_genes: int) -> GeneMoments:
     )
 
 
-def _products(arrays: Mapping[str, NDArray[Any]], n_genes: int) -> CrossProducts:
-    products = unpack(arrays["products"].astype(np.float64))
+def _products(
+    arrays: Mapping[str, NDArray[Any]], group: str, n_genes: int
+) -> CrossProducts:
+    products = unpack(arrays[f"{group}/products"].astype(np.float64))
     if products.shape != (n_genes, n_genes):
         raise UpdateError(f"cross-products of {len(products)}, not of {n_genes} genes")
-    counts = unpack(_whole(arrays["pair-counts"]))
-    return CrossProducts(products=products, pair_counts=counts)
+    return CrossProducts(
+        products=products,
+        pair_counts=unpack(_whole(arrays[f"{group}/pair-counts"])),
+        totals=arrays[f"{group}/totals"].astype(np.float64),
+    )
 
 
 def _whole(counts: NDArray[Any]) -> NDArray[np.int64]:

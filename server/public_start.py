@@ -17,7 +17,12 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.parameters import parameters
 from fedgex.common.seeds import derive
-from fedgex.common.statistics import CrossProducts, GeneMoments, Standardisation
+from fedgex.common.statistics import (
+    CrossProducts,
+    GeneMoments,
+    Standardisation,
+    by_type,
+)
 from fedgex.common.study import PRETRAINING, Study
 from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary
@@ -52,12 +57,13 @@ def standardisation(cohort: Cohort, vocabulary: Vocabulary) -> Standardisation:
     return Standardisation(mean=moments.mean, sd=moments.sd)
 
 
-def covariance(
-    cohort: Cohort, vocabulary: Vocabulary, scale: Standardisation
-) -> NDArray[np.float64]:
-    """Return the covariance of the standardised genes, shape (V, V)."""
+def cross_products(
+    study: Study, cohort: Cohort, vocabulary: Vocabulary, scale: Standardisation
+) -> dict[str, CrossProducts]:
+    """Return the cross-products of the study's types, see `statistics.by_type`."""
     patients = to_patients(cohort, vocabulary, scale)
-    return CrossProducts.of(patients.values.numpy()).covariance()
+    values, types = patients.values.numpy(), patients.cancer_type
+    return by_type(values, types, study.linear_types, cohorts.MIN_PATIENTS)
 
 
 def begin(

@@ -29,7 +29,7 @@ from fedgex.common.imputers import Imputer, NearestNeighbours, fit_mixture
 from fedgex.common.parameters import parameters
 from fedgex.common.phases import phase_loss, take_part, trained_parameters
 from fedgex.common.seeds import derive
-from fedgex.common.statistics import CrossProducts
+from fedgex.common.statistics import by_type
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.survival_metrics import kaplan_meier, logrank_p
 from fedgex.common.tasks import Parameters
@@ -154,7 +154,8 @@ def train(
     n_genes = patients.values.shape[1]
     whole = tasks.initial(study, n_genes) if start is None else dict(start)
     if study.linear_rank and start is None:
-        own = CrossProducts.of(patients.values.numpy()).covariance()
+        values, types = patients.values.numpy(), patients.cancer_type
+        own = by_type(values, types, study.linear_types, study.minimum_cohort)
         whole |= tasks.linear_start(study, own)
     for phase, training in study.phases.items():
         rows = take_part(study, phase, patients)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -33,7 +34,9 @@ from fedgex.common.statistics import (
     CrossProducts,
     GeneMoments,
     Standardisation,
+    by_type,
     pool,
+    pool_types,
 )
 from fedgex.common.study import PRETRAINING, Study
 from fedgex.common.tasks import Parameters
@@ -72,6 +75,20 @@ def take(cohort: Cohort, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Cohort:
         patients=tuple(np.asarray(cohort.patients)[rows]),
         expression=cohort.expression[rows],
         clinical=cohort.clinical.iloc[rows],
+    )
+
+
+def joined(cohorts: Sequence[Cohort]) -> Cohort:
+    """Return the samples of all cohorts as one, on the genes that any has."""
+    genes = tuple(sorted({gene for cohort in cohorts for gene in cohort.genes}))
+    on_genes = Vocabulary(genes)
+    return Cohort(
+        patients=tuple(p for cohort in cohorts for p in cohort.patients),
+        genes=genes,
+        expression=np.concatenate(
+            [on_genes.place(cohort.genes, cohort.expression) for cohort in cohorts]
+        ),
+        clinical=pd.concat([cohort.clinical for cohort in cohorts], ignore_index=True),
     )
 
 
@@ -127,6 +144,7 @@ def start(
     genes: Vocabulary,
     sites: Mapping[str, Cohort],
     public: Cohort | None,
+    scale: Standardisation | None = None,
 ) -> Start:
     """Return genes, their scale and the first parameters.
 
@@ -136,35 +154,43 @@ def start(
         Patients who train, by site.
     public
         The server's own patients; for studies that take something from these.
+    scale
+        Of the genes; None: that of the sites, or of the public patients.
     """
-    covariance = None
+    groups = None
     if public is not None and study.public.statistics:
         scale = public_start.standardisation(public, genes)
-        covariance = public_start.covariance(public, genes, scale)
+        groups = public_start.cross_products(study, public, genes, scale)
     else:
-        raw = Standardisation(mean=np.zeros(len(genes)), sd=np.ones(len(genes)))
-        moments = pool(
-            GeneMoments.of(_values(cohort, genes, raw)).suppressed(study.minimum_cohort)
-            for cohort in sites.values()
-        )
-        scale = Standardisation(mean=moments.mean, sd=moments.sd)
+        scale = scale or standardisation(study, genes, sites)
         if study.linear_rank:
-            products = pool(
-                CrossProducts.of(_values(cohort, genes, scale)).suppressed(
-                    study.minimum_cohort
-                )
+            groups = pool_types(
+                _by_type(study, to_patients(cohort, genes, scale))
                 for cohort in sites.values()
             )
-            covariance = products.covariance()
     whole = tasks.initial(study, len(genes))
-    if covariance is not None:
-        whole |= tasks.linear_start(study, covariance)
+    if groups is not None and study.linear_rank:
+        whole |= tasks.linear_start(study, groups)
     patients = None if public is None else to_patients(public, genes, scale)
     if patients is not None and study.public.epochs:
         whole = public_start.fit_phase(study, PRETRAINING, patients, whole)
     return Start(
         vocabulary=genes, standardisation=scale, parameters=whole, public=patients
     )
+
+
+def standardisation(
+    study: Study, genes: Vocabulary, sites: Mapping[str, Cohort]
+) -> Standardisation:
+    """Return the scale of the genes that the sites agree on."""
+    raw = Standardisation(mean=np.zeros(len(genes)), sd=np.ones(len(genes)))
+    moments = pool(
+        GeneMoments.of(to_patients(cohort, genes, raw).values.numpy()).suppressed(
+            study.minimum_cohort
+        )
+        for cohort in sites.values()
+    )
+    return Standardisation(mean=moments.mean, sd=moments.sd)
 
 
 def federate(
@@ -274,8 +300,6 @@ def _update(
     )
 
 
-def _values(
-    cohort: Cohort, genes: Vocabulary, scale: Standardisation
-) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = to_patients(cohort, genes, scale).values.numpy()
-    return values
+def _by_type(study: Study, patients: Patients) -> dict[str, CrossProducts]:
+    values, types = patients.values.numpy(), patients.cancer_type
+    return by_type(values, types, study.linear_types, study.minimum_cohort)

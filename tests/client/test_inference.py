@@ -244,9 +244,10 @@ def test_risk_and_survival_are_those_of_the_head() -> None:
     ]
     for row, x in enumerate(embedded(trained, SURVIVAL, frame)):
         kind = TYPES.index(clinical()["cancer_type"].iloc[row])
-        weight, baseline = head.linear.weight[kind], head.baseline.weight[kind]
+        weight = head.shared.weight[0] + 0.6 * head.own.weight[kind]
+        baseline = 3 * head.baseline.weight[kind] - 2
         # No covariates in this study.
-        log_hazard = float((head.norm(x) @ weight[:64]).detach())
+        log_hazard = float((head.norm(x) / 8 @ weight).detach())  # 64 latents
         hazard = 1 / (1 + np.exp(-(baseline.detach().numpy() + log_hazard)))
         assert table.iloc[row].to_numpy() == pytest.approx(
             [log_hazard, 1 - hazard[0], (1 - hazard[0]) * (1 - hazard[1])], abs=1e-4
@@ -267,9 +268,13 @@ def test_age_and_sex_count_where_the_study_uses_them() -> None:
         - inference.risk(trained, samples(), base)["log_hazard"]
     )
 
-    weight = trained.parameters["survival.head.linear.weight"]
+    shared, own = (
+        trained.parameters[f"survival.head.clinical_{of}.weight"]
+        for of in ("shared", "own")
+    )
     kind = [TYPES.index(t) for t in clinical()["cancer_type"]]
-    assert change.to_numpy() == pytest.approx(weight[kind, 64:].sum(axis=1), abs=1e-5)
+    weight = (shared + 0.2 * own[kind]).sum(axis=1)
+    assert change.to_numpy() == pytest.approx(weight, abs=1e-5)
 
 
 def test_a_cox_model_tells_the_relative_risk_alone() -> None:
@@ -322,7 +327,7 @@ def test_a_phase_that_has_not_begun_is_missing_though_its_head_exists() -> None:
     with pytest.raises(CheckpointError, match="for: pretraining, classification") as e:
         inference.risk(early, samples(), clinical())
 
-    assert "survival.head.linear.weight" in early.parameters
+    assert "survival.head.own.weight" in early.parameters
     assert "has not been trained for survival" in str(e.value)
 
 
@@ -344,7 +349,7 @@ def test_a_head_that_stayed_at_the_hospitals_is_asked_for() -> None:
 def test_a_hospital_uses_its_own_head(tmp_path: Path) -> None:
     trained = model(local_survival())
     head: Any = tasks.build(trained.study, 12, SURVIVAL)["survival.head"]
-    torch.nn.init.normal_(head.linear.weight, generator=torch.manual_seed(3))
+    torch.nn.init.normal_(head.own.weight, generator=torch.manual_seed(3))
     state.save_head({"survival.head": head}, tmp_path, SURVIVAL, 1)
 
     table = inference.risk(trained, samples(), clinical(), state_dir=tmp_path)

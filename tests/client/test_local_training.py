@@ -220,9 +220,9 @@ def test_what_came_in_is_not_changed(tmp_path):
 
 def test_a_parameter_that_did_not_come_is_refused_by_name(tmp_path):
     incoming = dict(sent(study(), SURVIVAL))
-    del incoming["survival.head.linear.weight"]
+    del incoming["survival.head.own.weight"]
 
-    with pytest.raises(UpdateError, match=r"survival\.head\.linear.weight is missing"):
+    with pytest.raises(UpdateError, match=r"survival\.head\.own.weight is missing"):
         train_round(
             study(),
             SURVIVAL,

@@ -495,7 +495,7 @@ def test_a_hospital_names_its_settings_for_its_own_head(tmp_path: Path) -> None:
     site = write_site(tmp_path)
     own = tmp_path / "state" / trained.study.hash[:16]
     head: Any = tasks.build(trained.study, 6, "survival")["survival.head"]
-    torch.nn.init.normal_(head.linear.weight, generator=torch.manual_seed(3))
+    torch.nn.init.normal_(head.own.weight, generator=torch.manual_seed(3))
     state.save_head({"survival.head": head}, own, "survival", 1)
 
     without = predict("risk", tmp_path, "--cancer-type", "KIRC")

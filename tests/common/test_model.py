@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +27,7 @@ from fedgex.common.model import (
     preset,
     select,
 )
+from fedgex.common.start import NEVER
 
 V = 23
 """Genes; no other dimension of the model below is of this size."""
@@ -125,7 +128,7 @@ def test_patients_of_a_batch_do_not_see_one_another():
 @pytest.mark.parametrize("side", ["given", "asked"])
 def test_twice_the_genes_cost_at_most_twice_the_operations(side):
     n_genes = 2048
-    model = GexBert(preset("tiny", n_genes, linear_rank=4))
+    model = GexBert(preset("tiny", n_genes, linear_rank=4, linear_components=3))
 
     def operations(n: int) -> int:
         many, few = torch.arange(n)[None], torch.arange(8)[None]
@@ -161,6 +164,7 @@ def test_an_unknown_preset_is_refused_with_the_names_that_exist():
     [
         ({"n_genes": 0}, "model.n_genes is 0; expected 1 or more"),
         ({"n_blocks": -1}, "model.n_blocks is -1"),
+        ({"linear_components": 0}, "model.linear_components is 0"),
         ({"n_heads": 3}, "model.width is 8 and model.n_heads 3"),
     ],
 )
@@ -226,70 +230,207 @@ def test_a_patients_vector_is_the_mean_of_the_latents():
 
     latents, _ = encoder(genes, values, None)
     torch.testing.assert_close(found, latents.sum(1) / 3)
+    assert tiny().config.embedding_width == 8
 
 
-def linear_start() -> LinearStart:
-    """Return factors drawn at random, 3 of them, under a noise of each gene's own."""
-    start = LinearStart(V, 3)
+R = 3
+"""Factors of the linear starts below."""
+
+
+def linear_start(n_components: int = 4) -> LinearStart:
+    """Return a mixture drawn at random, every gene under a noise of its own."""
+    start = LinearStart(V, R, n_components)
     rng = torch.Generator().manual_seed(5)
-    start.loadings.copy_(torch.randn(V, 3, generator=rng))
+    start.loadings.copy_(torch.randn(V, R, generator=rng))
     start.noise.copy_(torch.rand(V, generator=rng) + 0.1)
+    start.means.copy_(torch.randn(n_components, V, generator=rng) / 2)
+    roots = torch.randn(n_components, R, 2 * R, generator=rng)
+    start.precisions.copy_(roots @ roots.mT)
+    shares = torch.rand(n_components, generator=rng) + 0.2
+    start.log_shares.copy_((shares / shares.sum()).log())
     return start
 
 
-def test_the_linear_start_restores_the_conditional_mean_of_a_normal_distribution():
-    genes, values, asked = drawn(3, 11, 6)
+def of_the_mixture(
+    start: LinearStart, genes: Tensor, values: Tensor, asked: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a patient's genes tell of those asked for, factors and component.
+
+    From each component's joint normal distribution of genes and factors, in NumPy.
+    """
+    W, noise = start.loadings.double().numpy(), start.noise.double().numpy()
+    joint, restored, factors = [], [], []
+    x, g, q = values.double().numpy(), genes.numpy(), asked.numpy()
+    for mean, precision, log_share in zip(
+        start.means.double().numpy(),
+        start.precisions.double().numpy(),
+        start.log_shares.double().numpy(),
+        strict=True,
+    ):
+        C = np.linalg.inv(precision)
+        S = W @ C @ W.T + np.diag(noise)
+        within = S[np.ix_(g, g)]
+        off = np.linalg.solve(within, x - mean[g])
+        restored.append(mean[q] + S[np.ix_(q, g)] @ off)
+        factors.append(C @ W[g].T @ off)
+        joint.append(log_share + multivariate_normal.logpdf(x, mean[g], within))
+    weights = softmax(joint)
+    return weights @ restored, weights @ factors, weights
+
+
+@pytest.mark.parametrize("n_components", [1, 4])
+@pytest.mark.parametrize("n_given", [2, 6, 17])
+def test_the_linear_start_restores_the_conditional_mean_of_a_mixture_of_normals(
+    n_given, n_components
+):
+    genes, values, asked = drawn(5, n_given, 6)
+    start = linear_start(n_components)
+
+    known = start(genes, values, None)
+    restored = start.restore(known, asked)
+
+    for i in range(5):
+        assert not set(genes[i].tolist()) & set(asked[i].tolist())
+        expected, factors, weights = of_the_mixture(
+            start, genes[i], values[i], asked[i]
+        )
+        np.testing.assert_allclose(known.log_weights[i].exp(), weights, atol=1e-4)
+        np.testing.assert_allclose(known.factors[i], factors, atol=1e-4)
+        np.testing.assert_allclose(restored[i], expected, atol=1e-4)
+    if n_components > 1 and n_given == 2:  # so that all components have a say
+        assert known.log_weights.exp().max() < 0.95
+
+
+def test_of_a_patient_without_genes_the_linear_start_knows_the_shares_alone():
+    genes, values, asked = drawn(1, 4, 6)
     start = linear_start()
 
-    found = start.restore(start(genes, values, None), asked)
+    known = start(genes, values, torch.zeros(1, 4, dtype=torch.bool))
 
-    w, noise = start.loadings.double().numpy(), start.noise.double().numpy()
-    covariance = w @ w.T + np.diag(noise)
-    for i in range(3):
-        seen, wanted = genes[i].numpy(), asked[i].numpy()
-        assert not set(seen) & set(wanted)
-        across = covariance[np.ix_(wanted, seen)]
-        within = covariance[np.ix_(seen, seen)]
-        expected = across @ np.linalg.solve(within, values[i].double().numpy())
-        np.testing.assert_allclose(found[i].numpy(), expected, atol=1e-4)
+    shares = start.log_shares.exp()
+    torch.testing.assert_close(known.log_weights[0].exp(), shares)
+    torch.testing.assert_close(known.factors[0], torch.zeros(R))
+    expected = shares @ start.means[:, asked[0]]
+    torch.testing.assert_close(start.restore(known, asked)[0], expected)
+
+
+def test_a_component_of_which_nothing_is_known_has_no_weight():
+    genes, values, asked = drawn(3, 11, 6)
+    start, without = linear_start(4), linear_start(4)
+    start.log_shares[1] = NEVER
+    start.means[1], start.precisions[1] = 0, torch.eye(R)
+    values[0] = 0  # the very mean of that component
+    others = [0, 2, 3]
+    for name in ("means", "precisions", "log_shares"):
+        setattr(without, name, getattr(without, name)[others])
+
+    known, expected = start(genes, values, None), without(genes, values, None)
+
+    assert known.log_weights[:, 1].exp().tolist() == [0, 0, 0]
+    torch.testing.assert_close(known.log_weights[:, others], expected.log_weights)
+    torch.testing.assert_close(
+        start.restore(known, asked), without.restore(expected, asked)
+    )
 
 
 def test_padding_changes_nothing_in_the_linear_start():
     genes, values, _ = drawn(2, 11, 6)
-    keep = (torch.arange(11) < 7).expand(2, -1)
+    keep = torch.arange(11) < torch.tensor([[7], [3]])
     start = linear_start()
 
     padded = start(genes, values.masked_fill(~keep, 1e3), keep)
 
-    torch.testing.assert_close(padded, start(genes[:, :7], values[:, :7], None))
+    for i, n in enumerate((7, 3)):
+        alone = start(genes[i : i + 1, :n], values[i : i + 1, :n], None)
+        torch.testing.assert_close(padded.factors[i], alone.factors[0])
+        torch.testing.assert_close(padded.log_weights[i], alone.log_weights[0])
+
+
+def test_the_linear_start_tells_components_apart_on_many_genes_in_float32():
+    start, n_genes = LinearStart(5000, R, 2), 5000
+    rng = torch.Generator().manual_seed(0)
+    start.loadings.copy_(torch.randn(n_genes, R, generator=rng))
+    start.noise.fill_(0.1)
+    start.means[0] = 0.01 * torch.randn(n_genes, generator=rng)
+    genes, values = torch.arange(n_genes)[None], torch.randn(1, n_genes, generator=rng)
+
+    found = start(genes, values, None).log_weights[0]
+
+    # With C the same in both, and flat, the densities differ by squares alone.
+    w, x = start.loadings.double().numpy(), values[0].double().numpy()
+    inner = np.eye(R) + w.T @ w / 0.1
+    off = np.stack([x - start.means[0].double().numpy(), x])
+    target = off @ w / 0.1
+    distance = (off**2).sum(1) / 0.1
+    distance -= (target * np.linalg.solve(inner, target.T).T).sum(1)
+    np.testing.assert_allclose(found.exp(), softmax(-distance / 2), atol=0.02)
+    assert 0.001 < found.exp()[0] < 0.999
 
 
 def test_the_linear_start_stands_beside_the_network_and_is_never_trained():
     torch.manual_seed(0)
     config = ModelConfig(
-        n_genes=V, width=8, n_latents=3, n_blocks=1, n_heads=2, linear_rank=3
+        n_genes=V,
+        width=8,
+        n_latents=3,
+        n_blocks=1,
+        n_heads=2,
+        linear_rank=R,
+        linear_components=4,
     )
     model = GexBert(config)
     model.encoder.linear = linear_start()
     genes, values, asked = drawn(2, 11, 6)
 
-    restored = model(genes, values, None, asked)
-    torch.nn.init.zeros_(model.decoder.weight.weight)
+    at_first = model(genes, values, None, asked)
+    torch.nn.init.normal_(model.decoder.weight.weight)
+    trained = model(genes, values, None, asked)
 
     linear = model.encoder.linear
     alone = linear.restore(linear(genes, values, None), asked)
-    assert not torch.allclose(restored, alone)
-    torch.testing.assert_close(model(genes, values, None, asked), alone)
-    assert model.encoder.embed(genes, values, None).shape == (2, 8 + 3)
+    torch.testing.assert_close(at_first, alone)
+    assert not torch.allclose(trained, alone)
+    vectors = model.encoder.embed(genes, values, None)
+    known = linear(genes, values, None)
+    assert vectors.shape == (2, config.embedding_width) == (2, 8 + R + 4)
+    torch.testing.assert_close(vectors[:, 8 : 8 + R], known.factors * known.spread)
+    torch.testing.assert_close(vectors[:, 8 + R :], known.log_weights.clamp(min=-20))
+    size = linear.loadings.norm(dim=0)
+    torch.testing.assert_close(known.spread, size / size.square().mean().sqrt())
     assert not [n for n, _ in model.named_parameters() if "linear." in n]
 
 
+PLAIN = ModelConfig(n_genes=V, width=8, n_latents=3, n_blocks=1, n_heads=2)
+STARTED = ModelConfig(
+    n_genes=V,
+    width=8,
+    n_latents=3,
+    n_blocks=1,
+    n_heads=2,
+    linear_rank=3,
+    linear_components=2,
+)
+
+
 def test_the_classification_head_gives_a_logit_for_each_class():
-    assert ClassificationHead(8, 5)(torch.randn(2, 8)).shape == (2, 5)
+    assert ClassificationHead(PLAIN, 5)(torch.randn(2, 8)).shape == (2, 5)
+    assert ClassificationHead(STARTED, 5)(torch.randn(2, 13)).shape == (2, 5)
+
+
+def test_a_new_classification_head_says_what_the_linear_start_says():
+    head = ClassificationHead(STARTED, 3)
+    head.start_from(("LUAD", "BRCA"), ("BRCA", "KIRC", "LUAD"))
+    embedding = torch.randn(4, 13)
+
+    logits = head(embedding)
+
+    luad, brca = embedding[:, 11], embedding[:, 12]
+    expected = torch.stack([brca, torch.zeros(4), luad], dim=1)
+    torch.testing.assert_close(logits, expected)
 
 
 def test_a_new_survival_head_gives_everyone_a_hazard_of_one_in_eight():
-    head = SurvivalHead(8, n_types=3, n_intervals=4)
+    head = SurvivalHead(PLAIN, n_types=3, n_intervals=4)
     types = torch.tensor([0, 2])
 
     logits = head(torch.randn(2, 8), torch.randn(2, 2), types)
@@ -297,21 +438,23 @@ def test_a_new_survival_head_gives_everyone_a_hazard_of_one_in_eight():
     torch.testing.assert_close(logits.sigmoid(), torch.full((2, 4), 0.1192029))
 
 
-def test_the_survival_head_adds_the_log_hazard_of_the_patients_own_type():
+def test_the_survival_head_adds_what_all_types_share_and_what_is_the_types_own():
     torch.manual_seed(0)
-    head = SurvivalHead(8, n_types=3, n_intervals=2)
-    torch.nn.init.normal_(head.linear.weight)
-    torch.nn.init.normal_(head.baseline.weight)
-    embedding, clinical = torch.randn(8), torch.tensor([0.5, 1.0])
+    head = SurvivalHead(STARTED, n_types=3, n_intervals=2)
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight)
+    embedding, clinical = torch.randn(13), torch.tensor([0.5, 1.0])
 
     logits = head(embedding[None], clinical[None], torch.tensor([2]))
 
-    normed = (embedding - embedding.mean()) / (
-        embedding.var(correction=0) + 1e-5
-    ).sqrt()
-    weight = head.linear.weight[2]
-    log_hazard = weight[:8] @ normed + 0.5 * weight[8] + 1.0 * weight[9]
-    torch.testing.assert_close(logits[0], head.baseline.weight[2] + log_hazard)
+    latents, factors = embedding[:8], embedding[8:11]  # responsibilities are not read
+    normed = (latents - latents.mean()) / (latents.var(correction=0) + 1e-5).sqrt()
+    x = torch.cat([normed / 8**0.5, factors / 3**0.5])
+    weight = head.shared.weight[0] + 0.6 * head.own.weight[2]
+    of_clinical = head.clinical_shared.weight[0] + 0.2 * head.clinical_own.weight[2]
+    log_hazard = weight @ x + of_clinical @ clinical
+    expected = -2 + 3 * head.baseline.weight[2] + log_hazard
+    torch.testing.assert_close(logits[0], expected)
 
 
 def test_select_lists_the_genes_of_each_row_and_marks_the_padding():

@@ -30,14 +30,16 @@ from .small_site import CONFIG, N, V, built, patients
 
 def survival_head() -> SurvivalHead:
     torch.manual_seed(1)
-    head = SurvivalHead(CONFIG.width, 2, 2)
-    nn.init.normal_(head.linear.weight)
+    head = SurvivalHead(CONFIG, 2, 2)
+    nn.init.normal_(head.shared.weight)
+    nn.init.normal_(head.own.weight)
+    nn.init.normal_(head.clinical_shared.weight)
     return head
 
 
 def test_with_all_genes_shown_classification_is_cross_entropy():
     encoder = built(Encoder)
-    head = ClassificationHead(CONFIG.width, 2)
+    head = ClassificationHead(CONFIG, 2)
     known = patients()
     phase = Classification(rounds=1, classes=("KIRC", "BRCA"), min_genes=V)
 
@@ -58,7 +60,8 @@ def site_of(types: tuple[str, ...]) -> tuple[float, ClassificationHead]:
     """Return loss and head, gradients filled, of a site with these cancer types."""
     known = replace(patients(), cancer_type=types)
     phase = Classification(rounds=1, classes=("KIRC", "BRCA", "LUAD"), min_genes=V)
-    head = ClassificationHead(CONFIG.width, 3)
+    head = ClassificationHead(CONFIG, 3)
+    nn.init.normal_(head.linear.weight)
     loss, _ = classification_loss(built(Encoder), head, known, phase)(
         torch.arange(N), torch.Generator()
     )
@@ -83,7 +86,7 @@ def test_a_class_that_a_site_lacks_is_not_pushed_down():
 def test_rarer_classes_are_not_told_less_often_for_being_rare():
     known = replace(patients(), cancer_type=("KIRC",) * 5 + ("BRCA",))
     phase = Classification(rounds=1, classes=("KIRC", "BRCA"), min_genes=V)
-    head = ClassificationHead(CONFIG.width, 2)
+    head = ClassificationHead(CONFIG, 2)
     nn.init.zeros_(head.linear.weight)
     nn.init.zeros_(head.linear.bias)
 
@@ -113,7 +116,7 @@ def test_panels_are_drawn_evenly_on_the_log_scale_down_to_the_smallest(monkeypat
         clinical=torch.zeros(2, 2),
     )
     phase = Classification(rounds=1, classes=("A", "B"), min_genes=4)
-    head = ClassificationHead(CONFIG.width, 2)
+    head = ClassificationHead(CONFIG, 2)
     loss = classification_loss(built(Encoder), head, complete, phase)
     rng = torch.Generator().manual_seed(0)
 
@@ -128,7 +131,7 @@ def test_training_lowers_the_loss_of_the_patients_trained_on():
     phase = Survival(
         rounds=1, local_epochs=60, cancer_types=("KIRC", "BRCA"), backbone="tuned"
     )
-    encoder, head = built(Encoder), SurvivalHead(CONFIG.width, 2, 5)
+    encoder, head = built(Encoder), SurvivalHead(CONFIG, 2, 5)
     loss = survival_loss(encoder, head, patients(), phase)
     before = judge(loss, N, 32, seed=0)
 
@@ -205,4 +208,5 @@ def test_a_cox_batch_without_events_moves_nothing():
     loss.backward()
 
     assert (loss.item(), n_terms) == (0.0, 0)
-    assert not head.linear.weight.grad.any()
+    assert not head.shared.weight.grad.any()
+    assert not head.own.weight.grad.any()

@@ -1,16 +1,23 @@
+from collections import Counter
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fedgex.common.errors import UpdateError
 from fedgex.common.statistics import (
+    OTHERS,
     SUPPRESSED,
     CrossProducts,
     GeneMoments,
     Standardisation,
+    by_type,
     pack,
     pool,
+    pool_types,
     unpack,
 )
 
@@ -120,6 +127,25 @@ def test_where_panels_differ_each_pair_counts_the_patients_who_have_both():
     assert not pooled.covariance()[5].any()
 
 
+def test_products_about_the_mean_are_those_of_the_deviations():
+    values = np.random.default_rng(0).normal(3, 2, size=(20, 4))
+
+    sums = CrossProducts.of(values)
+
+    np.testing.assert_allclose(sums.mean, values.mean(axis=0))
+    expected = 20 * np.cov(values, rowvar=False, ddof=0)
+    np.testing.assert_allclose(sums.about_mean(), expected)
+
+
+def test_where_panels_differ_a_gene_deviates_from_the_mean_of_all_who_have_it():
+    values = np.array([[1.0, 2.0], [3.0, 4.0], [8.0, np.nan]])  # means 4 and 3
+
+    sums = CrossProducts.of(values)
+
+    pairs = 1 * 2 + 3 * 4 - 2 * 4 * 3  # of the two who have both
+    assert sums.about_mean().tolist() == [[9 + 1 + 16, pairs], [pairs, 1 + 1]]
+
+
 def test_packing_halves_a_symmetric_matrix_and_unpacking_restores_it():
     product = CrossProducts.of(np.random.default_rng(0).normal(size=(9, 4)))
 
@@ -163,6 +189,22 @@ def test_numbers_that_are_not_finite_are_refused_and_named():
         GeneMoments.of(np.array([[1.0, np.inf]]))
     with pytest.raises(UpdateError, match="products holds"):
         CrossProducts.of(np.array([[1.0, np.inf]]))
+    with pytest.raises(UpdateError, match="totals holds 1 numbers"):
+        CrossProducts(
+            products=np.ones((2, 2)),
+            pair_counts=np.ones((2, 2), dtype=np.int64),
+            totals=np.array([1.0, np.nan]),
+        )
+
+
+@pytest.mark.parametrize("totals", [np.ones(3), np.ones((2, 2)), np.array(1.0)])
+def test_totals_of_other_genes_than_the_products_are_refused(totals):
+    with pytest.raises(UpdateError, match=r"\(V,\) for totals"):
+        CrossProducts(
+            products=np.ones((2, 2)),
+            pair_counts=np.ones((2, 2), dtype=np.int64),
+            totals=totals,
+        )
 
 
 def test_counts_above_the_number_of_patients_are_refused():
@@ -194,6 +236,7 @@ def test_pairs_of_few_patients_are_suppressed():
 
     assert told.pair_counts.tolist() == [[3, SUPPRESSED], [SUPPRESSED, SUPPRESSED]]
     assert told.products.tolist() == [[35.0, 0.0], [0.0, 0.0]]
+    assert told.totals.tolist() == [9.0, 0.0]
 
 
 @pytest.mark.parametrize("floor", [1, 2, 3])
@@ -229,9 +272,211 @@ def test_sums_beside_a_suppressed_count_are_refused():
             n_patients=3,
         )
     with pytest.raises(UpdateError, match="1 pairs are impossible"):
-        CrossProducts(products=np.ones((1, 1)), pair_counts=np.full((1, 1), SUPPRESSED))
+        CrossProducts(
+            products=np.ones((1, 1)),
+            pair_counts=np.full((1, 1), SUPPRESSED),
+            totals=np.zeros(1),
+        )
+    with pytest.raises(UpdateError, match="1 pairs are impossible"):
+        CrossProducts(
+            products=np.zeros((2, 2)),
+            pair_counts=np.array([[SUPPRESSED, 3], [3, 3]]),
+            totals=np.ones(2),
+        )
 
 
 def test_an_sd_of_zero_is_refused():
     with pytest.raises(UpdateError, match="sd of 1 genes"):
         Standardisation(mean=np.zeros(2), sd=np.array([1.0, 0.0]))
+
+
+# ---- by cancer type ----
+
+
+GENES = 4
+FIRST = 0
+"""A gene that everybody has, so that its counts are the sizes of the groups."""
+
+
+@st.composite
+def labelled(draw) -> tuple[np.ndarray, list[str | None], int]:
+    """Return values (N, 4), the cancer type of each patient, and a floor."""
+    kinds = st.sampled_from(["a", "b", "c", "d", None])
+    types = draw(st.lists(kinds, max_size=30))
+    shares = draw(st.lists(st.floats(0, 1), min_size=GENES, max_size=GENES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    values = rng.normal(size=(len(types), GENES))
+    values[rng.random(values.shape) < shares] = np.nan
+    values[:, FIRST] = rng.normal(size=len(types))
+    return values, types, draw(st.integers(1, 6))
+
+
+def members(
+    types: list[str | None], groups: Collection[str]
+) -> dict[str, NDArray[np.bool_]]:
+    """Return who is in each group: a type's patients, or all who are of no group."""
+    group = [t if t is not None and t in groups else OTHERS for t in types]
+    return {name: np.array([g == name for g in group]) for name in groups}
+
+
+@given(labelled())
+def test_groups_hold_the_floor_or_more_and_add_up_to_the_site(site):
+    values, types, floor = site
+
+    groups = by_type(values, types, "abc", floor)
+
+    assert groups.keys() <= {"a", "b", "c", OTHERS}
+    if 0 < len(types) < floor:
+        assert groups.keys() == {OTHERS}
+        assert (groups[OTHERS].pair_counts == SUPPRESSED).all()
+        return
+    sizes = [sums.counts[FIRST] for sums in groups.values()]
+    assert all(size >= floor for size in sizes)
+    assert sum(sizes) == len(types)
+
+
+@given(labelled())
+def test_nothing_that_few_patients_tell_is_left_when_groups_are_taken_from_the_site(
+    site,
+):
+    values, types, floor = site
+
+    groups = by_type(values, types, "abc", floor)
+
+    whole = CrossProducts.of(values)
+    told = {name: sums.counts for name, sums in groups.items()}
+    for gene in range(GENES):
+        known = [counts[gene] for counts in told.values() if counts[gene] > 0]
+        assert all(count >= floor for count in known)
+        assert sum(known) in (0, whole.counts[gene])
+        if known:
+            total = sum(sums.totals[gene] for sums in groups.values())
+            np.testing.assert_allclose(total, whole.totals[gene], atol=1e-9)
+            square = sum(sums.products[gene, gene] for sums in groups.values())
+            np.testing.assert_allclose(square, whole.products[gene, gene])
+
+
+@given(labelled())
+def test_a_group_tells_of_its_own_patients_what_the_floor_of_them_know(site):
+    values, types, floor = site
+
+    groups = by_type(values, types, "abc", floor)
+
+    who = members(types, groups)
+    have = {name: (~np.isnan(values[rows])).sum(axis=0) for name, rows in who.items()}
+    for name, sums in groups.items():
+        x = np.nan_to_num(values[who[name]])
+        for i, j in np.ndindex(GENES, GENES):
+            both = (~np.isnan(values[who[name]][:, [i, j]])).all(axis=1).sum()
+            few = any(0 < n[g] < floor for n in have.values() for g in (i, j))
+            if few or both < floor:
+                assert sums.pair_counts[i, j] == SUPPRESSED
+                assert sums.products[i, j] == 0
+            else:
+                assert sums.pair_counts[i, j] == both
+                np.testing.assert_allclose(sums.products[i, j], x[:, i] @ x[:, j])
+            if i == j and sums.pair_counts[i, i] == SUPPRESSED:
+                assert sums.totals[i] == 0
+            elif i == j:
+                np.testing.assert_allclose(sums.totals[i], x[:, i].sum(), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("types", "sizes"),
+    [
+        pytest.param("aaaaabbbb", {"a": 5, "b": 4}, id="nobody else"),
+        pytest.param("aaaaabbbbccc", {"a": 5, "b": 4, "c": 3}, id="just the floor"),
+        pytest.param("aaaaaddd", {"a": 5, OTHERS: 3}, id="enough of no type"),
+        pytest.param("aaaaabbcd", {"a": 5, OTHERS: 4}, id="too few of three types"),
+        pytest.param("aaaaabbbbd", {"a": 5, OTHERS: 5}, id="the smallest joins one"),
+        pytest.param("aaabbbd", {"b": 3, OTHERS: 4}, id="of two smallest the first"),
+        pytest.param("aaaaacc", {OTHERS: 7}, id="the only one joins two"),
+        pytest.param("aabbcc", {OTHERS: 6}, id="too few of each"),
+    ],
+)
+def test_who_is_too_few_is_among_the_others_with_the_smallest_type_if_need_be(
+    types, sizes
+):
+    groups = by_type(np.ones((len(types), 1)), list(types), "abc", floor=3)
+
+    assert {name: sums.counts[0] for name, sums in groups.items()} == sizes
+
+
+def test_without_types_the_site_is_one_group():
+    values = sites(0)[2]
+
+    groups = by_type(values, ["a"] * 30, (), floor=3)
+
+    assert groups.keys() == {OTHERS}
+    whole = CrossProducts.of(values).suppressed(3)
+    np.testing.assert_array_equal(groups[OTHERS].pair_counts, whole.pair_counts)
+    np.testing.assert_array_equal(groups[OTHERS].products, whole.products)
+
+
+def test_a_gene_of_few_patients_of_one_type_is_suppressed_in_every_group():
+    values = np.ones((9, 3))
+    values[:3, 1] = np.nan  # of type a 2 patients have it
+    values[:5, 2] = np.nan  # of type a none has it
+
+    groups = by_type(values, list("aaaaabbbb"), "ab", floor=3)
+
+    assert groups["a"].counts.tolist() == [5, SUPPRESSED, SUPPRESSED]
+    assert groups["b"].counts.tolist() == [4, SUPPRESSED, 4]
+    assert groups["b"].pair_counts[0].tolist() == [4, SUPPRESSED, 4]
+    assert groups["b"].totals.tolist() == [4, 0, 4]
+
+
+def told(**sizes: int) -> dict[str, CrossProducts]:
+    """Return groups of so many patients, all of whom have 1 in one gene."""
+    return {name: CrossProducts.of(np.ones((n, 1))) for name, n in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("groups", "sizes"),
+    [
+        pytest.param(
+            [told(a=5, b=4), told(a=3, b=7)], {"a": 8, "b": 11}, id="two of each"
+        ),
+        pytest.param(
+            [told(a=5, b=4), told(a=3, others=6)],
+            {"a": 8, OTHERS: 10},
+            id="one alone tells of b",
+        ),
+        pytest.param(
+            [told(a=5, b=4), told(a=3), told(a=2, c=3)],
+            {"a": 10, OTHERS: 7},
+            id="one alone of b, another of c",
+        ),
+        pytest.param([told(a=5), told(b=4)], {OTHERS: 9}, id="nothing in common"),
+        pytest.param([told(a=5, b=4)], {"a": 5, "b": 4}, id="a single site"),
+        pytest.param(
+            [told(a=5, others=4)], {"a": 5, OTHERS: 4}, id="a single site with others"
+        ),
+    ],
+)
+def test_a_type_that_one_of_several_sites_tells_alone_is_among_the_others(
+    groups, sizes
+):
+    pooled = pool_types(groups)
+
+    assert {name: sums.counts[0] for name, sums in pooled.items()} == sizes
+    assert {name: sums.totals[0] for name, sums in pooled.items()} == sizes
+
+
+@given(st.lists(labelled(), min_size=1, max_size=4))
+def test_pooled_groups_add_up_to_what_the_sites_told(rows):
+    told_by = [by_type(v, types, "abc", floor) for v, types, floor in rows if types]
+
+    pooled = pool_types(told_by)
+
+    told_of = Counter(name for groups in told_by for name in groups)
+    for name in pooled.keys() - {OTHERS}:
+        assert told_of[name] >= min(2, len(told_by))
+    if told_by:
+        ours = pool(pooled.values())
+        theirs = pool(sums for groups in told_by for sums in groups.values())
+        np.testing.assert_array_equal(
+            np.maximum(ours.pair_counts, 0), np.maximum(theirs.pair_counts, 0)
+        )
+        np.testing.assert_allclose(ours.products, theirs.products, atol=1e-9)
+        np.testing.assert_allclose(ours.totals, theirs.totals, atol=1e-9)

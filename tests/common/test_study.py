@@ -284,6 +284,29 @@ def test_noise_on_the_mean_does_not_stand_beside_statistics_without_any():
         study(strategy=DELTAS, privacy=SITE)
 
 
+LINEAR: dict[str, Any] = {"cross_products": True, "linear_rank": 3}
+
+
+def test_a_linear_start_tells_apart_the_types_that_the_study_names_in_their_order():
+    found = study(**LINEAR, linear_types=["KIRC", "BRCA"])
+
+    assert found.linear_types == ("KIRC", "BRCA")
+    assert found.hash != study(**LINEAR, linear_types=["BRCA", "KIRC"]).hash
+    assert study(**LINEAR).linear_types == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"linear_types": ["BRCA"]}, "linear_types are for linear_rank above 0"),
+        (LINEAR | {"linear_types": ["A", "B", "A"]}, "linear_types must be distinct"),
+        (LINEAR | {"linear_types": ["A", "others"]}, 'linear_types names "others"'),
+    ],
+)
+def test_linear_types_are_distinct_types_of_a_linear_start(values, said):
+    assert said in refusal(**values)
+
+
 def test_a_public_cohort_and_sites_are_not_both_asked_for_cross_products():
     with pytest.raises(ConfigError, match="cross_products = false"):
         study(cross_products=True, public={"statistics": True})

@@ -10,6 +10,8 @@ from fedgex.common import tasks
 from fedgex.common.errors import UpdateError
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.parameters import parameters
+from fedgex.common.start import NOISE_FACTOR
+from fedgex.common.statistics import OTHERS, CrossProducts
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 
 V = 5
@@ -188,13 +190,22 @@ def test_a_head_that_stayed_at_its_site_cannot_be_loaded_from_the_model():
     local = study(head="local")
     whole = tasks.begin(local, SURVIVAL, tasks.initial(local, V))
 
-    with pytest.raises(UpdateError, match=r"survival\.head\.linear.weight is missing"):
+    with pytest.raises(UpdateError, match=r"survival\.head\.own.weight is missing"):
         tasks.load(local, V, SURVIVAL, whole)
 
 
-def with_factors() -> Study:
-    values = json.loads(study().to_json()) | {"linear_rank": 2, "cross_products": True}
-    return Study.read(values, "test")
+def with_factors(*types: str) -> Study:
+    linear = {"linear_rank": 2, "linear_types": types, "cross_products": True}
+    return Study.read(json.loads(study().to_json()) | linear, "test")
+
+
+def products(covariance: np.ndarray, n: int) -> CrossProducts:
+    """Return the sums over n patients with mean 0 and this covariance."""
+    return CrossProducts(
+        products=n * covariance,
+        pair_counts=np.full(covariance.shape, n),
+        totals=np.zeros(len(covariance)),
+    )
 
 
 def test_the_linear_start_explains_the_pooled_covariance():
@@ -202,20 +213,43 @@ def test_the_linear_start_explains_the_pooled_covariance():
     w = rng.normal(size=(V, 2)) / 3
     covariance = w @ w.T + np.diag(1 - (w**2).sum(1))
 
-    start = tasks.linear_start(with_factors(), covariance)
+    found = tasks.linear_start(with_factors(), {OTHERS: products(covariance, 500)})
 
-    names = [f"backbone.encoder.linear.{part}" for part in ("loadings", "noise")]
-    assert list(start) == names
-    assert [array.dtype for array in start.values()] == [np.float32] * 2
-    loadings, noise = start.values()
+    loadings = found["backbone.encoder.linear.loadings"]
+    noise = found["backbone.encoder.linear.noise"] / NOISE_FACTOR
     np.testing.assert_allclose(
         loadings @ loadings.T + np.diag(noise), covariance, atol=0.02
     )
-    assert set(start) <= set(tasks.initial(with_factors(), V))
+
+
+@pytest.mark.parametrize("types", [(), ("BRCA", "KIRC", "LUAD")])
+def test_the_linear_start_is_the_part_of_a_new_model_that_is_not_drawn(types):
+    told = with_factors(*types)
+    groups = {OTHERS: products(np.eye(V), 500), "KIRC": products(np.eye(V), 100)}
+
+    found = tasks.linear_start(told, groups)
+
+    initial = tasks.initial(told, V)
+    there = {name for name in initial if name.startswith("backbone.encoder.linear.")}
+    assert set(found) == there
+    assert all(found[name].shape == initial[name].shape for name in there)
+    assert all(array.dtype == np.float32 for array in found.values())
 
 
 def test_without_factors_there_is_no_linear_start():
-    assert tasks.linear_start(study(), np.eye(V)) == {}
+    assert tasks.linear_start(study(), {OTHERS: products(np.eye(V), 500)}) == {}
+
+
+def test_a_head_reads_latents_factors_and_a_probability_of_each_linear_type():
+    built = tasks.build(with_factors("BRCA", "KIRC"), V, CLASSIFICATION)
+    genes = torch.arange(V)[None]
+
+    vector = built["classification.encoder"].embed(genes, torch.ones(1, V), None)
+
+    plain = tasks.build(study(), V, CLASSIFICATION)["classification.encoder"]
+    more = vector.shape[1] - plain.embed(genes, torch.ones(1, V), None).shape[1]
+    assert more == 2 + 2
+    assert built["classification.head"](vector).shape == (1, 3)
 
 
 @pytest.mark.parametrize("phase", [PRETRAINING, *FINE_TUNING])
@@ -226,7 +260,8 @@ def test_the_linear_start_goes_down_to_the_sites_and_never_back_up(phase):
     up = tasks.updated(with_factors(), phase, sent)
 
     kept = {name.rsplit(".", 1)[1] for name in set(sent) - set(up)}
-    assert kept == {"loadings", "noise"}
+    assert kept == {"loadings", "noise", "means", "precisions", "log_shares"}
+    assert all(".encoder.linear." in name for name in set(sent) - set(up))
     assert set(up) < set(sent)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .conftest import Consortium, Finished
 
 FLOOR = 10
+TYPES = ("type-1", "type-2")
 TRAIN_NUMBERS = {
     "num-examples",
     "num-loss-terms",
@@ -47,7 +48,9 @@ ALLOWED: dict[str, dict[str, set[str] | None]] = {
         "moments": {"count", "total", "square-total"},
         "metrics": {"num-patients"},
     },
-    "query.cross_products": {"cross-products": {"products", "pair-counts"}},
+    "query.cross_products": {
+        "cross-products": {"others/products", "others/pair-counts", "others/totals"}
+    },
     "train": {"update": None, "metrics": TRAIN_NUMBERS},
 }
 """Records and keys of each reply; an update's keys are those of the model sent."""
@@ -439,10 +442,12 @@ def test_counts_below_the_floor_are_suppressed_and_never_nought(
     assert moments["count"][genes.index(at)] == FLOOR
     assert moments["total"][genes.index(at)] > 0
     sent = to_arrays(replies[keys.CROSS_PRODUCTS].array_records[keys.PRODUCTS])
-    counts = sent["pair-counts"]
+    counts = sent["others/pair-counts"]
     assert not set(range(FLOOR)) & set(counts.tolist())
     assert (counts == SUPPRESSED).any()
-    assert (sent["products"][counts == SUPPRESSED] == 0).all()
+    assert (sent["others/products"][counts == SUPPRESSED] == 0).all()
+    assert sent["others/totals"][genes.index(below)] == 0
+    assert sent["others/totals"][genes.index(at)] != 0
 
 
 def test_a_site_stricter_than_the_study_is_obeyed(
@@ -483,7 +488,57 @@ def test_federated_mean_sd_and_covariance_are_the_pooled_ones(
     assert np.isnan(pooled).any()  # panels differ, so the test means something
 
 
+def test_sums_by_cancer_type_leave_for_groups_of_the_floor_and_make_the_types_means(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    linear = {"cross_products": True, "linear_rank": 3, "linear_types": TYPES}
+    run = consortium.conduct(consortium.study(**SHORT | linear), tmp_path / "run")
+
+    genes = list(run.final.vocabulary.genes)
+    told = {
+        e.site: to_arrays(e.reply.array_records[keys.PRODUCTS])
+        for e in run.exchanges
+        if e.message_type == keys.CROSS_PRODUCTS
+    }
+    patients: dict[str, list[pd.DataFrame]] = {name: [] for name in TYPES}
+    for name in consortium.names:
+        groups = _by_type(consortium, name, genes)
+        few = [name for name, rows in groups.items() if len(rows) < FLOOR]
+        if few:  # of two types: so the other is the smallest that is left
+            groups = {"others": pd.concat(groups.values())}
+        assert {key.split("/")[0] for key in told[name]} == set(groups)
+        for group, rows in groups.items():
+            counts = told[name][f"{group}/pair-counts"]
+            assert counts.max() == len(rows)
+            assert not set(range(FLOOR)) & set(counts.tolist())
+            if group in patients:
+                patients[group].append(rows)
+    assert {len(sites) for sites in patients.values()} == {2}  # of four hospitals
+    assert sum("others/totals" in groups for groups in told.values()) == 2
+    scale = run.final.standardisation
+    found = run.final.parameters["backbone.encoder.linear.means"]
+    for k, name in enumerate(TYPES):
+        z = (pd.concat(patients[name]).to_numpy() - scale.mean) / scale.sd
+        known = ~np.isnan(z).all(axis=0)
+        np.testing.assert_allclose(
+            found[k, known], np.nanmean(z[:, known], axis=0), atol=1e-4
+        )
+        assert not found[k, ~known].any()
+
+
 # ---- helpers ----
+
+
+def _by_type(
+    consortium: Consortium, name: str, genes: list[str]
+) -> dict[str, pd.DataFrame]:
+    """Return the expression of a hospital's patients of each cancer type."""
+    folder = consortium.sites / name
+    table = pd.read_parquet(folder / "expression.parquet")
+    rows = table.reindex(columns=genes).astype(np.float64)
+    clinical = pd.read_csv(folder / "clinical.csv").set_index("patient")
+    types = clinical["cancer_type"].reindex(rows.index)
+    return {kind: rows[(types == kind).to_numpy()] for kind in TYPES}
 
 
 def _pooled(

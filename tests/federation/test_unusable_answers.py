@@ -62,9 +62,38 @@ def one_gene_less(record: str) -> Tamper:
 
 def one_gene_less_in_the_triangle(reply: RecordDict) -> None:
     arrays = to_arrays(reply.array_records[keys.PRODUCTS])
-    size = int(np.sqrt(2 * arrays["products"].size))
+    size = int(np.sqrt(2 * arrays["others/products"].size))
     length = size * (size - 1) // 2
-    reply[keys.PRODUCTS] = to_record({k: a[:length] for k, a in arrays.items()})
+    cut = {
+        k: a[: size - 1 if k == "others/totals" else length] for k, a in arrays.items()
+    }
+    reply[keys.PRODUCTS] = to_record(cut)
+
+
+def of_no_group(reply: RecordDict) -> None:
+    reply[keys.PRODUCTS] = to_record({})
+
+
+def of_group(name: str) -> Tamper:
+    """Return what sends a site's cross-products as those of another group, too."""
+
+    def tamper(reply: RecordDict) -> None:
+        arrays = to_arrays(reply.array_records[keys.PRODUCTS])
+        more = {k.replace("others", name, 1): array for k, array in arrays.items()}
+        reply[keys.PRODUCTS] = to_record(arrays | more)
+
+    return tamper
+
+
+def lacks(record: str, key: str) -> Tamper:
+    """Return what takes one array out of a reply."""
+
+    def tamper(reply: RecordDict) -> None:
+        arrays = to_arrays(reply.array_records[record])
+        del arrays[key]
+        reply[record] = to_record(arrays)
+
+    return tamper
 
 
 def counts_a_list(reply: RecordDict) -> None:
@@ -172,7 +201,19 @@ def test_statistics_that_are_no_use_are_left_out_of_the_pool(
     "tamper",
     [
         pytest.param(says_nothing, id="nothing"),
-        pytest.param(sends(keys.PRODUCTS, "products", with_nan), id="NaN"),
+        pytest.param(sends(keys.PRODUCTS, "others/products", with_nan), id="NaN"),
+        pytest.param(sends(keys.PRODUCTS, "others/totals", with_nan), id="totals NaN"),
+        pytest.param(
+            sends(keys.PRODUCTS, "others/totals", lambda a: a[:-1]), id="totals short"
+        ),
+        pytest.param(
+            sends(keys.PRODUCTS, "others/pair-counts", lambda a: a - a - 2),
+            id="counts below nought",
+        ),
+        pytest.param(lacks(keys.PRODUCTS, "others/totals"), id="no totals"),
+        pytest.param(of_no_group, id="no group"),
+        pytest.param(of_group("type-1"), id="a type that the study does not name"),
+        pytest.param(of_group(""), id="a group without a name"),
         pytest.param(one_gene_less(keys.PRODUCTS), id="no triangle"),
         pytest.param(one_gene_less_in_the_triangle, id="one gene less"),
     ],

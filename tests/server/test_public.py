@@ -1,5 +1,6 @@
 """What the public cohort gives, against plain NumPy."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import to_patients
 from fedgex.common.model import GexBert
 from fedgex.common.parameters import load_parameters
+from fedgex.common.statistics import OTHERS
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
 from fedgex.server import public, public_start
@@ -23,10 +25,11 @@ VOCABULARY = Vocabulary(GENES)
 N = 40
 
 
-def study(**rule: Any) -> Study:
+def study(linear_types: Sequence[str] = (), **rule: Any) -> Study:
     values = {
         "name": "test",
         "linear_rank": 2,
+        "linear_types": linear_types,
         "pretraining": {"rounds": 1, "batch_size": 8},
         "classification": {"rounds": 1, "classes": ["x", "y"]},
         "public": {"statistics": True} | rule,
@@ -64,10 +67,29 @@ def test_the_covariance_is_that_of_the_standardised_patients():
     known = cohort()
     scale = public_start.standardisation(known, VOCABULARY)
 
-    covariance = public_start.covariance(known, VOCABULARY, scale)
+    groups = public_start.cross_products(study(), known, VOCABULARY, scale)
 
     expected = np.corrcoef(known.expression[:N].astype(np.float64), rowvar=False)
-    np.testing.assert_allclose(covariance, expected, atol=1e-5)
+    assert set(groups) == {OTHERS}
+    np.testing.assert_allclose(groups[OTHERS].covariance(), expected, atol=1e-5)
+
+
+def test_types_of_thirty_patients_are_told_apart():
+    known, told = cohort(80), study(linear_types=["x", "y", "z"])
+    known.clinical.loc[60:, "cancer_type"] = "z"  # 20 of them, and 30 x and y each
+    known.clinical.loc[[0, 1], "cancer_type"] = None  # 29 x and y each
+    known.clinical.loc[60, "cancer_type"] = "x"  # 30 x
+    scale = public_start.standardisation(known, VOCABULARY)
+
+    groups = public_start.cross_products(told, known, VOCABULARY, scale)
+
+    expected = known.expression[:80][(known.clinical["cancer_type"] == "x")[:80]]
+    assert set(groups) == {"x", OTHERS}
+    assert groups["x"].counts.tolist() == [30] * len(GENES)
+    np.testing.assert_allclose(
+        groups["x"].mean, (expected.mean(0) - scale.mean) / scale.sd, atol=1e-5
+    )
+    assert groups[OTHERS].counts.tolist() == [50] * len(GENES)
 
 
 def test_a_gene_is_well_known_in_thirty_samples_that_are_the_share_asked_for():
@@ -115,7 +137,8 @@ def pretrained(seed: int = 1, epochs: int = 2) -> dict[str, Any]:
     known = cohort()
     scale = public_start.standardisation(known, VOCABULARY)
     start = tasks.initial(study(), len(GENES))
-    start |= tasks.linear_start(told, public_start.covariance(known, VOCABULARY, scale))
+    groups = public_start.cross_products(told, known, VOCABULARY, scale)
+    start |= tasks.linear_start(told, groups)
     return {"start": start} | {
         "end": public_start.fit_phase(
             told, "pretraining", to_patients(known, VOCABULARY, scale), start
@@ -138,7 +161,9 @@ def test_pretraining_leaves_heads_and_the_linear_start_alone():
     assert done["end"].keys() == done["start"].keys()
     still = {n for n, a in done["end"].items() if np.array_equal(a, done["start"][n])}
     assert {n for n in done["end"] if n.startswith("classification.head")} <= still
-    assert {n for n in done["end"] if n.endswith(tasks.FIXED)} <= still
+    fixed = {n for n in done["end"] if n.startswith("backbone.encoder.linear.")}
+    assert len(fixed) == 5
+    assert fixed <= still
     assert {n for n in done["end"] if n.startswith("backbone.")} - still
 
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich import box
@@ -39,6 +39,16 @@ class Format(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+
+
+class Question(StrEnum):
+    """What a benchmark asks."""
+
+    IMPUTATION = "imputation"
+    SURVIVAL = "survival"
+    CLASSIFICATION = "classification"
+    INTERPRETATION = "interpretation"
+    FEDERATION = "federation"
 
 
 Scenario = Annotated[
@@ -195,6 +205,50 @@ def utility(
         typer.echo(report.to_json(), nl=False)
         return
     for line in usefulness.table(report):
+        typer.echo(line)
+
+
+@app.command("benchmark")
+def compare(
+    question: Annotated[
+        Question, typer.Argument(metavar="QUESTION", help=f"{', '.join(Question)}.")
+    ],
+    data: Data,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the benchmark; one goes on in it.")
+    ],
+    protocol: Annotated[
+        Path | None,
+        typer.Option(help="Seeds and splits, TOML; without it, those of fedgex."),
+    ] = None,
+    on: Annotated[
+        Literal["test", "validation"],
+        typer.Option(help="Who judges: the hold-out, or validation institutions."),
+    ] = "test",
+    workers: Annotated[
+        int, typer.Option(help="Models trained at the same time.", min=1)
+    ] = 2,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small benchmark, to see that it works.")
+    ] = False,
+) -> None:
+    """Judge every method on the same hospitals never seen, one question at a time."""
+    from fedgex.simulations.benchmark import command  # takes seconds
+
+    try:
+        lines = command.benchmark(
+            question,
+            data,
+            out,
+            errors,
+            protocol=protocol,
+            on=on,
+            workers=workers,
+            quick=quick,
+        )
+    except FedgexError as error:
+        _refuse(error)
+    for line in lines:
         typer.echo(line)
 
 

@@ -29,13 +29,16 @@ def study(**changes: Any) -> Study:
     return Study.read(values | changes, "test")
 
 
-def cohort(seed: int, n: int = 8, genes: tuple[str, ...] = GENES) -> Cohort:
+def cohort(
+    seed: int, n: int = 8, genes: tuple[str, ...] = GENES, types: str = ""
+) -> Cohort:
     values = np.random.default_rng(seed).normal(5, 2, (n, len(genes)))
+    clinical = pd.DataFrame(index=range(n))
     return Cohort(
         patients=tuple(f"{seed}-{i}" for i in range(n)),
         genes=genes,
         expression=values.astype(np.float32),
-        clinical=pd.DataFrame(index=range(n)),
+        clinical=clinical.assign(cancer_type=list(types)) if types else clinical,
     )
 
 
@@ -58,6 +61,32 @@ def test_the_scale_is_that_of_all_patients_together() -> None:
     rows = np.concatenate([each.expression for each in SITES.values()])
     assert start.standardisation.mean == pytest.approx(rows.mean(axis=0), rel=1e-5)
     assert start.standardisation.sd == pytest.approx(rows.std(axis=0), rel=1e-5)
+
+
+def test_the_linear_start_has_the_pooled_mean_of_each_type_that_two_sites_tell() -> (
+    None
+):
+    sites = {
+        "north": cohort(1, types="xxxyyyzz"),
+        "south": cohort(2, types="xxyyyyyw"),  # of w one patient: x joins it
+        "west": cohort(3, types="xxxxyyyy"),
+    }
+    of = study(cross_products=True, linear_rank=2, linear_types=["y", "z", "x"])
+
+    start = in_process.start(of, in_process.vocabulary(of, sites, None), sites, None)
+
+    found = start.parameters["backbone.encoder.linear.means"]
+    rows = {
+        "y": [("north", [3, 4, 5]), ("south", range(2, 7)), ("west", range(4, 8))],
+        "x": [("north", [0, 1, 2]), ("west", range(4))],  # the fewest at south: others
+    }
+    for k, name in ((0, "y"), (2, "x")):
+        own = np.concatenate([sites[s].expression[list(i)] for s, i in rows[name]])
+        expected = start.standardisation.apply(own).mean(axis=0)
+        np.testing.assert_allclose(found[k], expected, atol=1e-5)
+    assert not found[1].any()  # one site alone tells of z
+    shares = np.exp(start.parameters["backbone.encoder.linear.log_shares"])
+    np.testing.assert_allclose(shares, [12 / 19, 0, 7 / 19], atol=1e-6)
 
 
 def test_genes_are_those_of_enough_sites() -> None:

@@ -17,7 +17,13 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.survival import cox_loss
 from fedgex.common.survival_metrics import c_index, stratified_c_index
 from fedgex.simulations import references
-from fedgex.simulations.references import cox_ridge, logistic, panels, pca_cox
+from fedgex.simulations.references import (
+    clinical_cox,
+    cox_ridge,
+    logistic,
+    panels,
+    pca_cox,
+)
 
 Floats = NDArray[np.float64]
 GENES = [f"G{i}" for i in range(20)]
@@ -155,6 +161,31 @@ def test_units_of_a_gene_do_not_matter(column: int) -> None:
 
     np.testing.assert_allclose(ridge[0], ridge[1], atol=1e-4)
     np.testing.assert_allclose(components[0], components[1], atol=1e-4)
+
+
+def test_clinical_cox_is_that_of_lifelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "CLINICAL_PENALTY", 1e-9)
+    x, duration, event = patients(150, 2, seed=3)
+
+    risk = clinical_cox(x, duration, event, x)
+
+    expected = x @ as_lifelines(x, duration, event, 0).params_.to_numpy()
+    np.testing.assert_allclose(risk, expected - expected.mean(), atol=1e-3)
+
+
+def test_a_strong_ridge_on_genes_leaves_clinical_covariates_their_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(references, "PENALTIES", (1e6,))
+    x, duration, event = patients(150, 8, seed=3)
+    age = x[:, :1]
+    both = np.concatenate([x[:, 5:], age], axis=1)
+
+    risk = cox_ridge(both, duration, event, both, seed=0, n_clinical=1)
+
+    alone = clinical_cox(age, duration, event, age)
+    np.testing.assert_allclose(risk, alone, atol=1e-3)
+    assert alone.std() > 0.5
 
 
 def test_a_missing_value_counts_as_the_training_mean() -> None:

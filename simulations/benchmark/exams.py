@@ -1,0 +1,189 @@
+"""The exams of imputation: patients with hidden cells, of whom the truth is known.
+
+Those of the unseen institutions, and other data: RSEM of tumours beside normals of the
+same patients, and a microarray. N patients, V genes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fedgex.common.cohort import Cohort
+from fedgex.common.harmonise import Patients
+from fedgex.common.masking import Pattern
+from fedgex.common.scale import Scale, convert, is_convertible
+from fedgex.common.statistics import GeneMoments
+from fedgex.common.study import Evaluation
+from fedgex.server import evaluation
+from fedgex.simulations.benchmark.ground import Ground, institutions
+
+UNSEEN = "unseen institutions"
+RATES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
+"""Missing completely at random."""
+PANELS = (50, 100, 200)
+"""Genes that are measured."""
+DROPOUT_RATES = (0.3, 0.5, 0.7, 0.9)
+"""Of low expression dropping out."""
+OTHER_RATES = (0.5, 0.9)
+"""Completely at random, on other data."""
+
+PAIRED = "tcga/paired"
+"""Folder of tumours (-01) and normals (-11), as log2(RSEM + 0.25)."""
+MICROARRAY = "other/GSE1992_breast.parquet"
+"""Breast tumours as log ratios."""
+BREAST = "BRCA"
+FILE_TYPES = {"COAD": "COADREAD"}
+"""Cancer type of a file whose name is another."""
+FEWEST = 10
+"""Patients that other data are judged on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Patients with hidden cells, of whom the truth is known."""
+
+    name: str
+    patients: Patients
+    group: NDArray[np.str_]
+    """Institution of each patient, shape (N,)."""
+    rules: Sequence[tuple[Evaluation, Sequence[Pattern]]]
+
+    def settings(self, seed: int) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+        """Yield each setting with the cells that it hides, (N, V)."""
+        for rule, patterns in self.rules:
+            for pattern, key, hidden in evaluation.hidden_cells(
+                self.patients, rule, seed, tuple(patterns)
+            ):
+                yield f"{pattern} {key}", hidden.numpy()
+
+
+def unseen(ground: Ground) -> Exam:
+    """Return the exam of the unseen institutions, at every setting."""
+    rules: list[tuple[Evaluation, tuple[Pattern, ...]]]
+    if ground.quick:
+        rules = [
+            (Evaluation(rates=(0.5, 0.9), panels=(100,)), ("mcar", "panel")),
+            (Evaluation(rates=(0.5,), panels=()), ("mnar",)),
+        ]
+    else:
+        rules = [
+            (Evaluation(rates=RATES, panels=PANELS), ("mcar", "panel")),
+            (Evaluation(rates=DROPOUT_RATES, panels=()), ("mnar",)),
+        ]
+    return Exam(
+        name=UNSEEN,
+        patients=ground.patients(ground.unseen),
+        group=ground.institution,
+        rules=rules,
+    )
+
+
+def other_data(ground: Ground) -> tuple[list[Exam], list[str]]:
+    """Return the exams on other data, and why some are not there."""
+    exams: list[Exam] = []
+    notes: list[str] = []
+    for found in (*_paired(ground), _microarray(ground)):
+        if isinstance(found, str):
+            notes.append(found)
+        else:
+            exams.append(found)
+    return exams, notes
+
+
+def _paired(ground: Ground) -> list[Exam | str]:
+    """Return tumours of the training types, of other types, and normals.
+
+    Nobody who trains is among them, nor anybody of the institutions set apart.
+    """
+    files = sorted((ground.data_dir / PAIRED).glob("*.parquet"))
+    if not files:
+        return [f"{PAIRED} is absent, so no other layer was judged"]
+    if not is_convertible(Scale.LOG2P025, ground.study.scale):
+        return [f"{PAIRED} cannot be converted to the {ground.study.scale} scale"]
+    tables = {
+        f.stem: pd.read_parquet(f).reindex(columns=list(ground.genes.genes))
+        for f in files
+    }
+    barcode = pd.Index([str(b) for table in tables.values() for b in table.index])
+    patient, tissue = barcode.str[:12], barcode.str[13:15]
+    trained = {p for cohort in ground.sites.values() for p in cohort.patients}
+    apart = ground.scenario.public.institutions if ground.scenario.public else ()
+    where = institutions(ground.scenario, ground.data_dir).reindex(patient).to_numpy()
+    allowed = ~patient.isin(trained) & ~np.isin(where.astype(str), apart)
+    types = set(ground.pooled.cancer_type)
+    known = np.repeat(
+        [FILE_TYPES.get(name, name) in types for name in tables],
+        [len(table) for table in tables.values()],
+    )
+    tumour, normal = np.asarray(tissue == "01"), np.asarray(tissue == "11")
+    groups = {
+        "paired, tumours": tumour & known,
+        "paired, tumours of other types": tumour & ~known,
+        "paired, normals": normal,
+    }
+    found = np.concatenate([table.to_numpy(np.float32) for table in tables.values()])
+    values = convert(found, Scale.LOG2P025, ground.study.scale)
+    return [
+        _exam(ground, name, patient[rows], values[rows], where[rows])
+        for name, rows in ((name, g & allowed) for name, g in groups.items())
+    ]
+
+
+def _microarray(ground: Ground) -> Exam | str:
+    """Return breast tumours, each gene with the mean and SD of the sites' own.
+
+    A log ratio has no level, so that `predict` takes none. The means and SDs follow
+    from the sums by cancer type that sites send.
+    """
+    path = ground.data_dir / MICROARRAY
+    if not path.is_file():
+        return f"{MICROARRAY} is absent, so no other platform was judged"
+    of_type = [t == BREAST for t in ground.pooled.cancer_type]
+    if sum(of_type) < FEWEST:
+        return (
+            f"{MICROARRAY} was not judged: fewer than {FEWEST} {BREAST} patients train"
+        )
+    table = pd.read_parquet(path).reindex(columns=list(ground.genes.genes))
+    own = GeneMoments.of(table.to_numpy())
+    wanted = GeneMoments.of(ground.pooled.values.numpy()[of_type])
+    standard = (table.to_numpy() - own.mean) / own.sd * wanted.sd + wanted.mean
+    scale = ground.standardisation
+    return _exam(
+        ground,
+        "GSE1992",
+        table.index.astype(str),
+        (standard * scale.sd + scale.mean).astype(np.float32),
+        np.full(len(table), "GSE1992"),
+    )
+
+
+def _exam(
+    ground: Ground,
+    name: str,
+    patients: Sequence[str] | pd.Index[str],
+    values: NDArray[np.float32],
+    group: NDArray[Any],
+) -> Exam | str:
+    """Return an exam on expression (N, V), study's scale, or why there is none."""
+    _, first = np.unique(np.asarray(patients), return_index=True)
+    first = np.sort(first)
+    if len(first) < FEWEST:
+        return f"{name}: fewer than {FEWEST} patients who do not train, so not judged"
+    cohort = Cohort(
+        patients=tuple(np.asarray(patients)[first]),
+        genes=ground.genes.genes,
+        expression=values[first],
+        clinical=pd.DataFrame(index=range(len(first))),
+    )
+    return Exam(
+        name=name,
+        patients=ground.patients(cohort),
+        group=group[first].astype(str),
+        rules=[(Evaluation(rates=OTHER_RATES, panels=()), ("mcar",))],
+    )

@@ -1,0 +1,1026 @@
+"""What federation contributes: against pooled, against alone, and where sites differ.
+
+    arms -> models -> per-patient results, kept in files -> tables and one figure
+
+An arm changes the study (how updates become one model) or the sites (small ones, other
+panels, a foreign scale); all are judged on the same unseen patients, cells and panels.
+N unseen patients, V genes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+
+from fedgex.client.local_training import train_round
+from fedgex.client.settings import SiteSettings
+from fedgex.client.validation import load_cohort
+from fedgex.common import predictions, tasks
+from fedgex.common import scale as scales
+from fedgex.common.cohort import Cohort
+from fedgex.common.errors import DataError, Finding
+from fedgex.common.harmonise import Patients
+from fedgex.common.phases import take_part
+from fedgex.common.scale import CONVERTIBLE, Scale
+from fedgex.common.seeds import derive
+from fedgex.common.study import (
+    CLASSIFICATION,
+    PRETRAINING,
+    SURVIVAL,
+    Evaluation,
+    LocalTraining,
+    StrategyRule,
+    Study,
+)
+from fedgex.common.survival_metrics import stratified_c_index
+from fedgex.server import evaluation
+from fedgex.simulations import in_process, references
+from fedgex.simulations.benchmark.ground import (
+    FEDERATED,
+    POOLED,
+    Arm,
+    Ground,
+    Model,
+    arms,
+    models,
+)
+from fedgex.simulations.benchmark.outcome import Outcome, Section
+from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
+from fedgex.simulations.comparisons import cached
+
+Floats = NDArray[np.float32]
+Judged = Mapping[str, Floats]
+"""One number an unseen patient, shape (N,), by name: `squares/K` and `cells/K` (squared
+error over hidden cells, and how many these are), `hit/P` (1 if the type was told, NaN
+if the study does not know it), `risk`."""
+
+RESTORED = Evaluation(rates=(0.5, 0.9), panels=(100,))
+SMALL_PANEL = 32
+"""Genes of the small panel from which the cancer type is told."""
+DRAWS = 3
+"""Small panels drawn for each seed."""
+MIN_EVENTS = 10
+"""Fewer deaths of unseen patients than this, and no C-index is estimated."""
+TEN = 10
+"""Patients that are left at a site which is made small."""
+PANEL_SHARE = 0.6
+"""Of its genes that a site measures, where panels differ."""
+PULL = 0.01
+"""FedProx's weight of the proximal term."""
+POOLED_WITHIN, PANELS_WITHIN = 1.02, 1.05
+"""Goals: error of the federated model over that of the pooled one, and error with
+different panels over that with full ones."""
+QUICK_ALONE = 3
+"""Sites that train alone with --quick, the largest."""
+FOREIGN: dict[str, tuple[str, Scale]] = {
+    "log10": ("log10(x + 1)", Scale.LOG10P1),
+    "ln": ("ln(x + 1)", Scale.LN1P),
+    "counts": ("whole numbers, not logarithms", Scale.LINEAR),
+}
+"""What a site may have exported by mistake, beside the scale that it names."""
+
+NOT_ESTIMABLE = "not estimable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One thing that is judged on unseen patients."""
+
+    key: str
+    name: str
+    better: Literal["lower", "higher"]
+
+    def against(self, one: float, other: float) -> float:
+        """Return by what factor `one` is worse (above 1) or better than `other`."""
+        return one / other if self.better == "lower" else other / one
+
+    def is_better(self, one: float, other: float) -> bool:
+        """Return whether `one` is the better value."""
+        return one < other if self.better == "lower" else one > other
+
+
+MEASURES = (
+    Measure(key="mse-0.5", name="MSE, 50 % hidden", better="lower"),
+    Measure(key="mse-0.9", name="MSE, 90 % hidden", better="lower"),
+    Measure(key="mse-panel-100", name="MSE from 100 genes", better="lower"),
+    Measure(
+        key=f"accuracy-{SMALL_PANEL}",
+        name=f"accuracy, {SMALL_PANEL} genes",
+        better="higher",
+    ),
+    Measure(key="accuracy", name="accuracy, all genes", better="higher"),
+    Measure(key="c-index", name="C-index", better="higher"),
+)
+ERRORS = tuple(measure for measure in MEASURES if measure.better == "lower")
+
+Values = dict[str, float]
+"""Value of each measure by its key; NaN where it cannot be told."""
+
+
+def run(grounds: Callable[[int], Ground], console: Console) -> Outcome:
+    """Compare the federation with pooled and alone, and with itself where sites differ.
+
+    All seeds for federated and pooled; the first alone for all others.
+    """
+    bench = _Bench(grounds(0), console)
+    both, alone = bench.central(), bench.alone()
+    parts = [
+        _central(bench, both, alone),
+        _each_site(bench, both[FEDERATED][0], alone),
+        _variants(bench),
+        _small_sites(bench),
+        _panels(bench),
+        _foreign(bench),
+    ]
+    ratios = {name: _ratios(bench, values) for name, values in bench.drawn.items()}
+    numbers = {key: value for _, part in parts for key, value in part.items()}
+    return Outcome(
+        name="federation",
+        sections=[section for section, _ in parts]
+        + [
+            Section(
+                title="All of it",
+                lines=[
+                    "Restoration error of each way to train, against the pooled "
+                    "model's, first seed."
+                ],
+                figure="ratios",
+            )
+        ],
+        numbers=_plain(numbers | {"error_against_pooled": ratios}),
+        figures={"ratios": _draw(ratios)},
+    )
+
+
+# ---- training and judging ----
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A ground, and what has been judged on it."""
+
+    ground: Ground
+    console: Console
+    drawn: dict[str, Values] = dataclasses.field(default_factory=dict)
+    """What the figure shows: values by the reader's name of an arm, in order."""
+
+    @property
+    def seed(self) -> int:
+        """The first one."""
+        return self.ground.seeds[0]
+
+    @property
+    def study(self) -> Study:
+        """The study with the first seed."""
+        return self.ground.seeded(self.seed)
+
+    @cached_property
+    def unseen(self) -> Patients:
+        """Who judges, on the unit of the ground."""
+        return self.ground.patients(self.ground.unseen)
+
+    def central(self) -> dict[str, list[Judged]]:
+        """Judge federated and pooled, one result a seed."""
+        wanted = [
+            arm
+            for seed in self.ground.seeds
+            for arm in arms(self.ground, seed, (FEDERATED, POOLED))
+        ]
+        found: dict[str, list[Judged]] = {}
+        for arm, judged in self.each(self.ground, wanted):
+            found.setdefault(arm.name, []).append(judged)
+        for name, results in found.items():
+            self.drawn[name] = self.values(results[0])
+        return found
+
+    def alone(self) -> dict[str, Judged]:
+        """Judge every site by itself, by the site's name."""
+        sites = self.ground.sites
+        largest = sorted(sites, key=lambda name: (-sites[name].n_patients, name))
+        chosen = set(largest[:QUICK_ALONE] if self.ground.quick else largest)
+        wanted = [
+            arm
+            for arm in arms(self.ground, self.seed, ("alone",))
+            if chosen & set(arm.sites)
+        ]
+        found = self.each(self.ground, wanted)
+        return {next(iter(arm.sites)): judged for arm, judged in found}
+
+    def variant(
+        self,
+        name: str,
+        said: str,
+        *,
+        ground: Ground | None = None,
+        study: Study | None = None,
+    ) -> Values:
+        """Judge one more federation with the first seed.
+
+        Parameters
+        ----------
+        said
+            Its name for the reader.
+        ground
+            With other sites; None: those of the benchmark.
+        study
+            Another one; None: that of the benchmark.
+        """
+        where = ground or self.ground
+        arm = Arm(
+            name=name,
+            study=study or self.study,
+            sites=dict(sorted(where.sites.items())),
+        )
+        [(_, judged)] = self.each(where, [arm])
+        self.drawn[said] = self.values(judged)
+        return self.drawn[said]
+
+    def values(self, judged: Judged, rows: NDArray[np.bool_] | None = None) -> Values:
+        """Return the measures over all unseen patients, or over some; see `_values`."""
+        return _values(self.study, self.unseen, judged, rows)
+
+    def each(self, ground: Ground, wanted: Sequence[Arm]) -> list[tuple[Arm, Judged]]:
+        """Train and judge arms of a ground; what is in a file is taken from there."""
+        folder = self.ground.folder / "federation"
+        folder.mkdir(exist_ok=True)
+        files = [folder / self._file(arm) for arm in wanted]
+        todo = [a for a, file in zip(wanted, files, strict=True) if not file.exists()]
+        for arm, model in models(ground, todo, self.console):
+            path = folder / self._file(arm)
+            partial = path.with_suffix(".partial")
+            save_file(dict(_judge(self.ground, model)), partial)
+            partial.replace(path)
+        return [(a, load_file(file)) for a, file in zip(wanted, files, strict=True)]
+
+    def _file(self, arm: Arm) -> str:
+        asked = f"{RESTORED.model_dump_json()}/{SMALL_PANEL}/{DRAWS}"
+        key = f"{arm.study.hash}/{self.ground.unseen.n_patients}/{asked}"
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return f"{arm.name}-{digest[:12]}.safetensors"
+
+
+def _judge(ground: Ground, model: Model) -> dict[str, Floats]:
+    """Judge a model on the ground's unseen patients, in the ground's unit of error.
+
+    Parameters
+    ----------
+    ground
+        Its own genes are the model's, its own scale need not be.
+    """
+    study, whole = model.study, model.parameters
+    patients = model.patients(ground.unseen)
+    found: dict[str, Floats] = {}
+    if PRETRAINING in study.phases:
+        found |= _squares(ground, model, patients)
+    if _is_shared(study, CLASSIFICATION):
+        modules = tasks.load(study, len(model.genes), CLASSIFICATION, whole)
+        target = patients.type_index(study.classification.classes)
+        for name, panel in _seen(model).items():
+            seen = torch.where(panel, patients.values, torch.nan)
+            some = dataclasses.replace(patients, values=seen)
+            said = predictions.class_probabilities(modules, some).argmax(dim=1)
+            hit = torch.where(target >= 0, (said == target).float(), torch.nan)
+            found[f"hit/{name}"] = hit.numpy()
+    if _is_shared(study, SURVIVAL):
+        found["risk"] = evaluation.predict_risk(study, whole, patients)
+    return found
+
+
+def _squares(ground: Ground, model: Model, patients: Patients) -> dict[str, Floats]:
+    """Return squared error and number of hidden cells of each patient and setting."""
+    unit = ground.patients(ground.unseen)
+    true, own = unit.values.numpy(), patients.values.numpy()
+    imputer = evaluation.model_imputer(model.study, model.parameters, len(model.genes))
+    found: dict[str, Floats] = {}
+    for pattern, key, hidden in evaluation.hidden_cells(
+        unit, RESTORED, model.study.seed, ("mcar", "panel")
+    ):
+        gone = hidden.numpy()
+        restored = imputer.impute(np.where(gone, np.float32(np.nan), own))
+        in_unit = ground.standardisation.apply(model.standardisation.undo(restored))
+        error = np.where(gone, np.square(in_unit - true), 0)
+        squares = np.where(np.isnan(error), np.inf, error).sum(axis=1)  # it diverged
+        name = key if pattern == "mcar" else f"{pattern}-{key}"
+        found[f"squares/{name}"] = squares.astype(np.float32)
+        found[f"cells/{name}"] = gone.sum(axis=1).astype(np.float32)
+    return found
+
+
+def _seen(model: Model) -> dict[str, torch.Tensor]:
+    """Return the genes of all panels: all of them, and the draws of the small one."""
+    genes = model.genes.genes
+    panels = {"all": set(genes)}
+    if len(genes) > SMALL_PANEL:
+        for draw in range(DRAWS):
+            seed = derive(model.study.seed, "panel", draw)
+            drawn = references.panels(genes, [SMALL_PANEL], seed)[SMALL_PANEL]
+            panels[f"{SMALL_PANEL}-{draw}"] = set(drawn)
+    return {
+        name: torch.tensor([gene in panel for gene in genes])
+        for name, panel in panels.items()
+    }
+
+
+def _is_shared(study: Study, phase: str) -> bool:
+    return phase in study.phases and f"{phase}.head" in tasks.travelling(study, phase)
+
+
+def _values(
+    study: Study, unseen: Patients, judged: Judged, rows: NDArray[np.bool_] | None
+) -> Values:
+    """Return the measures, NaN where one cannot be told.
+
+    Over all patients the C-index is the mean over cancers of `MIN_EVENTS` deaths or
+    more; over some it is that of pairs within a cancer type, if they have as many.
+
+    Parameters
+    ----------
+    rows
+        Patients who count, shape (N,); None: all.
+    """
+    chosen = np.ones(len(unseen), dtype=bool) if rows is None else rows
+    found = dict.fromkeys((measure.key for measure in MEASURES), math.nan)
+    for name in [n.removeprefix("cells/") for n in judged if n.startswith("cells/")]:
+        cells = judged[f"cells/{name}"][chosen].sum()
+        if cells:
+            found[f"mse-{name}"] = float(
+                judged[f"squares/{name}"][chosen].sum(dtype=np.float64) / cells
+            )
+    for key, prefix in (
+        (f"accuracy-{SMALL_PANEL}", f"hit/{SMALL_PANEL}-"),
+        ("accuracy", "hit/all"),
+    ):
+        hits = [judged[name][chosen] for name in judged if name.startswith(prefix)]
+        known = np.concatenate(hits) if hits else np.empty(0)
+        known = known[~np.isnan(known)]
+        if known.size:
+            found[key] = float(known.mean())
+    if "risk" in judged:
+        found["c-index"] = (
+            _mean(_by_cancer(study, unseen, judged["risk"]).values())
+            if rows is None
+            else _within_types(study, unseen, judged["risk"], rows)
+        )
+    return found
+
+
+def _by_cancer(study: Study, unseen: Patients, risk: Floats) -> Values:
+    """Return the C-index within each cancer that has deaths enough."""
+    found = {}
+    for name in study.survival.cancer_types:
+        one = evaluation.judge_risk(unseen, name, risk)
+        if one["events"] >= MIN_EVENTS and one["c_index"] is not None:
+            found[name] = float(one["c_index"])
+    return found
+
+
+def _within_types(
+    study: Study, unseen: Patients, risk: Floats, rows: NDArray[np.bool_]
+) -> float:
+    stratum = unseen.type_index(study.survival.cancer_types).numpy()
+    duration, event = unseen.duration.numpy(), unseen.event.numpy()
+    usable = rows & (stratum >= 0) & (duration > 0) & ~np.isnan(event)
+    if event[usable].sum() < MIN_EVENTS:
+        return math.nan
+    return stratified_c_index(
+        duration[usable], event[usable], risk[usable], stratum[usable]
+    )
+
+
+# ---- federated, pooled, alone ----
+
+
+def _central(
+    bench: _Bench, both: Mapping[str, Sequence[Judged]], alone: Mapping[str, Judged]
+) -> tuple[Section, dict[str, Any]]:
+    """Compare with the pooled model, and with the mean over sites."""
+    by_seed = {
+        name: [bench.values(judged) for judged in results]
+        for name, results in both.items()
+    }
+    of_alone = _mean_alone(bench, alone)
+    bench.drawn["alone, mean over sites"] = of_alone
+    rows = {
+        name: {m.name: spread([v[m.key] for v in values]) for m in MEASURES}
+        for name, values in by_seed.items()
+    }
+    rows["alone, mean over sites"] = {
+        m.name: spread([of_alone[m.key]]) for m in MEASURES
+    }
+    numbers: dict[str, Any] = {
+        "central": by_seed,
+        "alone_mean": of_alone,
+        "against_pooled": {},
+        "p": {},
+    }
+    lines = [
+        *markdown("trained", rows),
+        "",
+        f"On {len(bench.unseen)} patients of {len(set(bench.ground.institution))} "
+        f"institutions that no site has; mean and SD over {len(bench.ground.seeds)} "
+        f"seeds, alone with the first, by {len(alone)} sites. Alone, accuracy is of "
+        "sites that have the study's minimum of patients of two cancer types, and the "
+        "C-index within a cancer of sites that have as many of it. The C-index is the "
+        f"mean over cancers of {MIN_EVENTS} deaths or more; accuracy from "
+        f"{SMALL_PANEL} genes is that over {DRAWS} random panels a seed.",
+        "",
+        "| federated against pooled | how much worse | p | within 2 % |",
+        "|---|---|---|---|",
+    ]
+    federated, pooled = by_seed[FEDERATED], by_seed[POOLED]
+    for m in MEASURES:
+        ratio = m.against(*(_mean(v[m.key] for v in x) for x in (federated, pooled)))
+        p = _p(bench, m, both[FEDERATED], both[POOLED])
+        met = not ratio > POOLED_WITHIN
+        numbers["against_pooled"][m.key], numbers["p"][m.key] = ratio, p
+        lines.append(
+            f"| {m.name} | {_percent(ratio)} | {_said_p(p)} | "
+            f"{'-' if math.isnan(ratio) else _yes(met)} |"
+        )
+    lines += [
+        "",
+        "p: Wilcoxon's signed-rank test over the unseen institutions, of means over "
+        "the seeds; - where there are fewer than five, and for the C-index, which no "
+        "institution can tell by itself. Worse by 2 % is, for accuracy and C-index, a "
+        "score of 1 / 1.02 of the pooled one.",
+        f"Goal: federated within 2 % of the pooled error: {_all_errors(numbers)}.",
+    ]
+    return Section(title="Federated, pooled and alone", lines=lines), numbers
+
+
+def _all_errors(numbers: Mapping[str, Any]) -> str:
+    known = [numbers["against_pooled"][m.key] for m in ERRORS]
+    known = [ratio for ratio in known if not math.isnan(ratio)]
+    return _yes(all(ratio <= POOLED_WITHIN for ratio in known)) if known else "-"
+
+
+def _mean_alone(bench: _Bench, alone: Mapping[str, Judged]) -> Values:
+    """Return the mean over sites, each where it could learn the task."""
+    study = bench.study
+    by_site = {site: bench.values(judged) for site, judged in alone.items()}
+    types = {site: _types(bench, site) for site in alone}
+    found = {}
+    for m in MEASURES:
+        able = [s for s in alone if m in ERRORS or len(types[s]) > 1]
+        found[m.key] = _mean(by_site[site][m.key] for site in able)
+    by_cancer: dict[str, list[float]] = {}
+    for site, judged in alone.items():
+        if "risk" not in judged:
+            continue
+        scores = _by_cancer(study, bench.unseen, judged["risk"])
+        for name in types[site] & scores.keys():
+            by_cancer.setdefault(name, []).append(scores[name])
+    found["c-index"] = _mean(_mean(each) for each in by_cancer.values())
+    return found
+
+
+def _types(bench: _Bench, site: str) -> set[str]:
+    """Return the cancer types of which a site has the minimum cohort."""
+    own = bench.ground.patients(bench.ground.sites[site]).cancer_type
+    least = bench.study.minimum_cohort
+    return {name for name in own if name is not None and own.count(name) >= least}
+
+
+def _p(
+    bench: _Bench, measure: Measure, one: Sequence[Judged], other: Sequence[Judged]
+) -> float:
+    """Return the p of two arms over institutions, NaN for what these cannot tell."""
+    if measure.key == "c-index":
+        return math.nan
+    names = sorted(set(bench.ground.institution))
+    both = [
+        [
+            _mean(
+                bench.values(judged, bench.ground.institution == name)[measure.key]
+                for judged in results
+            )
+            for name in names
+        ]
+        for results in (one, other)
+    ]
+    return paired_p(both[0], both[1])
+
+
+# ---- each site ----
+
+
+def _each_site(
+    bench: _Bench, federated: Judged, alone: Mapping[str, Judged]
+) -> tuple[Section, dict[str, Any]]:
+    """Compare with each site alone, on unseen patients of the cancers that it has."""
+    rows: dict[str, dict[str, str]] = {}
+    numbers: dict[str, Any] = {}
+    for site, judged in sorted(alone.items()):
+        types = _types(bench, site)
+        same = np.array([name in types for name in bench.unseen.cancer_type])
+        found = {
+            "federated": bench.values(federated, same),
+            "alone": bench.values(judged, same),
+        }
+        told = _told(bench, types, found["alone"], same)
+        rows[site] = {
+            "patients": str(bench.ground.sites[site].n_patients),
+            "cancers": str(len(types)),
+            "unseen patients": str(int(same.sum())),
+        } | {
+            m.name: f"{found['federated'][m.key]:.3f} / {found['alone'][m.key]:.3f}"
+            if m.key in told
+            else NOT_ESTIMABLE
+            for m in MEASURES
+        }
+        numbers[site] = {
+            name: {key: value for key, value in values.items() if key in told}
+            for name, values in found.items()
+        }
+    tally = {m.name: _tally(m, numbers.values()) for m in MEASURES}
+    able = sum(1 for each in numbers.values() if each["alone"])
+    met = able > 0 and all(each["worse"] == 0 for each in tally.values())
+    lines = [
+        *markdown("site", rows),
+        "",
+        "Federated / alone, first seed, on the unseen patients of the cancers of which "
+        "the site has the study's minimum of patients. "
+        f'"{NOT_ESTIMABLE}": these patients have neither {MIN_EVENTS} deaths nor two '
+        f"cancer types; accuracy needs two types, and the C-index {MIN_EVENTS} deaths. "
+        "Here the C-index is over pairs within a cancer type.",
+        "",
+        *markdown(
+            "federated against alone, sites",
+            {n: {k: str(v) for k, v in each.items()} for n, each in tally.items()},
+        ),
+        "",
+        f"Goal: better than alone at every site that can tell ({able} of "
+        f"{len(numbers)}), where a tie, as of two models that are always right, counts "
+        f"as met: {_yes(met) if able else '-'}.",
+    ]
+    return (
+        Section(title="Each site", lines=lines),
+        {"sites": numbers, "sites_against_alone": tally},
+    )
+
+
+def _tally(measure: Measure, sites: Iterable[Mapping[str, Values]]) -> dict[str, int]:
+    """Count the sites at which the federated model is better than the site's own."""
+    pairs = [
+        (each["federated"][measure.key], each["alone"][measure.key])
+        for each in sites
+        if measure.key in each["alone"]
+    ]
+    return {
+        "better": sum(measure.is_better(one, other) for one, other in pairs),
+        "equal": sum(one == other for one, other in pairs),
+        "worse": sum(measure.is_better(other, one) for one, other in pairs),
+    }
+
+
+def _told(
+    bench: _Bench, types: set[str], values: Values, rows: NDArray[np.bool_]
+) -> set[str]:
+    """Return the measures that a site's unseen patients can tell."""
+    there = {n for n, kept in zip(bench.unseen.cancer_type, rows, strict=True) if kept}
+    two, deaths = len(there & types) > 1, not math.isnan(values["c-index"])
+    return {
+        m.key
+        for m in MEASURES
+        if not math.isnan(values[m.key])
+        and (two if m.key.startswith("accuracy") else two or deaths)
+    }
+
+
+# ---- other ways to train together ----
+
+
+def _variants(bench: _Bench) -> tuple[Section, dict[str, Any]]:
+    """Compare ways to make one model of the same updates, and to pace them."""
+    study = bench.study
+    found = {
+        said: bench.variant(name, said, study=changed)
+        for name, (said, changed) in ways_to_train(
+            study, quick=bench.ground.quick
+        ).items()
+    }
+    lines = [
+        *_table(bench, found),
+        "",
+        f"First seed; the study's own way is {study.strategy.name} with "
+        f"{_pace(study)}. Few and many local steps keep the epochs of a phase. FedProx "
+        f"with mu {PULL:g}; FedAdam with the study's rates, which nobody tuned; the "
+        "trimmed mean counts every site alike. Per-gene averaging changes nothing "
+        "where all sites measure all genes; see different panels.",
+    ]
+    return Section(title="Ways to train together", lines=lines), {"ways": found}
+
+
+def ways_to_train(study: Study, *, quick: bool) -> dict[str, tuple[str, Study]]:
+    """Return the studies that differ in how they train, by the arm's name."""
+    ways = {"fedprox": ("FedProx", _by(study, name="fedprox", proximal_mu=PULL))}
+    if quick:
+        return ways
+    return ways | {
+        "fedadam": ("FedAdam", _by(study, name="fedadam")),
+        "trimmed-mean": (
+            "trimmed mean",
+            _by(study, name="trimmed-mean", weights="equal"),
+        ),
+        "few-local-steps": ("few local steps", _paced(study, _fewer)),
+        "many-local-steps": ("many local steps", _paced(study, _more)),
+    }
+
+
+def _by(study: Study, **changes: Any) -> Study:
+    """Return the study with another strategy, and no pull that this does not name."""
+    values = study.strategy.model_dump() | {"proximal_mu": 0.0} | changes
+    if values["weights"] != "fixed":
+        values["site_weights"] = {}
+    return study.model_copy(update={"strategy": StrategyRule.model_validate(values)})
+
+
+def _paced(study: Study, change: Callable[[LocalTraining], tuple[int, int]]) -> Study:
+    """Return the study with other epochs and rounds in every phase."""
+    phases = {}
+    for name, phase in study.phases.items():
+        epochs, rounds = change(phase)
+        update = {"local_epochs": epochs, "rounds": rounds}
+        phases[name] = phase.model_copy(update=update)
+    return study.model_copy(update=phases)
+
+
+def _fewer(phase: LocalTraining) -> tuple[int, int]:
+    epochs = max(1, phase.local_epochs // 2)
+    return epochs, phase.rounds * phase.local_epochs // epochs
+
+
+def _more(phase: LocalTraining) -> tuple[int, int]:
+    return 2 * phase.local_epochs, max(1, phase.rounds // 2)
+
+
+def _pace(study: Study) -> str:
+    return ", ".join(
+        f"{phase.local_epochs} x {phase.rounds} ({name})"
+        for name, phase in study.phases.items()
+    )
+
+
+# ---- small sites ----
+
+
+def _small_sites(bench: _Bench) -> tuple[Section, dict[str, Any]]:
+    """Cut the smaller half of the sites to ten patients; ask whether they help."""
+    ground = bench.ground
+    ranked = sorted(ground.sites, key=lambda s: (ground.sites[s].n_patients, s))
+    small = ranked[: len(ranked) // 2]
+    large = {s: cohort for s, cohort in ground.sites.items() if s not in small}
+    cut = {s: _cut(ground.sites[s], derive(bench.seed, "ten", s)) for s in small}
+    both, alone = "large sites and those of ten", "large sites only"
+    found = {
+        said: bench.variant(
+            name, said, ground=dataclasses.replace(ground, sites=dict(sites))
+        )
+        for name, said, sites in (
+            ("small-and-large", both, large | cut),
+            ("large-only", alone, large),
+        )
+    }
+    lines = [
+        *_table(bench, found),
+        "",
+        f"The {len(small)} smallest of {len(ranked)} sites keep {TEN} patients each, "
+        f"beside {len(large)} with all of theirs; first seed, and ratios to the pooled "
+        "model of all patients. Whether the small ones help or harm is the "
+        "difference of the last two rows.",
+    ]
+    return (
+        Section(title="Sites of ten patients", lines=lines),
+        {"small_sites": found, "sites_cut": len(small)},
+    )
+
+
+def _cut(cohort: Cohort, seed: int) -> Cohort:
+    order = np.random.default_rng(seed).permutation(len(cohort.patients))
+    return in_process.take(cohort, np.sort(order[:TEN]))
+
+
+# ---- different panels ----
+
+
+def _panels(bench: _Bench) -> tuple[Section, dict[str, Any]]:
+    """Give each site a random share of its genes."""
+    ground = bench.ground
+    sites = {
+        site: some_genes(cohort, bench.seed, site)
+        for site, cohort in ground.sites.items()
+    }
+    genes = bench.study.vocabulary.model_copy(update={"genes": ground.genes.genes})
+    study = bench.study.model_copy(update={"vocabulary": genes})
+    other = dataclasses.replace(ground, sites=sites)
+    own = study.strategy.per_gene
+    found = {}
+    for per_gene in (own,) if ground.quick else (own, not own):
+        said = f"different panels, {'' if per_gene else 'not '}per gene"
+        rule = study.strategy.model_copy(update={"per_gene": per_gene})
+        found[said] = bench.variant(
+            f"panels{'' if per_gene else '-not'}-per-gene",
+            said,
+            ground=other,
+            study=study.model_copy(update={"strategy": rule}),
+        )
+    own_way, full = next(iter(found.values())), bench.drawn[FEDERATED]
+    against = {m.key: m.against(own_way[m.key], full[m.key]) for m in MEASURES}
+    errors = [against[m.key] for m in ERRORS if not math.isnan(against[m.key])]
+    measured = np.array(
+        [sum(gene in c.genes for c in sites.values()) for gene in ground.genes.genes]
+    )
+    lines = [
+        *_table(bench, found),
+        "",
+        f"Each site measures a random {PANEL_SHARE:.0%} of its genes; the study fixes "
+        f"all {len(ground.genes)} genes, each of which {measured.min()} to "
+        f"{measured.max()} of {len(sites)} sites measure, so that the model is judged "
+        "on the same cells as with full panels. The scale of the genes comes from "
+        "these sites too. First seed. Per gene: a gene's parameters are averaged over "
+        "the sites that measured it alone.",
+        "",
+        "Against full panels, in the study's own way: "
+        + ", ".join(f"{m.name} {_percent(against[m.key])}" for m in MEASURES)
+        + " worse.",
+        f"Goal: within 5 % of the error with full panels: "
+        f"{_yes(all(e <= PANELS_WITHIN for e in errors)) if errors else '-'}.",
+    ]
+    return (
+        Section(title="Different panels", lines=lines),
+        {"panels": found, "panels_against_full": against},
+    )
+
+
+def some_genes(cohort: Cohort, seed: int, site: str) -> Cohort:
+    """Keep the site's own random share of the genes, as a scenario's panel_share."""
+    rng = np.random.default_rng([seed, *f"panel/{site}".encode()])
+    n_genes = len(cohort.genes)
+    n_kept = max(1, round(PANEL_SHARE * n_genes))
+    kept = np.sort(rng.choice(n_genes, n_kept, replace=False))
+    return dataclasses.replace(
+        cohort,
+        genes=tuple(cohort.genes[i] for i in kept),
+        expression=cohort.expression[:, kept],
+    )
+
+
+# ---- a foreign scale ----
+
+
+def _foreign(bench: _Bench) -> tuple[Section, dict[str, Any]]:
+    """Let the largest site name a scale that its numbers are not on."""
+    title = "A site with a foreign scale"
+    ground = bench.ground
+    declared = ground.scenario.data.scale
+    if declared not in CONVERTIBLE:
+        line = f"Left out: from the {declared} scale no formula leads to another."
+        return Section(title=title, lines=[line]), {}
+    site = max(ground.sites, key=lambda s: (ground.sites[s].n_patients, s))
+    kinds = {k: v for k, v in FOREIGN.items() if v[1] != declared}
+    rows: dict[str, dict[str, str]] = {}
+    found: dict[str, Values] = {}
+    checks: dict[str, Any] = {}
+    without = {name: c for name, c in ground.sites.items() if name != site}
+    if len(without) > 0:
+        said = "without the largest site"
+        found[said] = bench.variant(
+            "without-largest", said, ground=dataclasses.replace(ground, sites=without)
+        )
+    for kind, (said, scale) in kinds.items():
+        cohort, findings = at_the_door(ground, site, declared, scale, kind)
+        verdict = _verdict(cohort, findings)
+        row = {"check-data": verdict, "change of the model": "-", "server": "-"}
+        checks[kind] = {
+            "enters": cohort is not None,
+            "findings": [f"{each.code} {each.severity}" for each in findings],
+        }
+        if cohort is not None and not (ground.quick and kind == "ln"):
+            other = dataclasses.replace(ground, sites=without | {site: cohort})
+            norm = _norm_ratio(bench, other, site, kind)
+            checks[kind]["norm_ratio"] = norm
+            row |= _at_the_server(norm, bench.study)
+            found |= _entered(bench, other, kind, said)
+        rows[f"{said}, named {declared}"] = row
+    lines = [
+        *markdown("what the site sends", rows),
+        "",
+        f"The largest site, {ground.sites[site].n_patients} of "
+        f"{sum(c.n_patients for c in ground.sites.values())} patients, names the scale "
+        f"{declared} for numbers on another. What its own check-data says of the "
+        "scale; the norm of its change in the first round of pretraining, over the "
+        "median of the others'; and whether the server would quarantine it, which it "
+        f"does above {bench.study.rounds.max_norm_ratio:g} (training below goes on "
+        "with it).",
+        "",
+        *_table(bench, found),
+        "",
+        "First seed, ratios to the pooled model of right scales. The foreign numbers "
+        "enter the scale of the genes and, with a linear start, its cross-products "
+        "too, which are sums: trimmed mean and median defend the trained parameters "
+        "alone.",
+    ]
+    return Section(title=title, lines=lines), {"checks": checks, "foreign": found}
+
+
+def _entered(bench: _Bench, ground: Ground, kind: str, said: str) -> dict[str, Values]:
+    """Judge the federation with the foreign site, and log10 with defences too."""
+    said = f"one site in {said}"
+    found = {said: bench.variant(f"foreign-{kind}", said, ground=ground)}
+    if kind != "log10" or bench.ground.quick:
+        return found
+    for defence in ("trimmed-mean", "median"):
+        defended = f"{said}, {defence.replace('-', ' ')}"
+        study = _by(bench.study, name=defence, weights="equal")
+        found[defended] = bench.variant(
+            f"foreign-{kind}-{defence}", defended, ground=ground, study=study
+        )
+    return found
+
+
+def at_the_door(
+    ground: Ground, site: str, declared: Scale, scale: Scale, kind: str
+) -> tuple[Cohort | None, list[Finding]]:
+    """Check a site's files with numbers on another scale than they name.
+
+    Returns
+    -------
+    tuple
+        The cohort, None if it is refused; and the findings on the scale.
+    """
+    own = ground.folder / "sites" / site
+    with tempfile.TemporaryDirectory(prefix="fedgex-") as temporary:
+        folder = Path(temporary) / site
+        shutil.copytree(own, folder)
+        path = folder / "expression.parquet"
+        table = pd.read_parquet(path)
+        values = scales.convert(table.to_numpy(), declared, scale)
+        if kind == "counts":
+            values = np.rint(values)
+        pd.DataFrame(values, table.index, table.columns).to_parquet(path)
+        settings = SiteSettings.load(folder / "site.toml")
+        try:
+            cohort, findings = load_cohort(
+                settings, ground.study.scale, tuple(ground.study.phases)
+            )
+        except DataError as error:
+            return None, _on_scale(error.findings)
+    return cohort, _on_scale(findings)
+
+
+def _on_scale(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings that tell of numbers: their kind, floor, scale."""
+    return [each for each in findings if each.code.startswith("FX-DATA-03")]
+
+
+def _verdict(cohort: Cohort | None, findings: Sequence[Finding]) -> str:
+    said = "; ".join(f"{each.code}: {each.found}" for each in findings)
+    if cohort is None:
+        return f"refused ({said})"
+    return f"enters with a warning ({said})" if said else "enters, nothing noticed"
+
+
+def _at_the_server(norm_ratio: float, study: Study) -> dict[str, str]:
+    if math.isnan(norm_ratio):
+        return {}
+    quarantined = norm_ratio > study.rounds.max_norm_ratio
+    return {
+        "change of the model": f"{norm_ratio:.2g} times the others'",
+        "server": "quarantined" if quarantined else "accepted",
+    }
+
+
+def _norm_ratio(bench: _Bench, ground: Ground, site: str, kind: str) -> float:
+    """Return how much a site's first update changes the model, over the median other's.
+
+    As the server compares them in a round; NaN without pretraining, or with too few
+    others.
+    """
+    study = _by(bench.study, update="delta")
+    if PRETRAINING not in study.phases or len(ground.sites) < 3:
+        return math.nan
+    path = bench.ground.folder / "federation"
+    path = path / f"norms-{kind}-{bench.study.hash[:12]}.json"
+    norms: dict[str, float] = cached(path, lambda: dict(_norms(ground, study)))
+    return norms[site] / float(np.median([n for s, n in norms.items() if s != site]))
+
+
+def _norms(ground: Ground, study: Study) -> Iterator[tuple[str, float]]:
+    """Yield each site's Euclidean norm of its change in the first round."""
+    scale = ground.standardisation
+    begun = in_process.start(study, ground.genes, ground.sites, None, scale)
+    incoming = tasks.sent(study, PRETRAINING, begun.parameters)
+    for site, cohort in sorted(ground.sites.items()):
+        patients = take_part(study, PRETRAINING, ground.patients(cohort))
+        if len(patients) < study.minimum_cohort:
+            continue
+        with tempfile.TemporaryDirectory(prefix="fedgex-") as state:
+            changed = train_round(
+                study,
+                PRETRAINING,
+                1,
+                patients,
+                incoming,
+                site=site,
+                floor=study.minimum_cohort,
+                state_dir=Path(state),
+            ).update
+        squares = [np.square(a.astype(np.float64)).sum() for a in changed.values()]
+        yield site, math.sqrt(sum(squares))
+
+
+# ---- output ----
+
+
+def _table(bench: _Bench, found: Mapping[str, Values]) -> list[str]:
+    """Return lines with pooled and federated above, and errors over the pooled ones."""
+    pooled = bench.drawn[POOLED]
+    rows = {}
+    for name, values in {
+        POOLED: pooled,
+        FEDERATED: bench.drawn[FEDERATED],
+        **found,
+    }.items():
+        rows[name] = {
+            m.name: spread([values[m.key]])
+            + (
+                f" (x {values[m.key] / pooled[m.key]:.3f})"
+                if m in ERRORS and name != POOLED
+                else ""
+            )
+            for m in MEASURES
+        }
+    return markdown("trained", rows)
+
+
+def _ratios(bench: _Bench, values: Values) -> Values:
+    pooled = bench.drawn[POOLED]
+    return {m.key: values[m.key] / pooled[m.key] for m in ERRORS}
+
+
+def _draw(ratios: Mapping[str, Values]) -> Figure:
+    """Draw by how much each way's restoration errors are above the pooled model's."""
+    names = [name for name in ratios if name != POOLED]
+    figure = Figure(figsize=(11, 1.6 + 0.32 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(ERRORS), sharey=True, squeeze=False)[0]
+    at = np.arange(len(names))
+    for axes, measure in zip(panels, ERRORS, strict=True):
+        percent = [100 * (ratios[name][measure.key] - 1) for name in names]
+        colours = ["#0072b2" if name == FEDERATED else "#8a929c" for name in names]
+        drawn = np.nan_to_num(percent, nan=0, posinf=0)
+        bars = axes.barh(at, drawn, color=colours)
+        labels = [f"{x:+.1f}" if math.isfinite(x) else "-" for x in percent]
+        axes.bar_label(bars, labels=labels, padding=2, fontsize=8)
+        axes.axvline(0, color="#1b1f24", linewidth=0.8)
+        goal = 100 * (POOLED_WITHIN - 1)
+        axes.axvline(goal, color="#d55e00", linewidth=0.8, linestyle="--")
+        axes.set(title=measure.name, xlabel="error above the pooled model's (%)")
+        axes.title.set_fontsize("small")
+        axes.margins(x=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(at, labels=names)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean of what is known, NaN of nothing."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _percent(ratio: float) -> str:
+    return "-" if math.isnan(ratio) else f"{100 * (ratio - 1):+.1f} %"
+
+
+def _said_p(p: float) -> str:
+    return "-" if math.isnan(p) else f"{p:.2g}"
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "no"
+
+
+def _plain(found: Any) -> Any:
+    """Return the same with None for NaN and infinity, which JSON lacks."""
+    if isinstance(found, Mapping):
+        return {key: _plain(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_plain(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found

@@ -1,0 +1,475 @@
+"""What each method says of the unseen patients' survival, kept in files.
+
+A forecast is an array of shape (N, 1 + K): each patient's log-hazard, then the
+probability of living past each end of the study's K follow-up intervals; NaN where a
+method says nothing. N unseen patients, T training patients of one cancer, V genes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+
+from fedgex.common import masking, predictions, screening, tasks
+from fedgex.common.cohort import Cohort
+from fedgex.common.harmonise import Patients, to_patients
+from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer
+from fedgex.common.phases import take_part
+from fedgex.common.screening import CoxScore
+from fedgex.common.seeds import derive, generator
+from fedgex.common.statistics import CrossProducts, pool
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
+from fedgex.common.survival import breslow, predict_survival
+from fedgex.common.survival_metrics import kaplan_meier
+from fedgex.server import evaluation
+from fedgex.simulations import in_process, references
+from fedgex.simulations.benchmark.ground import (
+    FEDERATED,
+    POOLED,
+    Arm,
+    Ground,
+    Model,
+    arms,
+    models,
+)
+from fedgex.simulations.references import Floats
+
+Forecasts = dict[str, NDArray[np.float64]]
+"""By method, each of shape (N, 1 + K)."""
+Fit = Callable[[Floats, Floats, Floats, Floats], Floats]
+"""Training rows, their days and events, test rows, to the risk of the test rows."""
+
+COX_RIDGE = "Cox ridge"
+COX_CLINICAL = "Cox ridge + clinical"
+PCA_COX = "PCA + Cox"
+CLINICAL_COX = "clinical Cox"
+TYPE_ALONE = "cancer type alone"
+WITH_CLINICAL = "federated + clinical"
+TUNED = "federated, tuned"
+ALONE = "alone"
+
+PANEL = 100
+"""Genes of the small panel."""
+RATE = 0.5
+"""Share of the values that are hidden completely at random."""
+SCHEMES = {"panel": f"{PANEL} random genes", "mcar": f"{RATE:.0%} of values missing"}
+DRAWS = 3
+"""Panels, and patterns of hidden values, for each model."""
+OURS = "federated"
+GAUSSIAN = "Cox ridge, Gaussian-imputed"
+RESTORED = "Cox ridge, restored by the federated model"
+MEAN_FILLED = "Cox ridge, mean-filled"
+PANEL_TRAINED = "Cox ridge trained on the panel"
+
+N_ANCHORS = 50
+"""Genes of largest |z| in a cancer's Cox screen; at most a quarter of all genes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurvivalModel:
+    """A model whose survival phase is that of `study`."""
+
+    study: Study
+    parameters: tasks.Parameters
+
+
+def variants(study: Study) -> dict[str, Study]:
+    """Return the study's variants that are compared, by method."""
+    changes: dict[str, dict[str, Any]] = {
+        OURS: {"clinical": False, "backbone": "frozen"},
+        WITH_CLINICAL: {"clinical": True, "backbone": "frozen"},
+        TUNED: {
+            "clinical": False,
+            "backbone": "tuned",
+            # What suits a head alone is too much for an encoder.
+            "learning_rate": min(
+                study.survival.learning_rate, study.pretraining.learning_rate
+            ),
+        },
+    }
+    return {
+        name: study.model_copy(
+            update={"survival": study.survival.model_copy(update=change)}
+        )
+        for name, change in changes.items()
+    }
+
+
+def survival_models(
+    ground: Ground, seed: int, console: Console
+) -> tuple[Model, dict[str, SurvivalModel]]:
+    """Return the federated model, and the models of every method and site alone.
+
+    Each arm is trained once; a variant of its survival phase starts from all that was
+    learned before.
+    """
+    kinds = (FEDERATED, POOLED) if ground.quick else (FEDERATED, POOLED, ALONE)
+    jobs: dict[str, _Job] = {}
+    federated = None
+    for arm, model in models(ground, arms(ground, seed, kinds), console):
+        wanted = variants(arm.study)
+        if arm.name == FEDERATED:
+            federated = model
+        else:  # alone-SITE becomes alone/SITE, which no method is called
+            wanted = {arm.name.replace(f"{ALONE}-", f"{ALONE}/", 1): wanted[OURS]}
+        for name, study in wanted.items():
+            jobs[name] = _Job(arm=arm, study=study, model=model)
+    assert federated is not None
+    return federated, _trained(ground, jobs, console)
+
+
+def keep(path: Path, compute: Callable[[], Forecasts]) -> Forecasts:
+    """Return the arrays in `path`, computed and written first if it is not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_ = path.with_suffix(".partial")
+        save_file(compute(), partial_)
+        partial_.replace(path)
+    found: Forecasts = load_file(path)
+    return found
+
+
+def file_of(ground: Ground, study: Study, part: str) -> Path:
+    """Return where forecasts are kept: by study, and by whom they are about."""
+    about = [study.hash, *ground.unseen.patients, *ground.genes.genes]
+    for name, cohort in sorted(ground.sites.items()):
+        about += [name, *cohort.patients]
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+    return ground.folder / "survival" / f"{part}-{digest}.safetensors"
+
+
+def of_models(ground: Ground, trained: Mapping[str, SurvivalModel]) -> Forecasts:
+    """Return the forecasts of trained models from all genes."""
+    unseen = ground.patients(ground.unseen)
+    return {name: _of_model(model, unseen) for name, model in sorted(trained.items())}
+
+
+def of_hidden(
+    federated: SurvivalModel, unseen_sets: Mapping[str, Patients]
+) -> Forecasts:
+    """Return the federated model's forecasts of partly visible patients."""
+    return {
+        f"{name}/{OURS}": _of_model(federated, patients)
+        for name, patients in unseen_sets.items()
+    }
+
+
+def hidden_sets(ground: Ground, seed: int) -> dict[str, Patients]:
+    """Return the unseen patients with small panels and with missing values.
+
+    Named by scheme and draw, as `panel-0`. The draws depend on seed and split alone,
+    and every method sees the same ones.
+    """
+    unseen, genes = ground.patients(ground.unseen), ground.genes.genes
+    found = {}
+    for draw in range(1 if ground.quick else DRAWS):
+        names = (ground.folder.name, draw)
+        if len(genes) > PANEL:
+            panel_seed = derive(seed, "survival", "panel", *names)
+            panel = set(references.panels(genes, (PANEL,), panel_seed)[PANEL])
+            visible = torch.tensor([gene in panel for gene in genes])
+            found[f"panel-{draw}"] = _hide(unseen, ~visible.expand(len(unseen), -1))
+        rng = generator(seed, "survival", "mcar", *names)
+        found[f"mcar-{draw}"] = _hide(unseen, masking.mcar(unseen.measured, RATE, rng))
+    return found
+
+
+def screen(ground: Ground) -> dict[str, CoxScore]:
+    """Return each cancer's Cox screen, summed over the training sites.
+
+    Only sites with the minimum cohort of a cancer tell of it, and only of genes that as
+    many have.
+    """
+    study, found = ground.study, {}
+    able = [take_part(study, SURVIVAL, ground.patients(c)) for c in _cohorts(ground)]
+    for name in study.survival.cancer_types:
+        rows = [_of_type(patients, name) for patients in able]
+        told = [
+            CoxScore.of(
+                some.values.numpy(), some.duration, some.event, study.minimum_cohort
+            )
+            for some in rows
+            if len(some) >= study.minimum_cohort
+        ]
+        if told:
+            found[name] = reduce(add, told)
+    return found
+
+
+def n_anchors(ground: Ground) -> int:
+    """Return how many anchors a cancer gets."""
+    return min(N_ANCHORS, len(ground.genes) // 4)
+
+
+def of_references(
+    ground: Ground,
+    seed: int,
+    federated: Model,
+    unseen_sets: Mapping[str, Patients],
+    screens: Mapping[str, CoxScore],
+) -> Forecasts:
+    """Return the forecasts of the simple models, trained on pooled rows of each cancer.
+
+    From all genes, by method; from what is left of the values, by set and method; and
+    by what became of the anchor genes, `anchors/...` of models that read nothing else,
+    `all/...` of models that read all genes.
+    """
+    study, unseen = ground.study, ground.patients(ground.unseen)
+    imputers = _imputers(ground, federated)
+    filled = {
+        f"{name}/{method}": imputer.impute(patients.values.numpy())
+        for name, patients in unseen_sets.items()
+        for method, imputer in imputers.items()
+    }
+    pooled = take_part(study, SURVIVAL, ground.pooled)
+    ends = np.asarray(study.survival.interval_ends)
+    found: Forecasts = {}
+    for name in study.survival.cancer_types:
+        train = _of_type(pooled, name)
+        rows = (unseen.type_index((name,)) == 0).nonzero().squeeze(1)
+        if len(train) == 0 or len(rows) == 0:
+            continue
+        of_cancer = _of_cancer(
+            train,
+            unseen.take(rows),
+            {key: values[rows.numpy()] for key, values in filled.items()},
+            {
+                key: patients.take(rows)
+                for key, patients in unseen_sets.items()
+                if key.startswith("panel-")
+            },
+            None
+            if name not in screens
+            else screening.anchors(screens[name], n_anchors(ground)),
+            imputers,
+            seed,
+            ends,
+        )
+        for key, forecast in of_cancer.items():
+            empty = np.full((len(unseen), 1 + len(ends)), np.nan)
+            found.setdefault(key, empty)[rows.numpy()] = forecast
+    return found
+
+
+def without_anchors(
+    ground: Ground, federated: SurvivalModel, screens: Mapping[str, CoxScore]
+) -> Forecasts:
+    """Return the federated model's forecasts with each cancer's anchors hidden."""
+    unseen = ground.patients(ground.unseen)
+    hidden = torch.zeros_like(unseen.measured)
+    for name, scores in screens.items():
+        gone = torch.zeros(len(ground.genes), dtype=torch.bool)
+        gone[torch.from_numpy(screening.anchors(scores, n_anchors(ground)))] = True
+        hidden[unseen.type_index((name,)) == 0] = gone
+    return {"all/federated": _of_model(federated, _hide(unseen, hidden))}
+
+
+def _of_cancer(
+    train: Patients,
+    test: Patients,
+    filled: Mapping[str, Floats],
+    panels: Mapping[str, Patients],
+    anchors: NDArray[np.intp] | None,
+    imputers: Mapping[str, Imputer],
+    seed: int,
+    ends: Floats,
+) -> Forecasts:
+    """Return the simple models' forecasts for one cancer, each (n, 1 + K).
+
+    Parameters
+    ----------
+    filled
+        Values on which the model of all genes is to be tried, each (n, V).
+    panels
+        Test patients of whom a model trained on the very panel is asked.
+    anchors
+        Genes that are deleted and restored.
+    """
+    ridge: Fit = partial(references.cox_ridge, seed=seed)
+    x, clinical = train.values.numpy(), train.clinical.numpy()
+    true, test_clinical = test.values.numpy(), test.clinical.numpy()
+    both = {COX_CLINICAL: np.concatenate([true, test_clinical], axis=1)}
+    tests: dict[str, Floats] = {COX_RIDGE: true, **filled}
+    restored: dict[str, Floats] = {}
+    if anchors is not None:
+        deleted = true.copy()
+        deleted[:, anchors] = np.nan
+        restored = {key: i.impute(deleted) for key, i in imputers.items()}
+        tests |= {f"all/{key}": values for key, values in restored.items()}
+    found = _forecasts(ridge, x, train, tests, ends)
+    found |= _forecasts(
+        partial(references.cox_ridge, seed=seed, n_clinical=clinical.shape[1]),
+        np.concatenate([x, clinical], axis=1),
+        train,
+        both,
+        ends,
+    )
+    found |= _forecasts(references.pca_cox, x, train, {PCA_COX: true}, ends)
+    found |= _forecasts(
+        references.clinical_cox, clinical, train, {CLINICAL_COX: test_clinical}, ends
+    )
+    found[TYPE_ALONE] = np.tile(_kaplan_meier(train, ends), (len(test), 1))
+    for key, patients in panels.items():
+        seen = patients.measured.any(dim=0).numpy()
+        only = {f"{key}/{PANEL_TRAINED}": patients.values.numpy()[:, seen]}
+        found |= _forecasts(ridge, x[:, seen], train, only, ends)
+    if anchors is not None:
+        only = {f"anchors/{key}": v[:, anchors] for key, v in restored.items()}
+        only["anchors/true"] = true[:, anchors]
+        found |= _forecasts(ridge, x[:, anchors], train, only, ends)
+        rest = np.delete(x, anchors, axis=1)
+        without = {"all/without": np.delete(true, anchors, axis=1)}
+        found |= _forecasts(ridge, rest, train, without, ends)
+    return found
+
+
+def _forecasts(
+    fit: Fit, x: Floats, train: Patients, tests: Mapping[str, Floats], ends: Floats
+) -> Forecasts:
+    """Fit one Cox model; return its risk and survival for each set of test rows.
+
+    The baseline is Breslow's, on the risk of the training rows themselves.
+    """
+    duration, event = train.duration.numpy(), train.event.numpy()
+    risk = fit(x, duration, event, np.concatenate([x, *tests.values()]))
+    # Equal rows get equal risks only up to rounding, which would order them.
+    log_hazard = torch.tensor(np.round(risk, 9), dtype=torch.float64)
+    baseline = breslow(log_hazard[: len(x)], train.duration, train.event)
+    found, start = {}, len(x)
+    for name, rows in tests.items():
+        own = log_hazard[start : start + len(rows)]
+        start += len(rows)
+        alive = predict_survival(
+            baseline, own, torch.tensor(ends, dtype=train.duration.dtype)
+        )
+        found[name] = torch.cat([own[:, None], alive.double()], dim=1).numpy()
+    return found
+
+
+def _kaplan_meier(train: Patients, ends: Floats) -> Floats:
+    """Return the forecast for a patient of whom only the cancer is known, (1 + K,)."""
+    days, alive = kaplan_meier(train.duration, train.event)
+    at_ends = alive[np.searchsorted(days, ends, side="right") - 1]
+    return np.concatenate([[0.0], at_ends])
+
+
+def _of_model(model: SurvivalModel, patients: Patients) -> NDArray[np.float64]:
+    n_genes = patients.values.shape[1]
+    modules = tasks.load(model.study, n_genes, SURVIVAL, model.parameters)
+    risk = predictions.log_hazard(model.study, modules, patients)
+    alive = predictions.survival(model.study, modules, patients, risk)
+    if model.study.survival.loss == "cox":  # which trains no baseline
+        alive = torch.full_like(alive, torch.nan)
+    return torch.cat([risk[:, None], alive], dim=1).double().numpy()
+
+
+def _imputers(ground: Ground, federated: Model) -> dict[str, Imputer]:
+    """Return what fills the gaps for the simple Cox model, by name of the result."""
+    floor = ground.study.minimum_cohort
+    sums = pool(
+        CrossProducts.of(ground.patients(cohort).values.numpy()).suppressed(floor)
+        for cohort in _cohorts(ground)
+    )
+    return {
+        GAUSSIAN: GaussianImputer(sums.covariance()),
+        RESTORED: evaluation.model_imputer(
+            federated.study, federated.parameters, len(ground.genes)
+        ),
+        MEAN_FILLED: MeanImputer(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    arm: Arm
+    study: Study
+    """Whose survival phase is to be trained."""
+    model: Model
+    """That of the arm."""
+
+
+def _trained(
+    ground: Ground, jobs: Mapping[str, _Job], console: Console
+) -> dict[str, SurvivalModel]:
+    """Return the model of each job, its survival phase trained if it is another one."""
+    folder = ground.folder / "models"
+    todo = [
+        job
+        for job in jobs.values()
+        if job.study != job.arm.study and not _file(folder, job).exists()
+    ]
+    train = partial(_train, folder)
+    done = in_process.each_done(train, todo, ground.workers)
+    for count, (job, seconds) in enumerate(done, 1):
+        console.print(
+            f"survival {count} of {len(todo)}: {job.arm.name}, seed {job.study.seed}, "
+            f"{seconds:.0f} s",
+            highlight=False,
+        )
+    return {
+        name: SurvivalModel(
+            study=job.study,
+            parameters=job.model.parameters
+            if job.study == job.arm.study
+            else load_file(_file(folder, job)),
+        )
+        for name, job in jobs.items()
+    }
+
+
+def _train(folder: Path, job: _Job) -> float:
+    """Train a survival phase anew on what came before it; return the seconds."""
+    started = time.monotonic()
+    model, own = job.model, f"{SURVIVAL}."
+    fresh = tasks.initial(job.study, len(model.genes))
+    before = {k: v for k, v in model.parameters.items() if not k.startswith(own)}
+    begun = in_process.Start(
+        vocabulary=model.genes,
+        standardisation=model.standardisation,
+        parameters=before | {k: v for k, v in fresh.items() if k.startswith(own)},
+        public=None,
+    )
+    patients = {
+        name: to_patients(cohort, model.genes, model.standardisation)
+        for name, cohort in job.arm.sites.items()
+    }
+    whole = in_process.federate(
+        job.study, begun, patients, without=(PRETRAINING, CLASSIFICATION)
+    )
+    path = _file(folder, job)
+    partial_ = path.with_suffix(".partial")
+    save_file(whole, partial_)
+    partial_.replace(path)
+    return time.monotonic() - started
+
+
+def _file(folder: Path, job: _Job) -> Path:
+    return folder / f"survival-{job.arm.name}-{job.study.hash[:12]}.safetensors"
+
+
+def _cohorts(ground: Ground) -> list[Cohort]:
+    return [cohort for _, cohort in sorted(ground.sites.items())]
+
+
+def _of_type(patients: Patients, name: str) -> Patients:
+    return patients.take((patients.type_index((name,)) == 0).nonzero().squeeze(1))
+
+
+def _hide(patients: Patients, hidden: torch.Tensor) -> Patients:
+    return dataclasses.replace(
+        patients, values=patients.values.masked_fill(hidden, torch.nan)
+    )

@@ -1,0 +1,303 @@
+"""Who dies earlier: every method within each cancer, on institutions never seen.
+
+    forecasts of each split and seed -> numbers, the mean over the seeds of a split
+    -> tables over cancers and splits
+
+N unseen patients, n of one cancer, K ends of intervals. A cancer counts where
+MIN_EVENTS of its unseen patients died.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from fedgex.common import screening
+from fedgex.common.errors import ConfigError
+from fedgex.common.harmonise import Patients
+from fedgex.common.phases import take_part
+from fedgex.common.study import SURVIVAL, Study
+from fedgex.common.survival_metrics import (
+    c_index,
+    c_index_with_se,
+    integrated_brier_score,
+    kaplan_meier,
+    stratified_c_index,
+)
+from fedgex.simulations.benchmark import forecasts as methods
+from fedgex.simulations.benchmark.forecasts import ALONE, OURS, Forecasts
+from fedgex.simulations.benchmark.ground import Ground
+from fedgex.simulations.benchmark.outcome import Outcome
+from fedgex.simulations.benchmark.survival_page import (
+    CALIBRATED,
+    MIN_EVENTS,
+    OVERALL,
+    ByCancer,
+    Judged,
+    page,
+)
+from fedgex.simulations.charts import DAYS_PER_YEAR
+
+MIN_LEFT = 5
+"""The Brier score goes as far as so many of a cancer are followed for longer."""
+CALIBRATED_DAY = 3 * DAYS_PER_YEAR
+"""Calibration is judged at the end of interval that is nearest to this day."""
+THIRDS = 3
+
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+def run(grounds: Callable[[int], Ground], console: Console) -> Outcome:
+    """Judge every method on every split; go on from what the grounds' folders hold.
+
+    The first split has every seed, the others the first of them.
+
+    Raises
+    ------
+    ConfigError
+        If the study has no survival phase whose head travels.
+    """
+    first = grounds(0)
+    study = first.study
+    if SURVIVAL not in study.phases or study.survival.head != "shared":
+        raise ConfigError(
+            f'the study "{study.name}" has no survival phase with a shared head; '
+            'expected survival.rounds of 1 or more, and survival.head "shared". '
+            "Choose another scenario."
+        )
+    splits = []
+    for number in range(first.n_splits):
+        ground = grounds(number) if number else first
+        seeds = ground.seeds[:1] if number else ground.seeds
+        splits.append(average([_judge(ground, seed, console) for seed in seeds]))
+        console.print(
+            f"survival on split {number + 1} of {first.n_splits} is judged",
+            highlight=False,
+        )
+    return page(splits, study.survival.cancer_types, quick=first.quick)
+
+
+def judge(
+    study: Study,
+    unseen: Patients,
+    forecasts: Forecasts,
+    able: Mapping[str, frozenset[str]],
+    anchors: Mapping[str, Sequence[str]],
+) -> Judged:
+    """Judge forecasts of the unseen patients.
+
+    Parameters
+    ----------
+    able
+        Cancers of which each site has the minimum cohort; alone, it is judged on no
+        others.
+    anchors
+        Genes of each cancer, for the page.
+    """
+    types = study.survival.cancer_types
+    known = (unseen.duration > 0) & ~unseen.event.isnan()
+    index = unseen.type_index(types)
+    rows_of: dict[str, Rows] = {
+        name: ((index == k) & known).nonzero().squeeze(1).numpy()
+        for k, name in enumerate(types)
+    }
+    event = unseen.event.numpy()
+    deaths = {name: int(event[rows].sum()) for name, rows in rows_of.items()}
+    counted = {n: rows for n, rows in rows_of.items() if deaths[n] >= MIN_EVENTS}
+    ends = np.asarray(study.survival.interval_ends)
+    day = int(np.abs(ends - CALIBRATED_DAY).argmin())
+
+    c_indices: dict[str, list[ByCancer]] = {}
+    for key, forecast in forecasts.items():
+        site = key.removeprefix(f"{ALONE}/")
+        asked = able[site] if site != key else counted
+        c_indices.setdefault(_method(key), []).append(
+            {
+                name: _c_index(unseen, forecast, rows) if name in asked else math.nan
+                for name, rows in counted.items()
+            }
+        )
+    thirds = {
+        method: _thirds(unseen, forecasts[method][:, 1 + day], counted, ends[day])
+        for method in CALIBRATED
+        if method in forecasts
+    }
+    overall = {
+        method: _pan_cancer(unseen, forecasts[method], rows_of, day)
+        | {
+            "brier": _brier(unseen, forecasts[method][:, 1:], counted, ends),
+            "calibration": _distance(thirds.get(method, [])),
+        }
+        for method in OVERALL
+        if method in forecasts
+    }
+    true = forecasts.get("anchors/true")
+    return Judged(
+        deaths=deaths,
+        c_index={method: mean_known(several) for method, several in c_indices.items()},
+        error={}
+        if true is None
+        else {
+            name: _c_index_error(unseen, true, rows) for name, rows in counted.items()
+        },
+        overall=overall,
+        thirds=thirds,
+        anchors=anchors,
+    )
+
+
+def average(seeds: Sequence[Judged]) -> Judged:
+    """Return the mean of several seeds; deaths and anchors are the same for all."""
+    one = seeds[0]
+    return Judged(
+        deaths=one.deaths,
+        c_index={
+            method: mean_known([each.c_index[method] for each in seeds])
+            for method in one.c_index
+        },
+        error=mean_known([each.error for each in seeds]),
+        overall={
+            method: mean_known([each.overall[method] for each in seeds])
+            for method in one.overall
+        },
+        thirds={
+            name: [
+                (float(said), float(seen))
+                for said, seen in np.mean([each.thirds[name] for each in seeds], axis=0)
+            ]
+            for name in one.thirds
+        },
+        anchors=one.anchors,
+    )
+
+
+def mean_known(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each entry over those where it is known; NaN if nowhere."""
+    found = {}
+    for name in several[0]:
+        known = [each[name] for each in several if not math.isnan(each[name])]
+        found[name] = float(np.mean(known)) if known else math.nan
+    return found
+
+
+def _judge(ground: Ground, seed: int, console: Console) -> Judged:
+    """Make the forecasts of one split and seed, or read them, and judge them."""
+    federated, trained = methods.survival_models(ground, seed, console)
+    hidden = methods.hidden_sets(ground, seed)
+    screens = methods.screen(ground)
+    of_models = methods.keep(
+        methods.file_of(ground, federated.study, "models"),
+        lambda: (
+            methods.of_models(ground, trained)
+            | methods.of_hidden(trained[OURS], hidden)
+            | methods.without_anchors(ground, trained[OURS], screens)
+        ),
+    )
+    of_references = methods.keep(
+        methods.file_of(ground, federated.study, "references"),
+        lambda: methods.of_references(ground, seed, federated, hidden, screens),
+    )
+    study, genes = ground.study, ground.genes.genes
+    able = {}
+    for site, cohort in ground.sites.items():
+        rows = take_part(study, SURVIVAL, ground.patients(cohort)).cancer_type
+        able[site] = frozenset(
+            name
+            for name in study.survival.cancer_types
+            if rows.count(name) >= study.minimum_cohort
+        )
+    n_anchors = methods.n_anchors(ground)
+    return judge(
+        study,
+        ground.patients(ground.unseen),
+        of_models | of_references,
+        able,
+        {
+            name: [genes[g] for g in screening.anchors(scores, n_anchors)]
+            for name, scores in screens.items()
+        },
+    )
+
+
+def _method(key: str) -> str:
+    """Return what a forecast is one of several of: a site, or a draw of a scheme."""
+    first, _, rest = key.partition("/")
+    if first == ALONE:
+        return ALONE
+    scheme, _, draw = first.rpartition("-")
+    return f"{scheme}/{rest}" if rest and draw.isdigit() else key
+
+
+def _c_index(unseen: Patients, forecast: Floats, rows: Rows) -> float:
+    return c_index(unseen.duration[rows], unseen.event[rows], forecast[rows, 0])
+
+
+def _c_index_error(unseen: Patients, forecast: Floats, rows: Rows) -> float:
+    risk = forecast[rows, 0]
+    return c_index_with_se(unseen.duration[rows], unseen.event[rows], risk)[1]
+
+
+def _thirds(
+    unseen: Patients, alive: Floats, counted: Mapping[str, Rows], day: float
+) -> list[tuple[float, float]]:
+    """Return predicted and Kaplan-Meier survival on a day, the worst third first.
+
+    Patients are in a third of their own cancer, so that what the cancer alone tells
+    orders nobody.
+    """
+    third = np.full(len(alive), -1)
+    for rows in counted.values():
+        place = alive[rows].argsort(kind="stable").argsort(kind="stable")
+        third[rows] = THIRDS * place // len(rows)
+    found = []
+    for k in range(THIRDS):
+        rows = np.flatnonzero(third == k)
+        if len(rows) == 0 or np.isnan(alive[rows]).any():
+            found.append((math.nan, math.nan))
+            continue
+        days, seen = kaplan_meier(unseen.duration[rows], unseen.event[rows])
+        at_day = seen[np.searchsorted(days, day, side="right") - 1]
+        found.append((float(alive[rows].mean()), float(at_day)))
+    return found
+
+
+def _distance(thirds: Sequence[tuple[float, float]]) -> float:
+    """Return the mean absolute difference of predicted and seen; NaN of none."""
+    return float(np.mean([abs(p - k) for p, k in thirds])) if thirds else math.nan
+
+
+def _pan_cancer(
+    unseen: Patients, forecast: Floats, rows_of: Mapping[str, Rows], day: int
+) -> dict[str, float]:
+    """Return the C-index over all cancers, by survival on a day, and that within."""
+    rows = np.concatenate(list(rows_of.values()))
+    rows = rows[~np.isnan(forecast[rows, 0])]
+    duration, event = unseen.duration[rows], unseen.event[rows]
+    strata = np.asarray(unseen.cancer_type)[rows]
+    return {
+        "pooled": c_index(duration, event, -forecast[rows, 1 + day]),
+        "stratified": stratified_c_index(duration, event, forecast[rows, 0], strata),
+    }
+
+
+def _brier(
+    unseen: Patients, alive: Floats, counted: Mapping[str, Rows], ends: Floats
+) -> float:
+    """Return the mean over cancers of the integrated Brier score."""
+    scores = []
+    for rows in counted.values():
+        duration, event = unseen.duration[rows], unseen.event[rows]
+        left = np.array([int((duration > end).sum()) for end in ends])
+        until = left >= MIN_LEFT
+        if until.sum() > 1 and not np.isnan(alive[rows]).any():
+            scores.append(
+                integrated_brier_score(
+                    duration, event, alive[rows][:, until], ends[until]
+                )
+            )
+    return float(np.nanmean(scores)) if scores else math.nan

@@ -27,7 +27,7 @@ ifeq ($(DATA),)
 	$(BIN)/fedgex-sim new-data runs/demo-data
 	$(BIN)/fedgex-sim run demo --data runs/demo-data --out $(OUT)
 else
-	$(BIN)/fedgex-sim run tcga --data $(DATA) --out $(if $(filter runs/demo,$(OUT)),runs/tcga,$(OUT))
+	$(BIN)/fedgex-sim run release --data $(DATA) --out $(if $(filter runs/demo,$(OUT)),runs/release,$(OUT))
 endif
 
 ## rehearsal a consortium of four sites on this machine, with real processes; DATA=FOLDER

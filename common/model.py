@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
@@ -40,10 +40,14 @@ class ModelConfig:
     """Factors of the linear start, R; 0 leaves it out."""
     linear_components: int = 1
     """Components of the linear start, K."""
+    network_where: Literal["everywhere", "dropout"] = "everywhere"
+    """Where the network adds to the linear start, see `LinearStart.say`."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
         for name, value in asdict(self).items():
+            if not isinstance(value, int):
+                continue
             least = 0 if name == "linear_rank" else 1
             if value < least:
                 raise ConfigError(f"model.{name} is {value}; expected {least} or more.")
@@ -69,7 +73,11 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 def preset(
-    name: str, n_genes: int, linear_rank: int = 0, linear_components: int = 1
+    name: str,
+    n_genes: int,
+    linear_rank: int = 0,
+    linear_components: int = 1,
+    network_where: Literal["everywhere", "dropout"] = "everywhere",
 ) -> ModelConfig:
     """Return the named size for a vocabulary of `n_genes`.
 
@@ -86,6 +94,7 @@ def preset(
         n_genes=n_genes,
         linear_rank=linear_rank,
         linear_components=linear_components,
+        network_where=network_where,
         **PRESETS[name],
     )
 
@@ -200,7 +209,7 @@ SILENT, LOUD = 0.4, 0.8
 validation institutions, 98 of 100 patients with cells missing at random or by panel
 are below .5 at all rates, and those with low expression missing above .7."""
 LOUDNESS = 4.0
-"""Of the network's output over the linear start: how fast it learns to speak."""
+"""Of the network's output where it seldom speaks: how fast it learns to."""
 
 
 class Posterior(NamedTuple):
@@ -423,8 +432,10 @@ class GexBert(nn.Module):
         linear = self.encoder.linear
         if linear is None:
             return restored
-        said = linear.say(known, genes, keep).unsqueeze(1)  # (B, 1)
-        return linear.restore(known, asked) + said * LOUDNESS * restored
+        if self.config.network_where == "dropout":
+            said = linear.say(known, genes, keep).unsqueeze(1)  # (B, 1)
+            restored = LOUDNESS * said * restored
+        return linear.restore(known, asked) + restored
 
     def _initialise(self) -> None:
         """Let the first step see the patients.

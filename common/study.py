@@ -369,6 +369,9 @@ class Study(Settings):
     linear_types: tuple[str, ...] = ()
     """Cancer types that the linear start tells apart, each with a mean and covariance
     of its own, which the sites then send; empty: one for all patients."""
+    network_where: Literal["everywhere", "dropout"] = "everywhere"
+    """Where the network adds to the linear start: `everywhere`, or where low expression
+    drops out, which the linear start takes for missing at random."""
     vocabulary: VocabularyRule = VocabularyRule()
     pretraining: Pretraining = Pretraining()
     classification: Classification = Classification()
@@ -391,6 +394,8 @@ class Study(Settings):
                 "public.statistics = true"
             )
         _named_once(self.linear_types, "linear_types")
+        if self.network_where == "dropout" and not self.linear_rank:
+            raise ValueError('network_where = "dropout" is for linear_rank above 0')
         if self.linear_types and not self.linear_rank:
             raise ValueError("linear_types are for linear_rank above 0")
         if OTHERS in self.linear_types:

@@ -43,7 +43,11 @@ Parameters = Mapping[str, NDArray[np.float32]]
 def build(study: Study, n_genes: int, phase: str) -> Modules:
     """Return the modules of a phase, initialised by the study's seed alone."""
     config = model.preset(
-        study.preset, n_genes, study.linear_rank, max(len(study.linear_types), 1)
+        study.preset,
+        n_genes,
+        study.linear_rank,
+        max(len(study.linear_types), 1),
+        study.network_where,
     )
     with seeded(study.seed, "initial", phase):
         if phase == PRETRAINING:

@@ -432,7 +432,7 @@ def rehearse(
         raise ConfigError(f"{folder} is not empty; choose a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
-    scenario = find("demo" if data is None else "tcga")
+    scenario = find("demo" if data is None else "release")
     if data is None:
         data = folder / "data"
         new_data(data)

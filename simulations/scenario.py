@@ -1,7 +1,7 @@
 """One readable TOML that names a simulated federation: its study, data and hospitals.
 
 Every key is described in docs/scenarios.md. Scenarios that come with fedgex are found
-by name (`demo`, `tcga`), any other by its path.
+by name (`demo`, `release`), any other by its path.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ CLINICAL_COX = "clinical Cox"
 TYPE_ALONE = "cancer type alone"
 WITH_CLINICAL = "federated + clinical"
 TUNED = "federated, tuned"
+TUNED_ROUNDS = 4
 ALONE = "alone"
 
 PANEL = 100
@@ -92,13 +93,15 @@ def variants(study: Study) -> dict[str, Study]:
     changes: dict[str, dict[str, Any]] = {
         OURS: {"clinical": False, "backbone": "frozen"},
         WITH_CLINICAL: {"clinical": True, "backbone": "frozen"},
+        # Goes on from the trained head: what suits a head alone, hundreds of steps on
+        # whole sites, is too much for an encoder, and takes hours.
         TUNED: {
-            "clinical": False,
+            "clinical": study.survival.clinical,
             "backbone": "tuned",
-            # What suits a head alone is too much for an encoder.
-            "learning_rate": min(
-                study.survival.learning_rate, study.pretraining.learning_rate
-            ),
+            "rounds": min(study.survival.rounds, TUNED_ROUNDS),
+            "local_epochs": 1,
+            "batch_size": study.pretraining.batch_size,
+            "learning_rate": study.survival.learning_rate / 10,
         },
     }
     return {
@@ -117,7 +120,8 @@ def survival_models(
     Each arm is trained once; a variant of its survival phase starts from all that was
     learned before.
     """
-    kinds = (FEDERATED, POOLED) if ground.quick else (FEDERATED, POOLED, ALONE)
+    alone = not ground.quick and ground.number == 0
+    kinds = (FEDERATED, POOLED, ALONE) if alone else (FEDERATED, POOLED)
     jobs: dict[str, _Job] = {}
     federated = None
     for arm, model in models(ground, arms(ground, seed, kinds), console):
@@ -435,12 +439,14 @@ def _train(folder: Path, job: _Job) -> float:
     """Train a survival phase anew on what came before it; return the seconds."""
     started = time.monotonic()
     model, own = job.model, f"{SURVIVAL}."
-    fresh = tasks.initial(job.study, len(model.genes))
-    before = {k: v for k, v in model.parameters.items() if not k.startswith(own)}
+    before = dict(model.parameters)
+    if job.study.survival.backbone == "frozen":
+        fresh = tasks.initial(job.study, len(model.genes))
+        before |= {k: v for k, v in fresh.items() if k.startswith(own)}
     begun = in_process.Start(
         vocabulary=model.genes,
         standardisation=model.standardisation,
-        parameters=before | {k: v for k, v in fresh.items() if k.startswith(own)},
+        parameters=before,
         public=None,
     )
     patients = {

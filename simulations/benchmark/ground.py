@@ -132,6 +132,8 @@ class Ground:
     workers: int
     """Models trained at the same time."""
     quick: bool
+    number: int = 0
+    """0 for the scenario's hold-out, above for one of the drawn ones."""
     n_splits: int = 1
     """Splits that the protocol has for these patients, this one among them."""
 
@@ -231,6 +233,7 @@ def prepare(
         folder=folder,
         workers=workers,
         quick=quick,
+        number=number,
         n_splits=1 if quick or on == "validation" else 1 + protocol.splits.number,
     )
 
@@ -238,7 +241,7 @@ def prepare(
 def arms(
     ground: Ground, seed: int, kinds: Sequence[str] = (FEDERATED, POOLED, "alone")
 ) -> list[Arm]:
-    """Return the arms of a seed: federated, pooled, and each site alone."""
+    """Return the arms of a seed: federated, pooled, and, of the first, sites alone."""
     study = ground.seeded(seed)
     everybody = dict(sorted(ground.sites.items()))
     found = []
@@ -247,7 +250,7 @@ def arms(
     if POOLED in kinds:
         one = in_process.joined(list(everybody.values()))
         found.append(Arm(name=POOLED, study=study, sites={POOLED: one}))
-    if "alone" in kinds:
+    if "alone" in kinds and seed == ground.seeds[0]:
         found += [
             Arm(name=f"alone-{name}", study=study, sites={name: cohort})
             for name, cohort in everybody.items()

@@ -254,7 +254,9 @@ def _results(ground: Ground, exams: Sequence[Exam], console: Console) -> Results
         of_seed = {job.method: _read(job.path) for job in jobs if job.seed == seed}
         alone = [v for name, v in of_seed.items() if name.startswith(f"{ALONE}-")]
         kept = {n: v for n, v in of_seed.items() if not n.startswith(f"{ALONE}-")}
-        for name, judged in (kept | {ALONE: _averaged(alone)}).items():
+        if alone:
+            kept[ALONE] = _averaged(alone)
+        for name, judged in kept.items():
             results.setdefault(name, []).append(judged)
     return results
 

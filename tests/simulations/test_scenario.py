@@ -36,8 +36,8 @@ def test_every_shipped_scenario_can_be_used_and_is_named_after_its_study(name: s
     assert find(name).study.name == name
 
 
-def test_demo_private_and_tcga_are_shipped():
-    assert {"demo", "private", "tcga"} <= set(shipped())
+def test_demo_private_and_release_are_shipped():
+    assert {"demo", "private", "release"} <= set(shipped())
 
 
 def test_a_scenario_is_found_by_its_path(tmp_path: Path):
@@ -60,9 +60,9 @@ def test_what_is_not_said_has_the_documented_default(tmp_path: Path):
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are_and_the_nearest():
-    expected = r'demo, private, tcga.*Did you mean "tcga"\?'
+    expected = r'demo, private, release.*Did you mean "release"\?'
     with pytest.raises(ConfigError, match=expected):
-        find("tgca")
+        find("relaese")
 
 
 def test_an_absent_file_is_refused(tmp_path: Path):

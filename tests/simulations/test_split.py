@@ -598,7 +598,7 @@ def test_slugs_are_distinct_and_fit_any_file_system(names: list[str]):
 def test_tcga_becomes_24_hospitals_a_region_and_505_held_out_patients(
     shared_data: Path, tmp_path: Path
 ):
-    done = split(find("tcga"), shared_data, tmp_path / "out")
+    done = split(find("release"), shared_data, tmp_path / "out")
 
     assert len(done.sites) == 25
     assert done.sizes["region"] == 309

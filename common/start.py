@@ -30,7 +30,7 @@ NOISE_FACTOR = 1.4
 """The noise of unseen patients over that of those whom the factors were fitted to."""
 LEAST_VARIANCE = 1e-3
 """Of a factor within a type, as a share of its variance over all."""
-NEVER = -1e4
+NEVER = -1e6
 """Log share of a type of which nothing is known."""
 
 

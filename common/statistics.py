@@ -320,21 +320,32 @@ def pool_types(
 ) -> dict[str, CrossProducts]:
     """Return the cross-products of each group over all sites, see `by_type`.
 
-    A type of which fewer than `MIN_SITES` of several sites tell is among the others, so
-    that nobody's own statistics are handed to everyone.
+    Nobody's own statistics are handed to everyone: a type of which fewer than
+    `MIN_SITES` of several sites tell joins the others; and where these are one site's
+    own then, so that the rest would tell them, the type with the fewest patients does.
     """
     pooled: dict[str, CrossProducts] = {}
-    told_by: Counter[str] = Counter()
-    n_sites = 0
-    for n_sites, site in enumerate(sites, 1):  # noqa: B007 - used after the loop
-        told_by.update(list(site))
-        _add_groups(pooled, site)
-    least = min(MIN_SITES, n_sites)
-    alone = {name: sums for name, sums in pooled.items() if told_by[name] < least}
-    kept = {name: sums for name, sums in pooled.items() if name not in alone}
-    for sums in alone.values():
-        _add_groups(kept, {OTHERS: sums})
-    return kept
+    told_by: dict[str, set[int]] = {}
+    for site, groups in enumerate(sites):
+        for name, sums in groups.items():
+            pooled[name] = pooled[name] + sums if name in pooled else sums
+            told_by.setdefault(name, set()).add(site)
+    least = min(MIN_SITES, len(set().union(*told_by.values())))
+
+    def alone(name: str) -> bool:
+        return 0 < len(told_by.get(name, ())) < least
+
+    def first_to_join(name: str) -> tuple[bool, int, str]:
+        return not alone(name), int(pooled[name].counts.max()), name
+
+    while told := sorted(pooled.keys() - {OTHERS}, key=first_to_join):
+        name = told[0]
+        if not (alone(name) or alone(OTHERS)):
+            break
+        sums = pooled.pop(name)
+        pooled[OTHERS] = pooled[OTHERS] + sums if OTHERS in pooled else sums
+        told_by.setdefault(OTHERS, set()).update(told_by.pop(name))
+    return pooled
 
 
 def pack(matrix: NDArray[Number]) -> NDArray[Number]:
@@ -363,13 +374,6 @@ def unpack(triangle: NDArray[Number]) -> NDArray[Number]:
     matrix[rows, columns] = triangle
     matrix[columns, rows] = triangle
     return matrix
-
-
-def _add_groups(
-    total: dict[str, CrossProducts], more: Mapping[str, CrossProducts]
-) -> None:
-    for name, sums in more.items():
-        total[name] = total[name] + sums if name in total else sums
 
 
 def _known(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -60,7 +60,7 @@ from fedgex.simulations.benchmark.ground import (
     arms,
     models,
 )
-from fedgex.simulations.benchmark.outcome import Outcome, Section
+from fedgex.simulations.benchmark.outcome import Outcome, Section, plain
 from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
 from fedgex.simulations.comparisons import cached
 
@@ -163,7 +163,7 @@ def run(grounds: Callable[[int], Ground], console: Console) -> Outcome:
                 figure="ratios",
             )
         ],
-        numbers=_plain(numbers | {"error_against_pooled": ratios}),
+        numbers=plain(numbers | {"error_against_pooled": ratios}),
         figures={"ratios": _draw(ratios)},
     )
 
@@ -1015,12 +1015,3 @@ def _said_p(p: float) -> str:
 
 def _yes(met: bool) -> str:
     return "yes" if met else "no"
-
-
-def _plain(found: Any) -> Any:
-    """Return the same with None for NaN and infinity, which JSON lacks."""
-    if isinstance(found, Mapping):
-        return {key: _plain(value) for key, value in found.items()}
-    if isinstance(found, list | tuple):
-        return [_plain(value) for value in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found

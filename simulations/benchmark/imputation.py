@@ -59,7 +59,7 @@ from fedgex.simulations.benchmark.ground import (
     arms,
     models,
 )
-from fedgex.simulations.benchmark.outcome import Outcome, Section
+from fedgex.simulations.benchmark.outcome import Outcome, Section, plain
 from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
 from fedgex.simulations.charts import COLOURS
 
@@ -179,7 +179,7 @@ def run(grounds: Callable[[int], Ground], console: Console) -> Outcome:
         )
     )
     return Outcome(
-        name="imputation", sections=sections, numbers=_plain(numbers), figures=figures
+        name="imputation", sections=sections, numbers=plain(numbers), figures=figures
     )
 
 
@@ -525,17 +525,6 @@ def _intervals(judged: Sequence[Judged]) -> dict[str, Any]:
         }
         for setting in judged[0][UNSEEN]
     }
-
-
-def _plain(value: Any) -> Any:
-    """Return numbers that JSON can hold: NaN as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # ---- the page ----

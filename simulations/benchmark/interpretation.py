@@ -53,7 +53,7 @@ from fedgex.simulations.benchmark.ground import (
     arms,
     models,
 )
-from fedgex.simulations.benchmark.outcome import Outcome, Section
+from fedgex.simulations.benchmark.outcome import Outcome, Section, plain
 from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
 from fedgex.simulations.comparisons import cached
 
@@ -188,7 +188,7 @@ def run(grounds: Callable[[int], Ground], console: Console) -> Outcome:
     return Outcome(
         name="interpretation",
         sections=[part.section for part in parts],
-        numbers=_plain(said | {str(p.section.figure): p.numbers for p in parts}),
+        numbers=plain(said | {str(p.section.figure): p.numbers for p in parts}),
         figures={str(p.section.figure): p.figure for p in parts},
     )
 
@@ -1050,18 +1050,3 @@ def _draw_programmes(
     right.set_xlabel("C-index within cancer types")
     figure.legend(loc="outside upper right", ncols=2, fontsize="small")
     return figure
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold, NaN as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value

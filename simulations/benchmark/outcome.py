@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 
@@ -75,3 +77,16 @@ def write(
         figure.savefig(out / f"{outcome.name}-{name}.png", dpi=120)
     (out / f"{outcome.name}.md").write_text("\n".join(lines) + "\n")
     return lines
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can hold: NaN as None, numpy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

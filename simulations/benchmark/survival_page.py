@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -32,7 +31,7 @@ from fedgex.simulations.benchmark.forecasts import (
     WITH_CLINICAL,
 )
 from fedgex.simulations.benchmark.ground import POOLED
-from fedgex.simulations.benchmark.outcome import Outcome, Section
+from fedgex.simulations.benchmark.outcome import Outcome, Section, plain
 from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
 from fedgex.simulations.charts import COLOURS, STYLE
 
@@ -179,7 +178,7 @@ def page(splits: Sequence[Judged], types: Sequence[str], *, quick: bool) -> Outc
         ),
     ]
     figures = {"c-index": _draw_c_index(splits), "calibration": _calibration(splits)}
-    found = _plain(numbers)
+    found = plain(numbers)
     return Outcome(name="survival", sections=sections, numbers=found, figures=figures)
 
 
@@ -492,14 +491,3 @@ def _calibration(splits: Sequence[Judged]) -> Figure:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left")
     return figure
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold: NaN as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -63,8 +63,8 @@ from fedgex.simulations.benchmark.outcome import Outcome, Section, plain
 from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
 from fedgex.simulations.charts import COLOURS
 
-QUICK_ALONE = 2
-"""Sites that train alone with --quick."""
+ALONE_SITES, QUICK_ALONE = 8, 2
+"""Sites judged alone, the largest ones; with --quick."""
 
 MEAN, KNN, GAUSSIAN, MIXTURE = "mean", "knn", "gaussian", "mixture"
 PPCA_RANKS = (32, 128)
@@ -80,7 +80,7 @@ LABELS = {
     FEDERATED: "ours, federated",
     LINEAR: "ours, network switched off",
     POOLED: "ours, pooled",
-    ALONE: "ours, each site alone",
+    ALONE: f"ours, a site alone ({ALONE_SITES} largest)",
 }
 """Methods as the reader knows them, in the order of the tables."""
 PATTERNS: dict[str, str] = {
@@ -218,9 +218,12 @@ def _results(ground: Ground, exams: Sequence[Exam], console: Console) -> Results
             _Job(method=m, seed=seed, path=folder / f"{m}-{seed}-{digest}.json")
             for m in REFERENCES
         ]
-        wanted = arms(ground, seed)
-        if ground.quick:
-            wanted = wanted[: 2 + QUICK_ALONE]
+        most = QUICK_ALONE if ground.quick else ALONE_SITES
+        by_size = sorted(
+            arms(ground, seed, (ALONE,)),
+            key=lambda arm: -sum(c.n_patients for c in arm.sites.values()),
+        )
+        wanted = arms(ground, seed, (FEDERATED, POOLED)) + by_size[:most]
         for arm, model in models(ground, wanted, console):
             methods = [arm.name]
             if arm.name == FEDERATED and arm.study.linear_rank:

@@ -108,7 +108,8 @@ class Measure:
 
     def against(self, one: float, other: float) -> float:
         """Return by what factor `one` is worse (above 1) or better than `other`."""
-        return one / other if self.better == "lower" else other / one
+        worse, better = (one, other) if self.better == "lower" else (other, one)
+        return worse / better if better else math.inf
 
     def is_better(self, one: float, other: float) -> bool:
         """Return whether `one` is the better value."""

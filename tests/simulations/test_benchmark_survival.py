@@ -131,10 +131,11 @@ def judged(**c_index: dict[str, float]) -> Judged:
 
 def test_every_method_is_judged_on_every_split(found: outcome.Outcome) -> None:
     assert len(found.numbers["splits"]) == 2
-    for each in found.numbers["splits"]:
+    for number, each in enumerate(found.numbers["splits"]):
+        alone = () if number else (ALONE,)  # on the first split only
         estimable = {n for n, deaths in each["deaths"].items() if deaths >= 10}
         assert estimable
-        for method in (*OVERALL, ALONE, "panel/" + OURS, "mcar/" + GAUSSIAN):
+        for method in (*OVERALL, *alone, "panel/" + OURS, "mcar/" + GAUSSIAN):
             values = each["c_index"][method]
             assert set(values) == estimable
             if method != ALONE:

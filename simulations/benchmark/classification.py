@@ -43,6 +43,7 @@ from fedgex.common.tasks import BACKBONE
 from fedgex.server.evaluation import class_scores
 from fedgex.simulations import charts, in_process, references
 from fedgex.simulations.benchmark.ground import (
+    ALONE_SITES,
     FEDERATED,
     POOLED,
     Arm,
@@ -79,7 +80,7 @@ DISCRIMINANT, LOGISTIC, BOOSTED = "discriminant", "logistic", "boosting"
 LABELS = {
     FEDERATED: "federated model",
     POOLED: "pooled data",
-    ALONE: "hospital alone",
+    ALONE: f"a hospital alone ({ALONE_SITES} largest)",
     MIXTURE: "linear start alone",
     DISCRIMINANT: "linear discriminant",
     LOGISTIC: "logistic regression",

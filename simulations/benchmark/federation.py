@@ -217,7 +217,7 @@ class _Bench:
         chosen = set(largest[:QUICK_ALONE] if self.ground.quick else largest)
         wanted = [
             arm
-            for arm in arms(self.ground, self.seed, ("alone",))
+            for arm in arms(self.ground, self.seed, ("alone",), most_alone=None)
             if chosen & set(arm.sites)
         ]
         found = self.each(self.ground, wanted)

@@ -38,6 +38,8 @@ from fedgex.simulations.scenario import Holdout, Public, Scenario
 from fedgex.simulations.split import HOLDOUT, split
 
 FEDERATED, POOLED = "federated", "pooled"
+ALONE_SITES = 8
+"""Sites that train alone for comparison, unless all are asked for."""
 MEAN, SD = "standardisation.mean", "standardisation.sd"
 
 
@@ -239,9 +241,18 @@ def prepare(
 
 
 def arms(
-    ground: Ground, seed: int, kinds: Sequence[str] = (FEDERATED, POOLED, "alone")
+    ground: Ground,
+    seed: int,
+    kinds: Sequence[str] = (FEDERATED, POOLED, "alone"),
+    most_alone: int | None = ALONE_SITES,
 ) -> list[Arm]:
-    """Return the arms of a seed: federated, pooled, and, of the first, sites alone."""
+    """Return the arms of a seed: federated, pooled, and, of the first, sites alone.
+
+    Parameters
+    ----------
+    most_alone
+        So many sites alone, the largest ones; None: all.
+    """
     study = ground.seeded(seed)
     everybody = dict(sorted(ground.sites.items()))
     found = []
@@ -251,9 +262,10 @@ def arms(
         one = in_process.joined(list(everybody.values()))
         found.append(Arm(name=POOLED, study=study, sites={POOLED: one}))
     if "alone" in kinds and seed == ground.seeds[0]:
+        by_size = sorted(everybody.items(), key=lambda site: -site[1].n_patients)
         found += [
             Arm(name=f"alone-{name}", study=study, sites={name: cohort})
-            for name, cohort in everybody.items()
+            for name, cohort in by_size[:most_alone]
         ]
     return found
 

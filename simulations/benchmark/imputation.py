@@ -53,6 +53,7 @@ from fedgex.simulations.benchmark.exams import (
     unseen,
 )
 from fedgex.simulations.benchmark.ground import (
+    ALONE_SITES,
     FEDERATED,
     POOLED,
     Ground,
@@ -63,8 +64,8 @@ from fedgex.simulations.benchmark.outcome import Outcome, Section, plain
 from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
 from fedgex.simulations.charts import COLOURS
 
-ALONE_SITES, QUICK_ALONE = 8, 2
-"""Sites judged alone, the largest ones; with --quick."""
+QUICK_ALONE = 2
+"""Sites that train alone with --quick."""
 
 MEAN, KNN, GAUSSIAN, MIXTURE = "mean", "knn", "gaussian", "mixture"
 PPCA_RANKS = (32, 128)
@@ -219,11 +220,7 @@ def _results(ground: Ground, exams: Sequence[Exam], console: Console) -> Results
             for m in REFERENCES
         ]
         most = QUICK_ALONE if ground.quick else ALONE_SITES
-        by_size = sorted(
-            arms(ground, seed, (ALONE,)),
-            key=lambda arm: -sum(c.n_patients for c in arm.sites.values()),
-        )
-        wanted = arms(ground, seed, (FEDERATED, POOLED)) + by_size[:most]
+        wanted = arms(ground, seed, most_alone=most)
         for arm, model in models(ground, wanted, console):
             methods = [arm.name]
             if arm.name == FEDERATED and arm.study.linear_rank:

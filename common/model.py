@@ -571,7 +571,7 @@ class SurvivalHead(nn.Module):
 
 OWN_SHARE, CLINICAL_SHARE = 0.6, 0.2
 """How freely a cancer type departs from what all share: in expression, and in age and
-sex. Chosen by cross-validation over training institutions, see docs/results/."""
+sex. Chosen by cross-validation over training institutions (docs/decisions/0006)."""
 BASELINE_START = -2.0
 """Logit of the hazard of an interval before training: about one in eight."""
 BASELINE_SCALE = 3.0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -62,8 +60,15 @@ def benchmark(
         )
 
     outcome = QUESTIONS[question](ground, console)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return write(outcome, out, command=command, commit=_commit(), started=started)
+    options = [
+        *(["--protocol", protocol.name] if protocol else []),
+        *(["--on", on] if on != "test" else []),
+        *(["--quick"] if quick else []),
+    ]
+    said = " ".join(
+        ["fedgex-sim benchmark", question, "--data DIR --out DIR", *options]
+    )
+    return write(outcome, out, command=said, commit=_commit(), started=started)
 
 
 def _commit() -> str:

@@ -478,3 +478,70 @@ def test_select_without_padding_says_so():
 
 def test_parameters_are_counted_by_hand():
     assert n_parameters(torch.nn.Linear(3, 2)) == 3 * 2 + 2
+
+
+def strong_start(n_genes: int) -> LinearStart:
+    """Return one factor that half of the genes follow and half oppose."""
+    start = LinearStart(n_genes, 1, 1)
+    sign = torch.ones(n_genes, 1)
+    sign[::2] = -1
+    start.loadings.copy_(sign)
+    start.noise.fill_(0.01)
+    return start
+
+
+def said_of(start: LinearStart, measured: Tensor, values: Tensor) -> Tensor:
+    genes, keep = select(measured)
+    given = values.gather(1, genes)
+    return start.say(start(genes, given, keep), genes, keep)
+
+
+def test_missingness_says_nothing_if_genes_are_missing_whatever_their_value():
+    start, values = strong_start(200), torch.ones(1, 200)
+    values[:, ::2] = -1  # the factor is 1
+    at_random = torch.ones(1, 200, dtype=torch.bool)
+    at_random[:, :50] = False
+
+    assert said_of(start, at_random, values).item() == 0
+    everything = torch.ones(1, 200, dtype=torch.bool)
+    assert said_of(start, everything, values).item() == 0
+    assert said_of(start, ~everything, values).item() == 0
+
+
+def test_missingness_speaks_if_the_low_genes_are_missing_and_not_if_the_high_are():
+    start, values = strong_start(200), torch.ones(1, 200)
+    values[:, ::2] = -1
+    low_are_gone, high_are_gone = values > 0, values < 0
+
+    assert said_of(start, low_are_gone, values).item() == 1
+    assert said_of(start, high_are_gone, values).item() == 0
+
+
+def test_the_network_is_silent_where_it_was_told_to_speak_under_dropout_alone():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        n_genes=200,
+        width=8,
+        n_latents=3,
+        n_blocks=1,
+        n_heads=2,
+        linear_rank=1,
+        network_where="dropout",
+    )
+    model = GexBert(config)
+    model.encoder.linear = strong_start(200)
+    torch.nn.init.normal_(model.decoder.weight.weight)
+    values = torch.ones(2, 200)
+    values[:, ::2] = -1
+    measured = torch.ones(2, 200, dtype=torch.bool)
+    measured[0, :50] = False  # whatever their value
+    measured[1] = values[1] > 0
+    genes, keep = select(measured)
+    asked = torch.arange(200).expand(2, -1)
+
+    restored = model(genes, values.gather(1, genes), keep, asked)
+
+    linear = model.encoder.linear
+    start = linear.restore(linear(genes, values.gather(1, genes), keep), asked)
+    torch.testing.assert_close(restored[0], start[0])
+    assert not torch.allclose(restored[1], start[1], atol=0.1)

@@ -204,3 +204,37 @@ def test_equal_generators_hide_equal_cells():
 
     assert torch.equal(drawn(1), drawn(1))
     assert not torch.equal(drawn(1), drawn(2))
+
+
+def cohort_of(values: Tensor) -> Patients:
+    n = len(values)
+    return Patients(
+        values=values,
+        cancer_type=(None,) * n,
+        duration=torch.zeros(n),
+        event=torch.zeros(n),
+        clinical=torch.zeros(n, 2),
+    )
+
+
+def test_vectors_are_remembered_for_the_same_encoder_and_patients_alone(monkeypatch):
+    values, _, _ = patients()
+    encoder = model().encoder
+    first = embed_all(encoder, cohort_of(values))
+    asked: list[int] = []
+
+    def counted(*args: object) -> Tensor:
+        asked.append(1)
+        return embed(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("fedgex.common.objectives.embed", counted)
+    again = embed_all(encoder, cohort_of(values.clone()))
+    assert torch.equal(again, first)
+    assert not asked
+    again.zero_()  # what the caller does to it is the caller's own
+    assert torch.equal(embed_all(encoder, cohort_of(values)), first)
+
+    torch.nn.init.normal_(encoder.tokens.direction.weight)
+    assert not torch.allclose(embed_all(encoder, cohort_of(values)), first)
+    embed_all(encoder, cohort_of(values + 1))
+    assert len(asked) == 2

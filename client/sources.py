@@ -361,7 +361,7 @@ def _header(path: Path, delimiter: str) -> list[str]:
 
 def _parquet_table(path: Path) -> Any:
     try:
-        table = pa.parquet.ParquetFile(path).read()
+        table = pa.parquet.ParquetFile(path).read(use_threads=False)
     except (OSError, pa.ArrowException):
         _refuse_unreadable(path, "a damaged file, or no Parquet")
     if any(pa.types.is_nested(t) or pa.types.is_binary(t) for t in table.schema.types):

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from fedgex.common.cohort import CLINICAL_COLUMNS
+from fedgex.common.cohort import CLINICAL_COLUMNS, read_parquet
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
 from fedgex.simulations.scenario import Columns, Data, Scenario, Sites
@@ -284,7 +284,7 @@ def _columns_needed(scenario: Scenario) -> set[str]:
 def _read_table(path: Path, as_text: Collection[str] = ()) -> pd.DataFrame:
     """Read Parquet, CSV or TSV; the columns `as_text`, and the first, stay text."""
     if path.suffix == ".parquet":
-        return pd.read_parquet(path)
+        return read_parquet(path)
     if path.suffix not in (".csv", ".tsv"):
         raise ConfigError(
             f"{path.name}: cannot be read; expected .parquet, .csv, .tsv or, for "

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.common.cohort import Cohort
+from fedgex.common.cohort import Cohort, read_parquet
 from fedgex.common.harmonise import Patients
 from fedgex.common.masking import Pattern
 from fedgex.common.scale import Scale, convert, is_convertible
@@ -107,8 +107,7 @@ def _paired(ground: Ground) -> list[Exam | str]:
     if not is_convertible(Scale.LOG2P025, ground.study.scale):
         return [f"{PAIRED} cannot be converted to the {ground.study.scale} scale"]
     tables = {
-        f.stem: pd.read_parquet(f).reindex(columns=list(ground.genes.genes))
-        for f in files
+        f.stem: read_parquet(f).reindex(columns=list(ground.genes.genes)) for f in files
     }
     barcode = pd.Index([str(b) for table in tables.values() for b in table.index])
     patient, tissue = barcode.str[:12], barcode.str[13:15]
@@ -149,7 +148,7 @@ def _microarray(ground: Ground) -> Exam | str:
         return (
             f"{MICROARRAY} was not judged: fewer than {FEWEST} {BREAST} patients train"
         )
-    table = pd.read_parquet(path).reindex(columns=list(ground.genes.genes))
+    table = read_parquet(path).reindex(columns=list(ground.genes.genes))
     own = GeneMoments.of(table.to_numpy())
     wanted = GeneMoments.of(ground.pooled.values.numpy()[of_type])
     standard = (table.to_numpy() - own.mean) / own.sd * wanted.sd + wanted.mean

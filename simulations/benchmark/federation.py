@@ -33,7 +33,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
 from fedgex.common import predictions, tasks
 from fedgex.common import scale as scales
-from fedgex.common.cohort import Cohort
+from fedgex.common.cohort import Cohort, read_parquet
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.harmonise import Patients
 from fedgex.common.phases import take_part
@@ -870,7 +870,7 @@ def at_the_door(
         folder = Path(temporary) / site
         shutil.copytree(own, folder)
         path = folder / "expression.parquet"
-        table = pd.read_parquet(path)
+        table = read_parquet(path)
         values = scales.convert(table.to_numpy(), declared, scale)
         if kind == "counts":
             values = np.rint(values)

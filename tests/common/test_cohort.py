@@ -1,5 +1,9 @@
 """The neutral format of a checked cohort."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -73,3 +77,26 @@ def test_without_duration_or_event_nobody_has_survival(missing):
     clinical = full().drop(columns=missing)
 
     assert cohort(clinical).with_survival().tolist() == [False, False, False]
+
+
+def test_a_wide_table_is_read_in_little_memory(tmp_path):
+    # pandas.read_parquet takes 1.8 GB for this file, if Arrow has one thread.
+    names = [f"G{i}" for i in range(20_000)]
+    table = pd.DataFrame(np.ones((3, 20_000), dtype=np.float32), columns=names)
+    table.to_parquet(tmp_path / "wide.parquet")
+    code = (
+        "import sys; from pathlib import Path; "
+        "from fedgex.common.cohort import read_parquet; "
+        "from fedgex.common.memory import resident_mb; "
+        'read_parquet(Path(sys.argv[1])); print(resident_mb("VmHWM"))'
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "wide.parquet")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    assert float(done.stdout) < 900

@@ -14,8 +14,9 @@ softplus(x) = ln(1 + e^x) is x for large x and never negative:
     m_g ~ U(1, 10),    d_sg ~ N(0, SITE_SHIFT^2)
 
 where each gene loads on GENE_PROGRAMMES programmes (a) and on one product (b). Values
-are thus like log2(x + 1) of a normalised abundance x. Survival is Weibull, with a
-scale of its own for each cancer type, and only the programmes act on the hazard:
+are thus like log2(x + 1) of a normalised abundance x; none passes SATURATION. Survival
+is Weibull, with a scale of its own for each cancer type, and only the programmes act on
+the hazard:
 
     log hazard ratio_i = beta . (z_i - mu_c),   beta != 0 for half of the programmes
     T_i = lambda_c (-ln U(0, 1) / exp(log hazard ratio_i))^(1 / SHAPE)
@@ -49,6 +50,8 @@ SITE_SHIFT = 0.2
 """Standard deviation of the batch effect, per gene and institution."""
 NOISE = 0.6
 """Standard deviation of what no programme explains."""
+SATURATION = 25.0
+"""No assay tells more, log2(x + 1). Among millions of drawn values a few would."""
 UNMEASURED_SHARE = 0.1
 """Share of the genes that an institution does not measure."""
 EFFECT = 1.0
@@ -244,6 +247,7 @@ def _draw_institution(
     signal = z @ truth.linear.T + (z * np.roll(z, -1, axis=1)) @ truth.product.T
     noise = rng.normal(0, NOISE, (n, G))
     y = np.logaddexp(0, truth.mean + signal + batch_effect + noise)  # (n, G)
+    y = np.minimum(y, SATURATION)
     if not measures_all:
         y[:, rng.choice(G, round(UNMEASURED_SHARE * G), replace=False)] = np.nan
 

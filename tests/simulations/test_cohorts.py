@@ -35,6 +35,13 @@ def test_expression_is_never_negative(consortium: Path):
     assert np.nanmin(values) >= 0
 
 
+def test_no_value_passes_what_an_assay_can_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(cohorts, "SATURATION", 6.0)
+    new_data(tmp_path / "out", n_sites=2, patients_per_site=20, n_genes=50)
+
+    assert np.nanmax(expression_of(tmp_path / "out").to_numpy()) == 6.0
+
+
 def test_each_hospital_lacks_a_tenth_of_the_genes_and_not_the_same(consortium: Path):
     institution = clinical_of(consortium)["institution"]
     absent = expression_of(consortium).isna().groupby(institution).all()

@@ -26,7 +26,7 @@ from fedgex.common.statistics import CrossProducts, pool
 OWN_FROM = 120
 """Patients of a type at which its covariance is half its own, half that within all
 types: chosen on validation institutions, as the two below."""
-NOISE_FACTOR = 2.0
+NOISE_FACTOR = 2.5
 """The noise of unseen patients over that of those whom the factors were fitted to."""
 LEAST_VARIANCE = 1e-3
 """Of a factor within a type, as a share of its variance over all."""

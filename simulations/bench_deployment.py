@@ -180,7 +180,7 @@ def _scenario(size: Size) -> dict[str, Any]:
             "name": "bench",
             "preset": size.preset,
             "minimum_cohort": 5,
-            "pretraining": {"rounds": size.rounds, "batch_size": 4},
+            "pretraining": {"rounds": size.rounds, "batch_size": 1},
             "evaluation": {"rates": [0.5], "panels": [10], "patients_per_round": 1},
             "rounds": {"quorum": size.n_sites},
         },

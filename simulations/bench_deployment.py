@@ -123,7 +123,7 @@ def _run(
         folder / "data",
         n_sites=size.n_sites,
         n_holdouts=1,
-        patients_per_site=14,
+        patients_per_site=6,
         n_genes=size.n_genes,
         n_cancer_types=2,
     )

@@ -127,6 +127,8 @@ class Link:
     bytes_per_s: float = float("inf")
     silent: bool = False
     """Bytes vanish, and nobody is told."""
+    one_way: bool = False
+    """Bytes from the server vanish; those towards it arrive."""
     refusing: bool = False
     """New connections are closed at once."""
     flip_after: int | None = None
@@ -180,7 +182,7 @@ class Link:
         try:
             while content := bytearray(source.recv(16384)):
                 time.sleep(self.delay_s + len(content) / self.bytes_per_s)
-                if self.silent:
+                if self.silent or (self.one_way and not up):
                     continue
                 if up and self.flip_after is not None:
                     self.flip_after -= len(content)

@@ -140,7 +140,7 @@ def test_a_changed_byte_on_the_way_is_noticed_and_sent_again(linked):
     assert linked.served.consortium.digest("flipped") == linked.served.simulated
 
 
-@pytest.mark.parametrize("how", ["refusing", "silent"])
+@pytest.mark.parametrize("how", ["refusing", "silent", "one_way"])
 def test_a_link_that_is_away_for_a_minute_costs_time_alone(linked, how):
     def away() -> None:
         setattr(linked.link, how, True)

@@ -270,17 +270,24 @@ class LinearStart(nn.Module):
     def forward(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Posterior:
         """Return what genes, values and keep (B, T) tell of factors and component."""
         with torch.autocast(values.device.type, enabled=False):
-            w = self.loadings[genes]  # (B, T, R)
-            precise = 1 / self.noise[genes]  # (B, T)
+            off = values.float().unsqueeze(1) - self.means[:, genes].transpose(0, 1)
+            if _alike(genes) and (keep is None or _alike(keep)):
+                # What follows from the panel alone is worked out once: b is 1, else B.
+                genes, keep = genes[:1], None if keep is None else keep[:1]
+            w = self.loadings[genes]  # (b, T, R)
+            precise = 1 / self.noise[genes]  # (b, T)
             if keep is not None:
                 precise = precise * keep
-            weighted = (w * precise.unsqueeze(-1)).mT  # (B, R, T)
-            off = values.float().unsqueeze(1) - self.means[:, genes].transpose(0, 1)
+            weighted = (w * precise.unsqueeze(-1)).mT  # (b, R, T)
             target = off @ weighted.mT  # (B, K, R)
             root, _ = torch.linalg.cholesky_ex(
                 (weighted @ w).unsqueeze(1) + self.precisions
-            )  # (B, K, R, R)
-            factors = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)
+            )  # (b, K, R, R)
+            if len(root) == 1:
+                factors = torch.cholesky_solve(target.permute(1, 2, 0), root[0])
+                factors = factors.permute(2, 0, 1)  # (B, K, R)
+            else:
+                factors = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)
             distance = (off.square() * precise.unsqueeze(1)).sum(-1)
             distance = distance - (target * factors).sum(-1)  # (B, K)
             log_density = -(_log_det(root) - self._log_det_precisions() + distance / 2)
@@ -323,6 +330,11 @@ class LinearStart(nn.Module):
     def _log_det_precisions(self) -> Tensor:
         """Return half the log determinant of each C_k^-1, shape (K,)."""
         return _log_det(torch.linalg.cholesky_ex(self.precisions)[0])
+
+
+def _alike(rows: Tensor) -> bool:
+    """Return whether all rows are the same; none are."""
+    return bool((rows == rows[:1]).all())
 
 
 def _log_det(root: Tensor) -> Tensor:

@@ -258,8 +258,8 @@ def _within(splits: Sequence[Judged], types: Sequence[str]) -> Section:
             "chosen by cross-validation inside; clinical covariates are age and sex; "
             f"`{ALONE}` is the mean over sites with the minimum cohort of the cancer. "
             "Last column: difference on the same pairs of split and cancer, mean ± SD "
-            "over splits, Wilcoxon's p over pairs. Splits share patients, so that SD and "
-            "p flatter.",
+            "over splits, Wilcoxon's p over pairs. Splits share patients, so that SD "
+            "and p flatter.",
             "",
             *markdown("method", rows),
             "",

@@ -346,6 +346,25 @@ def test_padding_changes_nothing_in_the_linear_start():
         torch.testing.assert_close(padded.log_weights[i], alone.log_weights[0])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_patients_of_one_panel_are_known_together_as_by_themselves(padded):
+    genes, values, _ = drawn(5, 11, 6)
+    genes = genes[:1].expand(5, -1)
+    keep = (torch.arange(11) < 7).expand(5, -1) if padded else None
+    start = linear_start()
+
+    together = start(genes, values, keep)
+
+    for i in range(5):
+        other = torch.cat([genes[i : i + 1], genes[i : i + 1].flip(1)])
+        both = None if keep is None else torch.cat([keep[i : i + 1], keep[:1].flip(1)])
+        twice = torch.cat([values[i : i + 1], values[i : i + 1].flip(1)])
+        apart = start(other, twice, both)  # not the same columns: one by one
+        for found, expected in zip(together[:2], apart[:2], strict=True):
+            torch.testing.assert_close(found[i], expected[0])
+            torch.testing.assert_close(found[i], expected[1])
+
+
 def test_the_linear_start_tells_components_apart_on_many_genes_in_float32():
     start, n_genes = LinearStart(5000, R, 2), 5000
     rng = torch.Generator().manual_seed(0)

@@ -83,12 +83,18 @@ def embed_all(encoder: Encoder, patients: Patients, batch_size: int = 64) -> Ten
     return _embedded[key].clone()
 
 
+BATCH_CELLS = 2**18
+"""Patients times genes that a backbone restores at once. Memory follows it: judging six
+patients of 90,000 genes took 2 GB at once."""
+
+
 class ModelImputer:
     """A backbone as an imputer, beside those of `imputers`."""
 
     def __init__(self, backbone: GexBert, batch_size: int = 64) -> None:
         self.backbone = backbone.eval()
-        self.batch_size = batch_size
+        at_once = BATCH_CELLS // backbone.config.n_genes
+        self.batch_size = max(1, min(batch_size, at_once))
 
     @torch.no_grad()
     def impute(self, values: NDArray[Float]) -> NDArray[Float]:

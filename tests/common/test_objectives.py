@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedgex.common import objectives
 from fedgex.common.harmonise import Patients
 from fedgex.common.model import GexBert, ModelConfig
 from fedgex.common.objectives import (
@@ -146,6 +147,27 @@ def test_the_imputer_fills_what_is_missing_and_leaves_the_rest_alone():
     hidden = ~measured.numpy()
     assert np.array_equal(filled[~hidden], values.numpy()[~hidden])
     np.testing.assert_allclose(filled[hidden], expected[hidden], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cells", "batches"), [(2**18, [5]), (2 * V, [2, 2, 1]), (1, [1, 1, 1, 1, 1])]
+)
+def test_the_imputer_takes_few_patients_at_once_if_they_have_many_genes(
+    monkeypatch, cells, batches
+):
+    monkeypatch.setattr(objectives, "BATCH_CELLS", cells)
+    values, _, _ = patients()
+    values[:, 0] = torch.nan
+    taken = []
+
+    def counted(backbone, values, measured, hidden):
+        taken.append(len(values))
+        return restore(backbone, values, measured, hidden)
+
+    monkeypatch.setattr(objectives, "restore", counted)
+    ModelImputer(model()).impute(values.numpy())
+
+    assert taken == batches
 
 
 def test_the_imputer_does_not_change_what_it_was_given():

@@ -140,14 +140,16 @@ def test_a_changed_byte_on_the_way_is_noticed_and_sent_again(linked):
     assert linked.served.consortium.digest("flipped") == linked.served.simulated
 
 
-@pytest.mark.parametrize("how", ["refusing", "silent", "one_way"])
+@pytest.mark.parametrize("how", ["refusing", "silent", "one-way"])
 def test_a_link_that_is_away_for_a_minute_costs_time_alone(linked, how):
+    fault = how.replace("-", "_")
+
     def away() -> None:
-        setattr(linked.link, how, True)
+        setattr(linked.link, fault, True)
         if how == "refusing":
             linked.link.cut()
         time.sleep(60)
-        setattr(linked.link, how, False)
+        setattr(linked.link, fault, False)
         linked.link.cut()
 
     assert linked.run(how, away) == "finished"

@@ -46,11 +46,11 @@ check: install
 ## test      all that is quick; those on real data need FEDGEX_DATA (../shared/data)
 test: install
 	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation and not deployment and not chaos'
-	$(BIN)/pytest -rs -m federation  # one at a time: two Ray clusters starting at once can hang
+	$(BIN)/pytest -rs -m 'federation and not slow'  # one at a time: two Ray clusters starting at once can hang
 
-## test-federation  failures between hospitals, with real processes; some twenty minutes
+## test-federation  failures between hospitals, with real processes, and the quick bench; some twenty-five minutes
 test-federation: install
-	$(BIN)/pytest -rs -m deployment
+	$(BIN)/pytest -rs -m 'deployment or slow'
 
 ## chaos     kill at every named fail-point, on both sides; FEDGEX_CHAOS=N tries N of them
 chaos: install

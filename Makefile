@@ -8,7 +8,7 @@ OUT ?= runs/demo
 ENVIRONMENT ?= $(VENV)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo rehearsal check test test-federation chaos bench build sbom clean
+.PHONY: help install demo rehearsal check test test-federation test-bench chaos bench build sbom clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -48,9 +48,13 @@ test: install
 	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation and not deployment and not chaos'
 	$(BIN)/pytest -rs -m 'federation and not slow'  # one at a time: two Ray clusters starting at once can hang
 
-## test-federation  failures between hospitals, with real processes, and the quick bench; some twenty-five minutes
+## test-federation  failures between hospitals, with real processes; some twenty-five minutes
 test-federation: install
-	$(BIN)/pytest -rs -m 'deployment or slow'
+	$(BIN)/pytest -rs -m deployment
+
+## test-bench  that the quick bench runs; some five minutes
+test-bench: install
+	$(BIN)/pytest -rs -m slow
 
 ## chaos     kill at every named fail-point, on both sides; FEDGEX_CHAOS=N tries N of them
 chaos: install

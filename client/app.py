@@ -97,16 +97,24 @@ def prepare(message: Message, settings: SiteSettings, study: Study) -> RecordDic
     A gene known of fewer samples than the floor, or than the study's share of them,
     counts as not measured. Under patient-level privacy, the columns of the file on the
     study's genes count as measured, whatever is in them, and nobody is counted.
+
+    A run asks again after its server was started again; then the panel is still the
+    one that the run began with.
     """
     cohort = _cohort(settings, study)
+    record = message.content.config_records.get(keys.RUN)
+    run = "" if record is None else text(record, keys.RUN_NAME)
+    before = state.read_panel(_state_dir(settings, study))
+    if run and before is not None and before.run == run:
+        _refuse_drift(settings, study, cohort)
     scale = settings.data.scale.value
     if study.privacy.patient is None:
         told = _well_known(cohort, settings, study)
-        panel = state.Panel(scale, cohort.genes, told)
+        panel = state.Panel(scale, cohort.genes, told, run)
     else:
         assayed, asked = assay(settings), set(study.vocabulary.genes)
         told = tuple(g for g in assayed if not asked or g in asked)
-        panel = state.Panel(scale, assayed, told)
+        panel = state.Panel(scale, assayed, told, run)
     site = ConfigRecord(
         {
             keys.NAME: settings.name,

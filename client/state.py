@@ -32,6 +32,8 @@ class Panel:
     genes: tuple[str, ...]
     told: tuple[str, ...]
     """Those of enough patients."""
+    run: str
+    """Name of the run; empty in a simulation, which has none."""
 
     def holds(self, scale: str, genes: Collection[str]) -> bool:
         """Return whether the data still are what the server was told of.
@@ -80,7 +82,7 @@ def read_panel(state_dir: Path) -> Panel | None:
     if not path.exists():
         return None
     told = json.loads(path.read_text())
-    return Panel(told["scale"], tuple(told["genes"]), tuple(told["told"]))
+    return Panel(told["scale"], tuple(told["genes"]), tuple(told["told"]), told["run"])
 
 
 def load_head(

@@ -33,6 +33,5 @@ def load_parameters(modules: Mapping[str, nn.Module], arrays: Arrays) -> None:
     for prefix, module in modules.items():
         state: dict[str, Tensor] = module.state_dict()
         check({f"{prefix}.{name}": tuple(t.shape) for name, t in state.items()}, arrays)
-        module.load_state_dict(
-            {name: torch.tensor(arrays[f"{prefix}.{name}"]) for name in state}
-        )
+        for name, tensor in state.items():  # one copy of one array at a time
+            tensor.copy_(torch.tensor(arrays[f"{prefix}.{name}"]))

@@ -23,7 +23,7 @@ from fedgex.common.arrays import Arrays
 from fedgex.common.chain import Head
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.pki import Signed
-from fedgex.common.records import digest, to_record
+from fedgex.common.records import digest
 from fedgex.common.study import Name, Settings
 
 NO_RECEIPT = "0" * 64
@@ -162,9 +162,19 @@ def reply_digest(content: RecordDict) -> str:
 
 
 def parameters_digest(arrays: Arrays) -> str:
-    """Return the digest of a model's parameters, as hex, however they lie in memory."""
-    in_c_order = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    return digest(RecordDict({keys.MODEL: to_record(in_c_order)}))
+    """Return the digest of a model's parameters, as hex, however they lie in memory.
+
+    SHA-256 over the arrays in order of name: length of what follows (8 bytes, most
+    significant first), JSON `[name, dtype, shape]`, the numbers in C order.
+    """
+    hashed = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        described = json.dumps([name, array.dtype.str, array.shape]).encode()
+        hashed.update(len(described).to_bytes(8, "big"))
+        hashed.update(described)
+        hashed.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return hashed.hexdigest()
 
 
 def verify_part(

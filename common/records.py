@@ -15,31 +15,45 @@ from fedgex.common.arrays import Arrays
 from fedgex.common.errors import UpdateError
 
 PACKED = "safetensors"
-"""Name and serialisation of the one array in a record."""
+"""Name of the first array in a record, and serialisation of all."""
+PIECE_BYTES = 1 << 24
+"""Of the longest array in a record."""
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
-    """Return the arrays as a record: one piece of bytes in safetensors' format.
+    """Return the arrays as a record: the bytes of safetensors' format, cut in pieces.
 
-    Flower moves every array by itself, in several requests; a model of sixty small ones
-    takes longer to announce than to send.
+    Flower moves every array by itself, in several requests, and a model of sixty small
+    ones takes longer to announce than to send. It also puts each array together from
+    its parts in a copy, so one array of a whole great model would double it.
     """
     content = save({name: np.asarray(arrays[name], order="C") for name in arrays})
-    packed = Array(dtype="uint8", shape=(len(content),), stype=PACKED, data=content)
-    return ArrayRecord({PACKED: packed})
+    starts = range(0, len(content), PIECE_BYTES)
+    return ArrayRecord(
+        {
+            _name(i): _piece(content[start : start + PIECE_BYTES])
+            for i, start in enumerate(starts)
+        }
+    )
 
 
-def packed(record: ArrayRecord) -> bytes:
-    """Return the bytes of a record that `to_record` made; what they hold is unchecked.
+def pieces(record: ArrayRecord) -> list[bytes]:
+    """Return the pieces of a record that `to_record` made, in order and unchecked.
 
     Raises
     ------
     UpdateError
         If the record is another.
     """
-    if set(record) != {PACKED}:
+    names = [_name(i) for i in range(len(record))]
+    if not names or set(record) != set(names):
         raise UpdateError(f'the arrays are not packed as "{PACKED}"')
-    return record[PACKED].data
+    return [record[name].data for name in names]
+
+
+def packed(record: ArrayRecord) -> bytes:
+    """Return all bytes of a record that `to_record` made; see `pieces`."""
+    return b"".join(pieces(record))
 
 
 def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
@@ -108,6 +122,15 @@ def digest(content: RecordDict, *, without: Collection[str] = ()) -> str:
         else:
             add(_canonical(dict(record)))
     return hashed.hexdigest()
+
+
+def _name(number: int) -> str:
+    """Return the name of a piece; the first is number 0."""
+    return f"{PACKED}-{number}" if number else PACKED
+
+
+def _piece(content: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(content),), stype=PACKED, data=content)
 
 
 def _canonical(values: Mapping[str, object]) -> bytes:

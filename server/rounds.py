@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fedgex.common import failpoints, keys
 from fedgex.common.arrays import check
 from fedgex.common.errors import FederationError, UpdateError
-from fedgex.common.records import packed
+from fedgex.common.records import pieces
 from fedgex.common.study import RoundRule, Study
 from fedgex.server import privacy
 from fedgex.server.aggregation import Array
@@ -212,7 +212,8 @@ def _accept(
     if keys.UPDATE not in content.array_records:
         raise UpdateError(f'the reply has no "{keys.UPDATE}"')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(packed(content.array_records[keys.UPDATE]))
+    with path.open("wb") as file:
+        file.writelines(pieces(content.array_records[keys.UPDATE]))
     arrays = Spooled(path)
     check({name: a.shape for name, a in incoming.items()}, arrays, exact=True)
     numbers = read_numbers(content, study)

@@ -194,6 +194,20 @@ def test_other_genes_or_another_scale_than_at_the_start_are_refused(
     assert code(ask_to_train(site)) == "FX-DATA-074"
 
 
+def test_a_run_that_asks_again_still_finds_the_panel_that_it_began_with(
+    site: Path,
+) -> None:
+    first, second = (
+        {keys.RUN: ConfigRecord({keys.RUN_NAME: name})} for name in ("one", "two")
+    )
+    assert code(ask(site, keys.PREPARE, **first)) is None
+
+    with_another_gene(site)
+
+    assert code(ask(site, keys.PREPARE, **first)) == "FX-DATA-074"
+    assert code(ask(site, keys.PREPARE, **second)) is None
+
+
 def test_data_put_back_are_served_again(site: Path) -> None:
     ask(site, keys.PREPARE)
     without_a_gene(site)

@@ -63,6 +63,23 @@ def test_a_record_is_one_piece_of_bytes_wider_types_first_then_by_name():
     assert record["safetensors"].shape == (len(expected),)
 
 
+def test_a_long_record_is_cut_into_pieces_that_read_as_one():
+    arrays = {"a": np.arange(10_000_000, dtype=np.float32), "b": np.ones(3)}
+
+    record = to_record(arrays)
+    swapped = ArrayRecord(dict(reversed(record.items())))
+
+    names = ["safetensors", "safetensors-1", "safetensors-2"]
+    assert list(record) == names
+    assert [len(record[name].data) for name in names[:2]] == [1 << 24] * 2
+    for found in (to_arrays(record), to_arrays(swapped)):
+        np.testing.assert_array_equal(found["a"], arrays["a"])
+        np.testing.assert_array_equal(found["b"], arrays["b"])
+    del record["safetensors-1"]
+    with pytest.raises(UpdateError, match="not packed"):
+        to_arrays(record)
+
+
 def test_the_same_arrays_in_another_order_are_the_same_bytes():
     arrays = {name: np.full(2, i) for i, name in enumerate(("b", "c", "a"))}
 

@@ -1,7 +1,8 @@
 """`fedgex-site start`: SuperNode and worker of a hospital, kept alive.
 
-One dies, both are started again: the SuperNode signs its node off, the server hears at
-once that the message failed, asks again, and the stored reply is sent.
+One dies while the worker computes, both are started again: the SuperNode signs its node
+off, the server hears at once that the message failed, asks again, and the stored reply
+is sent.
 """
 
 from __future__ import annotations
@@ -108,12 +109,7 @@ class _Daemon:
         try:
             while not self.stopping:
                 self._enforce_limit()
-                for one, other in (
-                    (self.worker, self.node),
-                    (self.node, self.worker),
-                ):
-                    if one.starts and not one.alive and other.alive:
-                        other.stop()
+                self._end_bereaved()
                 self.node.keep()
                 self.worker.keep()
                 if time.monotonic() - told > STATUS_S:
@@ -128,12 +124,28 @@ class _Daemon:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
 
-    def _enforce_limit(self) -> None:
-        """End a computation that takes longer than the policy permits."""
+    def _end_bereaved(self) -> None:
+        """End the process that lost its partner, except a worker that waits.
+
+        While the server is away, the node dies and is started again and again; a worker
+        that waits keeps torch, data and model warm meanwhile.
+        """
+        if self.worker.starts and not self.worker.alive and self.node.alive:
+            self.node.stop()
+        if self.node.starts and not self.node.alive and self._computing():
+            self.worker.stop(grace_s=0)
+
+    def _computing(self) -> dict[str, object] | None:
+        """Return what the worker computes, None if it waits or is dead."""
         working = read_working(self.settings.state_dir)
         if working is None or working.get("code"):
-            return
-        if working["pid"] != self.worker.pid:  # a dead process computes nothing
+            return None
+        return working if working["pid"] == self.worker.pid else None
+
+    def _enforce_limit(self) -> None:
+        """End a computation that takes longer than the policy permits."""
+        working = self._computing()
+        if working is None:
             return
         limit = self._limit_s()
         if time.monotonic() - float(str(working["since"])) > limit:

@@ -131,6 +131,21 @@ def test_a_computation_beyond_the_limit_is_stopped_with_a_code(
     assert json.loads(path.read_text())["code"] == "FX-SITE-007"
 
 
+@pytest.mark.parametrize("computes", [True, False])
+def test_a_worker_loses_its_life_with_the_supernodes_only_if_it_computes(
+    served: daemon._Daemon, monkeypatch: pytest.MonkeyPatch, computes: bool
+) -> None:
+    node = Worker()
+    node.alive = False
+    monkeypatch.setattr(served, "node", node)
+    if computes:
+        working(served, 1)
+
+    served._end_bereaved()
+
+    assert served.worker.stopped is computes  # type: ignore[attr-defined]
+
+
 def test_a_computation_within_the_limit_goes_on(served: daemon._Daemon) -> None:
     path = working(served, 59)
     before = path.read_text()

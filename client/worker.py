@@ -31,6 +31,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.client.supernode import SECRET_VARIABLE
 from fedgex.common import runtime
 from fedgex.common.processes import begin
+from fedgex.common.records import let_go
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
             logger.exception("failed")
             failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED)
             reply = Message(failed, reply_to=message)
+        let_go(message.content)
         push_message(client, reply, context)
         push_task_output(client, context, SubStatus.COMPLETED, "")
     except httpx.HTTPError as error:

@@ -72,6 +72,17 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
+def let_go(content: RecordDict) -> None:
+    """Free the arrays of a message that is done with.
+
+    Flower's views of a message (`array_records` and the like) hold themselves and the
+    message, until Python collects its garbage.
+    """
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            record.clear()
+
+
 def floats(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
     """Return the arrays as float32, the type of every parameter."""
     return {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Literal, Protocol
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedgex.common import failpoints, keys
 from fedgex.common.errors import TrustError, UpdateError
 from fedgex.common.receipt import Part, request_digest
+from fedgex.common.records import let_go
 from fedgex.server.journal import Journal
 
 logger = logging.getLogger(__name__)
@@ -173,8 +174,8 @@ def ask(
     A site is asked again when its node or app failed, when it refuses for a reason that
     passes, when its node is idle without having answered, and when its node is back. It
     ends as late, or with what failed last, once nothing of it has moved for
-    `deadline_s`. The caller drops an answer before it takes the next, so that one reply
-    is in memory at a time.
+    `deadline_s`. An answer loses its arrays when the next is taken, so that those of
+    one reply are in memory at a time.
 
     Parameters
     ----------
@@ -192,12 +193,13 @@ def said(content: RecordDict) -> str | None:
 
 def size_bytes(content: RecordDict) -> int:
     """Return the bytes of arrays and texts in a message."""
-    arrays = sum(
-        len(array.data)
-        for record in content.array_records.values()
-        for array in record.values()
-    )
-    return arrays + sum(map(_text_size, content.config_records.values()))
+    size = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            size += sum(len(array.data) for array in record.values())
+        elif isinstance(record, ConfigRecord):
+            size += _text_size(record)
+    return size
 
 
 @dataclass(kw_only=True)
@@ -261,6 +263,8 @@ class _Asking:
                 if answer is not None:
                     came = True
                     yield answer
+                    if answer.content is not None:
+                        let_go(answer.content)
                 del answer
             self._look(activity)
             yield from self._late()

@@ -134,7 +134,7 @@ class InProcessGrid(Grid):
                 site=self.names[node],
                 message_type=message_type,
                 message=sent.content,
-                reply=reply.content,
+                reply=_parse(reply_bytes),  # the server empties its own
                 message_bytes=sent_bytes,
                 reply_bytes=reply_bytes,
             )

@@ -36,6 +36,7 @@ from fedgex.client.validation import assay, load_cohort
 from fedgex.common import keys
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError, DataError
+from fedgex.common.files import disk_full
 from fedgex.common.harmonise import to_patients
 from fedgex.common.records import floats, text, to_arrays, to_record
 from fedgex.common.scale import Scale
@@ -57,7 +58,7 @@ GOVERNED_BY = {
 """Numbers that a metric of the policy with another name covers."""
 
 FAILED, REFUSED_STUDY = "FX-SITE-001", "FX-SITE-002"
-OUT_OF_MEMORY, NO_DEVICE = "FX-SITE-006", "FX-SITE-008"
+OUT_OF_MEMORY, NO_DEVICE, DISK_FULL = "FX-SITE-006", "FX-SITE-008", "FX-SITE-009"
 
 app = ClientApp()
 Handler = Callable[[Message, SiteSettings, Study], RecordDict]
@@ -399,6 +400,8 @@ def _failure(error: Exception) -> str:
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
         return OUT_OF_MEMORY
+    if disk_full(error):
+        return DISK_FULL
     return NO_DEVICE if isinstance(error, torch.AcceleratorError) else FAILED
 
 

@@ -27,7 +27,7 @@ from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain
 from fedgex.common.errors import ConfigError, FedgexError
-from fedgex.common.files import write_atomic
+from fedgex.common.files import explained, sign, write_atomic
 from fedgex.common.processes import Child
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,12 @@ def run(site_toml: Path) -> None:
     site_toml = site_toml.resolve()
     settings = SiteSettings.load(site_toml)
     Identity.load(settings.state_dir)
-    with (settings.state_dir / "daemon.lock").open("a+") as lock:
+    path = settings.state_dir / "daemon.lock"
+    with explained(path):
+        lock = path.open("a+")
+    with lock:
         _lock(lock.fileno(), settings.state_dir)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        sign(lock, path)
         audit = settings.state_dir / "audit.jsonl"
         if audit.exists():
             chain.verify(audit)

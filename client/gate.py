@@ -30,7 +30,7 @@ from fedgex.common import bundle, chain, failpoints, keys, pki
 from fedgex.common.chain import Chain, Head
 from fedgex.common.contract import Contract
 from fedgex.common.errors import TrustError, UpdateError
-from fedgex.common.files import write_atomic
+from fedgex.common.files import disk_full, write_atomic
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Part, Receipt, reply_digest, request_digest
 from fedgex.common.records import text, to_arrays
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 App = Callable[[Message, Context], Message]
 
 FAILED, PAUSED, CLOSED = "FX-SITE-001", "FX-SITE-004", "FX-SITE-005"
+DISK_FULL = "FX-SITE-009"
 UNKNOWN_RUN, ANSWERED, RESTORED = "FX-RUN-001", "FX-RUN-002", "FX-RUN-003"
 NOT_RELEASED = "FX-RUN-004"
 
@@ -88,7 +89,7 @@ class Gate:
             reply = self._refuse(message, Refusal(error.code, str(error)))
         except Exception as error:
             logger.exception("failed")
-            reply = self._refuse(message, Refusal(FAILED, type(error).__name__))
+            reply = self._refuse(message, Refusal(code(error), type(error).__name__))
         return Message(reply, reply_to=message)
 
     def _answer(
@@ -326,6 +327,11 @@ class Gate:
 
     def _end(self) -> None:
         (self.state_dir / WORKING).unlink(missing_ok=True)
+
+
+def code(error: Exception) -> str:
+    """Return the code of something unforeseen, which says nothing of its text."""
+    return DISK_FULL if disk_full(error) else FAILED
 
 
 def read_working(state_dir: Path) -> dict[str, object] | None:

@@ -34,6 +34,8 @@ from flwr.supernode.nodestate import InMemoryNodeState, NodeStateFactory
 from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
 from fedgex.common import pki
+from fedgex.common.errors import FedgexError
+from fedgex.common.files import write_atomic
 from fedgex.common.processes import begin
 from fedgex.common.study import Settings
 
@@ -161,7 +163,7 @@ def _sign_off(
     """Deactivate the node of the process before, which may have been killed."""
     try:
         node = int(json.loads((state_dir / NODE_FILE).read_text())["node"])
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # none, or cut off by a full disk
         return
     client = FleetHttpClient.from_server_address(
         server, False, roots, [NodeAuthHttpInterceptor(key, key.public_key())]
@@ -179,7 +181,10 @@ def _remember_node(state_dir: Path) -> None:
     def set_and_write(state: InMemoryNodeState, node: int | None) -> None:
         set_node_id(state, node)
         told = {"node": node, "since": time.time()}
-        (state_dir / NODE_FILE).write_text(json.dumps(told))
+        try:
+            write_atomic(state_dir / NODE_FILE, json.dumps(told).encode())
+        except FedgexError as error:  # the next start takes a minute longer, no more
+            logger.error("%s", error)
 
     InMemoryNodeState.set_node_id = set_and_write  # type: ignore[assignment,method-assign]
 

@@ -26,7 +26,7 @@ from flwr.supernode.runtime.run_clientapp import (
 )
 
 from fedgex.client.app import app
-from fedgex.client.gate import FAILED, Gate
+from fedgex.client.gate import Gate, code
 from fedgex.client.settings import SiteSettings
 from fedgex.client.supernode import SECRET_VARIABLE
 from fedgex.common import runtime
@@ -76,9 +76,9 @@ def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
             gate.audit.append("bundle", digest=fab.hash_str, bytes=len(fab.content))
         try:
             reply = gate(message, context)
-        except Exception:  # such as a full disk; its text must not travel
+        except Exception as error:  # such as a full disk; its text must not travel
             logger.exception("failed")
-            failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, FAILED)
+            failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, code(error))
             reply = Message(failed, reply_to=message)
         let_go(message.content)
         push_message(client, reply, context)

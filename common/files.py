@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedgex.common import failpoints
 from fedgex.common.errors import ConfigError, FedgexError
 
 logger = logging.getLogger(__name__)
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""Errors of a disk that a person can mend while everything goes on."""
 BLOCK = 4096
 """Bytes that are read at a time when the last line of a file is looked for."""
 
@@ -136,6 +138,29 @@ def explained(path: Path, error: type[FedgexError] = FedgexError) -> Iterator[No
             f"{_advice(cause.errno)}, then do the same again; nothing half-written "
             "counts."
         ) from cause
+
+
+def sign(lock: TextIO, path: Path) -> None:
+    """Write this process's number into a lock file that it holds, open for appending.
+
+    Raises
+    ------
+    FedgexError
+        If it cannot be written.
+    """
+    with explained(path):  # past the buffer, which would fail once more when closed
+        os.truncate(lock.fileno(), 0)
+        os.write(lock.fileno(), str(os.getpid()).encode())
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error came of a disk that takes nothing now, and may do so later."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def sync(path: Path) -> None:

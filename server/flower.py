@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from http import HTTPStatus
 from importlib.metadata import version
 
 import httpx
@@ -108,8 +109,12 @@ class Control:
         return int(self.client.StartRun(request).run_id)
 
     def stop_run(self, run: int) -> None:
-        """Stop a Flower run; what it has on disk stays."""
-        self.client.StopRun(StopRunRequest(run_id=run))
+        """Stop a Flower run, unless it is over already; what it has on disk stays."""
+        try:
+            self.client.StopRun(StopRunRequest(run_id=run))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != HTTPStatus.PRECONDITION_FAILED:
+                raise
 
 
 @cache

@@ -22,13 +22,13 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save
 
 from fedgex.common import keys, tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import FederationError, UpdateError
-from fedgex.common.files import write_atomic
+from fedgex.common.files import explained, write_atomic
 from fedgex.common.harmonise import to_patients
 from fedgex.common.records import text, to_arrays, to_record
 from fedgex.common.statistics import (
@@ -281,7 +281,8 @@ class Opening:
             arrays = to_arrays(answer.array_records[keys.PRODUCTS])
             self._products(arrays, len(vocabulary))  # refused now, not when added up
             path = spool / f"{len(list(spool.iterdir()))}.safetensors"
-            save_file(arrays, path)
+            with explained(path):
+                path.write_bytes(save(arrays))
             return path
 
         spool.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedgex.common import failpoints, keys
 from fedgex.common.arrays import check
 from fedgex.common.errors import FederationError, UpdateError
+from fedgex.common.files import explained
 from fedgex.common.records import pieces
 from fedgex.common.study import RoundRule, Study
 from fedgex.server import privacy
@@ -85,6 +86,8 @@ def train_round(
     ------
     FederationError
         If fewer sites than the quorum, or not all mandatory ones, contributed.
+    FedgexError
+        If an update cannot be written.
     """
     started = time.monotonic()
     by_name = {site.name: site for site in sites}
@@ -208,12 +211,15 @@ def _accept(
     ------
     UpdateError
         If it lacks a record, or holds anything that cannot be aggregated.
+    FedgexError
+        If it cannot be written.
     """
     if keys.UPDATE not in content.array_records:
         raise UpdateError(f'the reply has no "{keys.UPDATE}"')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.writelines(pieces(content.array_records[keys.UPDATE]))
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.writelines(pieces(content.array_records[keys.UPDATE]))
     arrays = Spooled(path)
     check({name: a.shape for name, a in incoming.items()}, arrays, exact=True)
     numbers = read_numbers(content, study)

@@ -30,6 +30,7 @@ from fedgex.common.arrays import Arrays
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import CheckpointError, FederationError
+from fedgex.common.files import write_atomic
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.memory import resident_mb
 from fedgex.common.records import to_record
@@ -337,8 +338,8 @@ class _Run:
                 }
                 for key, score in scores.get("mcar", {}).items()
             }
-        text = json.dumps(judged, sort_keys=True)
-        (self.settings.run_dir / "judgement.json").write_text(text)
+        content = json.dumps(judged, sort_keys=True).encode()
+        write_atomic(self.settings.run_dir / "judgement.json", content, mode=0o644)
 
 
 def _is_past(study: Study, phase: str, last: Checkpoint) -> bool:

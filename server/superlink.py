@@ -124,19 +124,30 @@ class Activity:
         """Write the file whenever something changed, for ever."""
         while True:
             time.sleep(ACTIVITY_PERIOD_S)
-            with self._lock:
-                if not self._changed:
-                    continue
-                self._changed = False
-                moved, idle = dict(self._moved), dict(self._idle)
-            told = {}
-            for key in moved.keys() | idle.keys():
-                node = state.get_node_id_by_public_key(key)
-                if node is not None:
-                    told[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
-            partial = self.path.with_suffix(".partial")
+            try:
+                self.write(state)
+            except OSError as error:  # a full disk must not end what rounds go by
+                logger.error("%s could not be written: %s", self.path, error)
+
+    def write(self, state: LinkState) -> None:
+        """Write the file if something changed since it was last written."""
+        with self._lock:
+            if not self._changed:
+                return
+            moved, idle = dict(self._moved), dict(self._idle)
+            self._changed = False
+        told = {}
+        for key in moved.keys() | idle.keys():
+            node = state.get_node_id_by_public_key(key)
+            if node is not None:
+                told[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
+        partial = self.path.with_suffix(".partial")
+        try:
             partial.write_text(json.dumps(told))
             partial.replace(self.path)
+        except OSError:
+            self._changed = True
+            raise
 
 
 class PublicGuard:

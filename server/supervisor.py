@@ -26,7 +26,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedgex.common import chain, checkpoint, runtime
 from fedgex.common.errors import FedgexError
-from fedgex.common.files import write_atomic
+from fedgex.common.files import explained, sign, write_atomic
 from fedgex.common.processes import Child
 from fedgex.server import (
     flower,
@@ -92,16 +92,17 @@ def serve(folder: Path) -> None:
         If another server serves it.
     """
     consortium = Consortium(folder.resolve())
-    with (consortium.folder / "lock").open("a+") as lock:
+    path = consortium.folder / "lock"
+    with explained(path):
+        lock = path.open("a+")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise FedgexError(
                 f"another server serves {folder}; stop it, or use it."
             ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        sign(lock, path)
         chain.verify(consortium.folder / "audit.jsonl")
         consortium.audit.append("server-started", pid=os.getpid())
         monitoring.serve(consortium)
@@ -220,7 +221,7 @@ class _Supervisor:
         """Do what an administrator ordered; what cannot be done is answered so."""
         try:
             answer = self._do(order)
-        except FedgexError as error:
+        except (FedgexError, OSError) as error:
             orders.finish(self.consortium, order, refused=str(error))
             return
         orders.finish(self.consortium, order)

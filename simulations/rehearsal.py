@@ -64,6 +64,12 @@ class Rehearsal:
     told: Told = print
     environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """More environment variables, by site, or for "server"."""
+    prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Words before a command that serves, such as `nsenter`, by site or "server"."""
+    host: str = HOST
+    """Name or address under which hospitals find the server."""
+    interface: str = "127.0.0.1"
+    """Address that the server listens on."""
     servers: dict[str, str] = field(default_factory=dict)
     """host:port that a hospital connects to, where it is not the server's own."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -156,9 +162,10 @@ class Rehearsal:
         """Found the consortium, admit two administrators and every hospital."""
         port, control, health, metrics = _free_ports(4)
         self.admin(
-            "consortium", "init", "rehearsal", "--state", self.state, "--host", HOST,
-            "--port", port, "--interface", "127.0.0.1", "--control-port", control,
-            "--health-port", health, "--metrics-port", metrics,
+            "consortium", "init", "rehearsal", "--state", self.state,
+            "--host", self.host, "--port", port, "--interface", self.interface,
+            "--control-port", control, "--health-port", health,
+            "--metrics-port", metrics,
         )  # fmt: skip
         for name in ADMINISTRATORS:
             folder = self.folder / "administrators"
@@ -168,7 +175,7 @@ class Rehearsal:
                 "--fingerprint", made["fingerprint"],
             )  # fmt: skip
         for name in self.sites:
-            self.admit(name, self.servers.get(name, f"{HOST}:{port}"))
+            self.admit(name, self.servers.get(name, f"{self.host}:{port}"))
         for apart in (HOLDOUT, PUBLIC):
             if self._checked(apart).exists():
                 shutil.copytree(self._checked(apart), self.state / apart)
@@ -357,7 +364,11 @@ class Rehearsal:
         self._commands[name] = command
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [Path(sys.executable).with_name(program), *words],
+                [
+                    *self.prefixes.get(name, ()),
+                    Path(sys.executable).with_name(program),
+                    *words,
+                ],
                 env=self._environment(name),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

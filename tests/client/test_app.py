@@ -1,5 +1,6 @@
 """What a site answers when something fails, and when its data change during a run."""
 
+import errno
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -137,6 +138,11 @@ def raising(error: Exception) -> Callable[[], None]:
             raising(torch.AcceleratorError("CUDA error: unspecified launch failure")),
             "FX-SITE-008",
             id="the GPU",
+        ),
+        pytest.param(
+            raising(OSError(errno.ENOSPC, "No space left on device")),
+            "FX-SITE-009",
+            id="the disk",
         ),
         pytest.param(raising(RuntimeError("else")), "FX-SITE-001", id="anything else"),
     ],

@@ -157,6 +157,24 @@ def test_a_log_that_cannot_be_written_lets_nothing_out_until_it_can(
     assert north.events()[-2:] == ["asked", "answered"]
 
 
+def test_a_reply_that_finds_no_room_on_the_disk_is_given_once_there_is_some(
+    north: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = os.fsync
+
+    def fsync(handle: int) -> None:
+        if "/replies/" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        honest(handle)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fsync)
+        assert code(north.ask()) == "FX-SITE-009"
+
+    assert code(north.ask()) is None
+    assert as_bytes(north.ask()) == as_bytes(north.ask())
+
+
 def test_a_policy_that_cannot_be_read_lets_nothing_out(north: Hospital) -> None:
     gate = Gate(north.site_toml, north.app)
     north.site_toml.with_name("policy.toml").write_text("minimum_cohort = ")

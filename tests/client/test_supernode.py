@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
@@ -12,9 +15,10 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode import start_client_internal
-from flwr.supernode.nodestate import NodeStateFactory
+from flwr.supernode.nodestate import InMemoryNodeState, NodeStateFactory
 
 from fedgex.client import supernode
+from fedgex.client.supernode import NODE_FILE
 
 RUN = 7
 
@@ -64,3 +68,28 @@ def test_a_message_whose_run_ends_while_it_is_fetched_is_forgotten(
     assert fetched is None
     assert state.get_messages_legacy() == []
     assert [task.status.status for task in state.get_tasks()] == ["finished"]
+
+
+def test_a_node_number_that_a_full_disk_cut_off_does_not_stop_the_next_start(tmp_path):
+    (tmp_path / NODE_FILE).write_text("")
+
+    supernode._sign_off(tmp_path, "nowhere:1", b"", None)
+
+
+def test_a_full_disk_costs_the_nodes_number_and_not_the_node(
+    tmp_path, monkeypatch, caplog
+):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(InMemoryNodeState, "set_node_id", lambda state, node: None)
+    supernode._remember_node(tmp_path)
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(RUN)
+    before = (tmp_path / NODE_FILE).read_text()
+
+    monkeypatch.setattr(os, "fsync", fail)
+    state.set_node_id(RUN + 1)
+
+    assert (tmp_path / NODE_FILE).read_text() == before
+    assert "Free space" in caplog.text

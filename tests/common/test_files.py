@@ -158,6 +158,30 @@ def test_an_absent_folder_is_not_made_anew_in_silence(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_disk_without_room_is_told_from_other_failures_through_every_cause(tmp_path):
+    def told(number):
+        with files.explained(tmp_path / "a"):
+            raise OSError(number, os.strerror(number))
+
+    for number, expected in ((errno.ENOSPC, True), (errno.EIO, False)):
+        with pytest.raises(FedgexError) as caught:
+            told(number)
+        assert files.disk_full(caught.value) is expected
+    assert not files.disk_full(RuntimeError("No space left on device"))
+
+
+def test_a_lock_file_is_signed_anew_or_the_error_says_why_not(tmp_path):
+    path = tmp_path / "lock"
+    path.write_text("123456789")
+
+    with path.open("a+") as lock:
+        files.sign(lock, path)
+    assert path.read_text() == str(os.getpid())
+
+    with Path("/dev/full").open("a+") as lock, pytest.raises(FedgexError):
+        files.sign(lock, path)
+
+
 def test_the_error_is_of_the_class_asked_for_and_others_pass_unchanged(tmp_path):
     with (
         pytest.raises(CheckpointError, match="a could not be written"),

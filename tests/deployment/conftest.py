@@ -1,11 +1,18 @@
-"""A consortium of real processes, and a link between them that can be broken."""
+"""A consortium of real processes, and ways between them that can be broken."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import random
+import select
 import socket
+import struct
+import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,13 +86,21 @@ class Served:
     simulated: str
     """SHA-256 of the model that the simulator makes of the same study."""
 
-    def run(self, name: str, disturb: Callable[[], None] | None = None) -> str:
-        """Launch a run, disturb it in its second round, and return how it ended."""
+    def run(
+        self,
+        name: str,
+        disturb: Callable[[], None] | None = None,
+        limit_s: float = rehearsal.RUN_LIMIT_S,
+    ) -> str:
+        """Launch a run, disturb it in its second round, and return how it ended.
+
+        `limit_s` counts from the end of the disturbance.
+        """
         self.consortium.launch(self.contract, name)
         if disturb is not None:
             self.until_round(name, 1)
             disturb()
-        return self.consortium.wait(name)
+        return self.consortium.wait(name, limit_s)
 
     def until_round(self, run: str, number: int) -> None:
         """Wait until so many rounds of a run are finished, or it ended before."""
@@ -198,6 +213,110 @@ class Link:
             sink.close()
 
 
+LOSS = 0.05
+TUN = Path("/dev/net/tun")
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+PACKET_BYTES = 2**16
+TCP = 6
+
+
+@dataclass
+class Road:
+    """The only way between this machine and a network namespace: two TUN devices.
+
+    What the kernel sends into one of them we write to the other, less what gets lost.
+    """
+
+    namespace: str
+    here: str = "198.18.0.1"
+    """This machine's address on it; both are set apart for tests of networks."""
+    beyond: str = "198.18.0.2"
+    up: int = -1
+    """The namespace's device; what is read of it goes to the server."""
+    down: int = -1
+    """This machine's device."""
+    lossy: bool = False
+    """One packet in twenty of TCP gets lost from now on, in either direction."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """How many did, "up" towards the server and "down" from it."""
+    why_not: str = ""
+    """Why there is no such road on this machine, if so."""
+    _closing: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    @property
+    def prefix(self) -> list[str]:
+        """Words before a command that is to run at the other end."""
+        return ["nsenter", f"--net=/run/netns/{self.namespace}"]
+
+    def open(self) -> None:
+        """Make namespace and devices, and pass packets on from now on.
+
+        Raises
+        ------
+        OSError
+            If this machine does not permit it; the error says what.
+        """
+        if taken := _ip("route", "show", "to", "root", "198.18.0.0/15"):
+            raise OSError(f"its addresses are in use: {taken}")
+        _ip("netns", "add", self.namespace)
+        near, far = f"{self.namespace}-s", f"{self.namespace}-h"
+        self.down, self.up = _tun(near), _tun(far)
+        _ip("address", "add", self.here, "peer", self.beyond, "dev", near)
+        _ip("link", "set", near, "up")
+        _ip("link", "set", far, "netns", self.namespace)
+        inside = ("-netns", self.namespace)
+        _ip(*inside, "address", "add", self.beyond, "peer", self.here, "dev", far)
+        for device in ("lo", far):
+            _ip(*inside, "link", "set", device, "up")
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take everything down again, as far as it was made."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        for device in (self.up, self.down):
+            if device >= 0:
+                os.close(device)
+        with contextlib.suppress(OSError):
+            _ip("netns", "del", self.namespace)
+
+    def _pass_on(self) -> None:
+        chance = random.Random(1)
+        ways = {self.up: ("up", self.down), self.down: ("down", self.up)}
+        while not self._closing.is_set():
+            for device in select.select([*ways], [], [], 0.2)[0]:
+                way, other = ways[device]
+                packet = os.read(device, PACKET_BYTES)
+                is_tcp = packet[0] >> 4 == 4 and packet[9] == TCP
+                if self.lossy and is_tcp and chance.random() < LOSS:
+                    self.lost[way] += 1
+                    continue
+                with contextlib.suppress(OSError):  # a device is being taken down
+                    os.write(other, packet)
+
+
+def _ip(*words: str) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def _tun(name: str) -> int:
+    """Make a device, which is there until its file is closed."""
+    device = os.open(TUN, os.O_RDWR)
+    try:
+        wanted = struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI)
+        fcntl.ioctl(device, TUNSETIFF, wanted)
+    except OSError:
+        os.close(device)
+        raise
+    return device
+
+
 def _silent(line: str) -> None:
     """Say nothing."""
 
@@ -212,6 +331,18 @@ def builder() -> Callable[..., Rehearsal]:
 def link() -> Iterator[Link]:
     """Return a link whose target is to be set."""
     made = Link(("127.0.0.1", 0))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def road() -> Iterator[Road]:
+    """Return a road into a network namespace, or one that says why there is none."""
+    made = Road(f"fedgex{os.getpid()}"[:13])
+    try:
+        made.open()
+    except OSError as error:
+        made.why_not = f"no network of our own can be made: {error}"
     yield made
     made.close()
 

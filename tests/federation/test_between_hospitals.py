@@ -523,7 +523,7 @@ def test_one_unreadable_value_stops_its_hospital_with_a_code_and_not_the_run(
 @pytest.mark.parametrize(
     ("call", "error"), [("fsync", errno.ENOSPC), ("replace", errno.EROFS)]
 )
-def test_a_hospital_whose_disk_fails_answers_a_code_and_takes_part_in_the_next_round(
+def test_the_run_waits_for_a_hospital_whose_disk_has_no_room(
     alliance: Alliance, monkeypatch: pytest.MonkeyPatch, call: str, error: int
 ) -> None:
     contract = alliance.agree(short())
@@ -542,11 +542,13 @@ def test_a_hospital_whose_disk_fails_answers_a_code_and_takes_part_in_the_next_r
     run = alliance.conduct(contract)
 
     assert len(failed) == 1
-    assert alliance.states(THIRD) == [("refused", "FX-SITE-001"), CONTRIBUTED]
+    assert alliance.states(THIRD) == [CONTRIBUTED, CONTRIBUTED]
+    waited = {(e["site"], e["reason"]) for e in run.events("asked-again")}
+    assert waited == {(THIRD, "FX-SITE-009")}
     kept = sorted(path.name for path in replies.glob(".*")) + sorted(
         path.name for path in replies.glob("train-*")
     )
-    assert kept == ["train-pretraining-00002.reply"]
+    assert kept == [f"train-pretraining-0000{n}.reply" for n in (1, 2)]
     assert run.rounds == [("pretraining", 1), ("pretraining", 2)]
 
 

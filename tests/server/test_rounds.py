@@ -1,3 +1,4 @@
+import errno
 import logging
 import math
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from fedgex.common import keys
 from fedgex.common.arrays import Arrays
-from fedgex.common.errors import FederationError
+from fedgex.common.errors import FederationError, FedgexError
 from fedgex.common.records import packed, to_record
 from fedgex.common.study import RoundRule, Study
 from fedgex.server.asking import Line, Request, Simulated
@@ -571,3 +572,15 @@ def test_under_site_level_privacy_no_site_decides_whether_another_counts(
     outcome = run(clip=2.0, h1=of_norm(2), h2=of_norm(1e-3), h3=of_norm(1e-3))
 
     assert [update.site for update in outcome.updates] == ["h1", "h2", "h3"]
+
+
+def test_an_update_that_finds_no_room_on_the_disk_ends_the_round_and_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+
+    with pytest.raises(FedgexError, match=r"h1\.safetensors.*Free space on that disk"):
+        run()

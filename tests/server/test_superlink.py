@@ -1,0 +1,41 @@
+"""What the guard before the SuperLink writes down."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fedgex.server.superlink import Activity
+
+
+class Nodes:
+    """Knows every key, as Flower's state does."""
+
+    def get_node_id_by_public_key(self, key):
+        return 7
+
+
+def test_what_moved_on_a_full_disk_is_told_once_there_is_room(tmp_path, monkeypatch):
+    def fail(*args, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    activity = Activity(tmp_path / "activity.json")
+    activity.moved(b"key")
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match="No space"):
+            activity.write(Nodes())
+
+    activity.write(Nodes())
+
+    assert json.loads(activity.path.read_text())["7"]["moved"] > 0
+
+
+def test_nothing_is_written_while_nothing_changes(tmp_path):
+    activity = Activity(tmp_path / "activity.json")
+
+    activity.write(Nodes())
+
+    assert not activity.path.exists()

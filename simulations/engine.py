@@ -93,4 +93,9 @@ def main(n_sites: int, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    try:
+        main(int(sys.argv[1]), int(sys.argv[2]))
+    except Exception:
+        logging.exception("the engine failed")
+        logging.shutdown()
+        os._exit(1)  # Flower's threads would keep what failed alive for ever

@@ -320,7 +320,11 @@ class Rehearsal:
             workers=1,
             log=self.folder / "engine.log",
         )
-        process.wait()
+        if process.wait():
+            raise FederationError(
+                f"the simulator ended with {process.returncode}; see "
+                f"{self.folder / 'engine.log'}"
+            )
         return digest(run_dir)
 
     def _checked(self, apart: str) -> Path:

@@ -19,6 +19,9 @@ OFFLINE = {
 }
 """Flower asks nobody on the internet and installs nothing."""
 
+PARENT_VARIABLE = "FEDGEX_PARENT"
+"""Process number of whoever starts a child: it may be gone before the child looks."""
+
 MAX_PAUSE_S = 30.0
 CALM_S = 60.0
 """A child that lived this long is started again at once when it dies."""
@@ -39,9 +42,14 @@ def begin() -> None:
     end_with_parent()
 
 
+def child_environment() -> dict[str, str]:
+    """Return this process's environment for a child that is to end with it."""
+    return {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+
+
 def end_with_parent() -> None:
-    """Watch the parent from now on, and end this process when it is gone."""
-    parent = os.getppid()
+    """Watch the parent, and end this process when it is gone, or is gone already."""
+    parent = int(os.environ[PARENT_VARIABLE])
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -67,7 +75,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.module, self.arguments = module, list(arguments)
-        self.environment = {**os.environ, **OFFLINE, **(environment or {})}
+        self.environment = child_environment() | OFFLINE | dict(environment or {})
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._started = self._not_before = 0.0

@@ -18,7 +18,7 @@ from flwr.simulation import run_simulation
 import fedgex.client.app
 import fedgex.server.app
 from fedgex.client.app import SITES_VARIABLE
-from fedgex.common.processes import end_with_parent
+from fedgex.common.processes import child_environment, end_with_parent
 
 OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -55,7 +55,7 @@ def start(
         File that takes everything the process prints.
     """
     environment: Mapping[str, str] = {
-        **os.environ,
+        **child_environment(),
         **OFFLINE,
         SITES_VARIABLE: str(sites.resolve()),
         "FEDGEX_SERVER_STUDY": str(study.resolve()),

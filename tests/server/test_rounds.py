@@ -577,10 +577,14 @@ def test_under_site_level_privacy_no_site_decides_whether_another_counts(
 def test_an_update_that_finds_no_room_on_the_disk_ends_the_round_and_says_so(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    really_open = Path.open
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    def fail(path: Path, *args: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return really_open(path, *args)
+
+    monkeypatch.setattr(Path, "open", fail)
 
     with pytest.raises(FedgexError, match=r"h1\.safetensors.*Free space on that disk"):
         run()

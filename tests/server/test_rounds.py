@@ -579,10 +579,10 @@ def test_an_update_that_finds_no_room_on_the_disk_ends_the_round_and_says_so(
 ) -> None:
     really_open = Path.open
 
-    def fail(path: Path, *args: Any) -> Any:
+    def fail(path: Path, *args: Any, **named: Any) -> Any:
         if path.suffix == ".safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return really_open(path, *args)
+        return really_open(path, *args, **named)
 
     monkeypatch.setattr(Path, "open", fail)
 

@@ -648,8 +648,8 @@ def _interval_lines(intervals: Mapping[str, Any]) -> list[str]:
     return [
         "Share of the true values within the central intervals of the federated model: "
         "the restored value and a Gaussian with the standard deviation that the linear "
-        "start predicts for each cell, without any factor learned on top. Width in SD "
-        "of the gene. That low expression drops out is not what the intervals assume.",
+        "start predicts for each cell. Width in SD of the gene. That low expression "
+        "drops out is not what the intervals assume.",
         "",
         *markdown("Setting", rows),
     ]

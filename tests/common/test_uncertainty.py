@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedgex.common import model
 from fedgex.common.errors import ConfigError
 from fedgex.common.model import GexBert, LinearStart
-from fedgex.common.uncertainty import restore_with_spread
+from fedgex.common.uncertainty import VARIANCE_SHARE, restore_with_spread
 
 N_GENES, RANK, TYPES = 12, 3, 2
 
@@ -69,7 +69,7 @@ def test_the_spread_is_that_of_the_gaussian_mixture_given_the_measured_genes() -
     share /= share.sum()
     mean = share @ np.array(conditional)
     second = share @ (np.array(variance) + np.square(conditional))
-    expected = np.sqrt(second - mean**2)
+    expected = np.sqrt(VARIANCE_SHARE * (second - mean**2))
 
     given = torch.tensor(x, dtype=torch.float32)[None]
     given[:, M] = torch.nan
@@ -85,7 +85,8 @@ def test_with_nothing_measured_the_spread_is_that_of_all_patients() -> None:
 
     _, sd = restore_with_spread(network, torch.full((1, N_GENES), torch.nan))
 
-    assert sd[0].numpy() == pytest.approx(drawn.std(axis=0), rel=0.06)
+    expected = np.sqrt(VARIANCE_SHARE) * drawn.std(axis=0)
+    assert sd[0].numpy() == pytest.approx(expected, rel=0.06)
 
 
 def test_a_measured_value_stays_and_has_no_spread() -> None:

@@ -28,6 +28,7 @@ from fedgex.common.parameters import load_parameters
 from fedgex.common.scale import Scale, convert, floor
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.common.tasks import BACKBONE, Modules
+from fedgex.common.uncertainty import restore_with_spread
 
 FEW_GENES = 0.1
 """Below this share of the vocabulary a warning says that little is known."""
@@ -91,6 +92,51 @@ def impute(
     return _fill(frame, checkpoint.vocabulary.genes, restored, wanted)
 
 
+def spread(
+    checkpoint: Checkpoint,
+    frame: pd.DataFrame,
+    *,
+    scale: Scale | None = None,
+    genes: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """Return the standard deviation by which each value that `impute` fills may be off.
+
+    Parameters
+    ----------
+    checkpoint, frame, scale, genes
+        As for `impute`.
+
+    Returns
+    -------
+    DataFrame
+        The genes that were asked for, in the order of the vocabulary, one row a sample;
+        on the study's scale, whatever `scale` is. NaN where measured, and for a sample
+        with no measured gene of the vocabulary.
+
+    Raises
+    ------
+    CheckpointError, DataError
+        As for `impute`.
+    ConfigError
+        As for `impute`, or if the model has no linear start, which alone knows how sure
+        it is.
+    """
+    wanted = wanted_genes(checkpoint, genes)
+    backbone = _modules(checkpoint, PRETRAINING, None)[BACKBONE]
+    assert isinstance(backbone, GexBert)
+    patients = _patients(checkpoint, frame, scale)
+    seen = patients.measured.any(dim=1)
+    _, sd = restore_with_spread(backbone, patients.values[seen])
+    known = patients.measured[seen].numpy()
+    numbers = np.where(known, np.nan, sd.numpy() * checkpoint.standardisation.sd)
+    names = [
+        g
+        for g, is_wanted in zip(checkpoint.vocabulary.genes, wanted, strict=True)
+        if is_wanted
+    ]
+    return _over_all(frame.index, seen, numbers[:, wanted].astype(np.float32), names)
+
+
 def embed(
     checkpoint: Checkpoint, frame: pd.DataFrame, *, scale: Scale | None = None
 ) -> pd.DataFrame:
@@ -118,7 +164,7 @@ def embed(
     seen = patients.measured.any(dim=1)
     vectors = embed_all(backbone.encoder, patients.take(_places(seen))).numpy()
     names = [f"embedding_{i}" for i in range(vectors.shape[1])]
-    return _spread(frame.index, seen, vectors, names)
+    return _over_all(frame.index, seen, vectors, names)
 
 
 def risk(
@@ -177,7 +223,7 @@ def risk(
         survival = predictions.survival(study, modules, some, log_hazard)
         both = torch.cat([log_hazard[:, None], survival], dim=1)  # (N, 1 + K)
         numbers = both.numpy()[:, : len(names)]
-    return _spread(frame.index, judged, numbers, names)
+    return _over_all(frame.index, judged, numbers, names)
 
 
 def classify(
@@ -216,7 +262,7 @@ def classify(
     some = patients.take(_places(seen))
     probabilities = predictions.class_probabilities(modules, some).numpy()
     names = [f"probability_{name}" for name in classes]
-    table = _spread(frame.index, seen, probabilities, names)
+    table = _over_all(frame.index, seen, probabilities, names)
     best = np.full(len(frame), None, dtype=object)
     best[seen.numpy()] = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
     table.insert(0, "most_probable", best)
@@ -449,7 +495,7 @@ def _places(mask: torch.Tensor) -> torch.Tensor:
     return mask.nonzero().squeeze(1)
 
 
-def _spread(
+def _over_all(
     index: pd.Index, rows: torch.Tensor, numbers: NDArray[np.float32], names: list[str]
 ) -> pd.DataFrame:
     """Return numbers of some rows as a table of all rows, NaN in the others."""

@@ -114,6 +114,13 @@ Site = Annotated[
         help="The hospital's site.toml, for its own heads and its column names.",
     ),
 ]
+Genes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...|FILE",
+        help="These genes only; default: all of the study.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 
@@ -123,13 +130,7 @@ def impute(
     input_file: Input,
     output: Output,
     scale: InputScale = None,
-    genes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...|FILE",
-            help="Restore these genes only; default: all of the study.",
-        ),
-    ] = None,
+    genes: Genes = None,
     orientation: Axes = Orientation.AUTO,
     hgnc_table: HgncTable = None,
     site: Site = None,
@@ -151,17 +152,44 @@ def impute(
         authority=authority,
         force=force,
     )
-    with _refusing(), _open(options, PRETRAINING) as job:
-        with job.problems.collecting():
-            wanted = None if genes is None else _read_genes(genes)
-            inference.wanted_genes(job.checkpoint, wanted)
-        samples = job.read(clinical_columns=())
-        job.accept(inference.review(job.checkpoint, samples.expression))
-        frame = samples.as_in_file(job.checkpoint.vocabulary)
-        table = inference.impute(
-            job.checkpoint, frame, scale=job.data.scale, genes=wanted
-        )
+    with _restoring(options, genes) as (job, samples, frame, wanted):
+        scale = job.data.scale
+        table = inference.impute(job.checkpoint, frame, scale=scale, genes=wanted)
         job.write(samples, table, _restored(frame, table))
+
+
+@predict.command()
+def spread(
+    model: Model,
+    input_file: Input,
+    output: Output,
+    scale: InputScale = None,
+    genes: Genes = None,
+    orientation: Axes = Orientation.AUTO,
+    hgnc_table: HgncTable = None,
+    site: Site = None,
+    authority: Authority = None,
+    force: Force = False,
+) -> None:
+    """Write by how much each value that impute fills may be off, one SD."""
+    from fedgex.client import inference  # torch takes seconds to load
+
+    options = _Options(
+        model=model,
+        input=input_file,
+        output=output,
+        scale=scale,
+        orientation=orientation,
+        hgnc_table=hgnc_table,
+        clinical=None,
+        site=site,
+        authority=authority,
+        force=force,
+    )
+    with _restoring(options, genes) as (job, samples, frame, wanted):
+        scale = job.data.scale
+        table = inference.spread(job.checkpoint, frame, scale=scale, genes=wanted)
+        job.write(samples, table)
 
 
 @predict.command()
@@ -282,7 +310,7 @@ def classify(
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What the four commands have in common."""
+    """What the commands have in common."""
 
     model: Path
     input: Path
@@ -470,6 +498,23 @@ def _open(options: _Options, phase: str) -> Iterator[_Job]:
             problems.tell()
             raise AssertionError("without a model there is a problem to tell")
         yield job
+
+
+@contextmanager
+def _restoring(
+    options: _Options, genes: str | None
+) -> Iterator[tuple[_Job, Samples, pd.DataFrame, list[str] | None]]:
+    """Read what is to be restored: samples, their table, and the genes asked for."""
+    from fedgex.client import inference  # torch takes seconds to load
+
+    with _refusing(), _open(options, PRETRAINING) as job:
+        wanted: list[str] | None = None
+        with job.problems.collecting():
+            wanted = None if genes is None else _read_genes(genes)
+            inference.wanted_genes(job.checkpoint, wanted)
+        samples = job.read(clinical_columns=())
+        job.accept(inference.review(job.checkpoint, samples.expression))
+        yield job, samples, samples.as_in_file(job.checkpoint.vocabulary), wanted
 
 
 def trusted_authority(

@@ -26,6 +26,7 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.scale import Scale
 from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Study
+from fedgex.common.uncertainty import restore_with_spread
 from fedgex.common.vocabulary import Vocabulary
 
 GENES = ("AAA1", "BBB2", "CCC3", "DDD4", "EEE5", "FFF6")
@@ -40,32 +41,34 @@ S1,2.2,,6.5,4.4,3.3
 
 
 def model(
-    folder: Path, n_done: int = 3, genes: tuple[str, ...] = GENES, **survival: Any
+    folder: Path,
+    n_done: int = 3,
+    genes: tuple[str, ...] = GENES,
+    study: dict[str, Any] | None = None,
+    **survival: Any,
 ) -> Checkpoint:
     """Save a checkpoint with `n_done` of three phases trained; chance is its training.
 
     Six or more genes, on log2(x + 1); the survival phase takes changes.
     """
-    study = Study.read(
-        {
-            "name": "test",
-            "pretraining": {"rounds": 1},
-            "classification": {"rounds": 1, "classes": TYPES},
-            "survival": {"rounds": 1, "cancer_types": TYPES} | survival,
-        },
-        "test",
-    )
-    whole = tasks.initial(study, len(genes))
-    for phase in list(study.phases)[:n_done]:
-        whole = tasks.begin(study, phase, whole)
+    values = {
+        "name": "test",
+        "pretraining": {"rounds": 1},
+        "classification": {"rounds": 1, "classes": TYPES},
+        "survival": {"rounds": 1, "cancer_types": TYPES} | survival,
+    }
+    made_for = Study.read(values | (study or {}), "test")
+    whole = tasks.initial(made_for, len(genes))
+    for phase in list(made_for.phases)[:n_done]:
+        whole = tasks.begin(made_for, phase, whole)
     rng = np.random.default_rng(0)
     made = Checkpoint(
-        study=study,
+        study=made_for,
         vocabulary=Vocabulary(genes),
         standardisation=Standardisation(
             mean=np.full(len(genes), 4.0), sd=np.full(len(genes), 1.5)
         ),
-        phase=list(study.phases)[n_done - 1],
+        phase=list(made_for.phases)[n_done - 1],
         round=1,
         parameters={
             name: whole[name] + rng.normal(0, 0.1, whole[name].shape).astype("f4")
@@ -325,6 +328,51 @@ def test_anndata_is_read(tmp_path: Path) -> None:
     truth = inference.risk(trained, frame, frame.assign(cancer_type=TYPES[0]))
     out = table(tmp_path / "out.csv").astype(float)
     assert out.to_numpy() == pytest.approx(truth.to_numpy(), abs=1e-4)
+
+
+# ---- spread ----
+
+
+def test_each_restored_value_has_a_spread_and_no_other(tmp_path: Path) -> None:
+    linear = {"cross_products": True, "linear_rank": 2}
+    trained = model(tmp_path / "model", study=linear)
+    sheet(tmp_path)
+
+    assert predict("impute", tmp_path).exit_code == 0
+    result = predict("spread", tmp_path, output=tmp_path / "spread.csv")
+
+    assert result.exit_code == 0, result.output
+    assert card(tmp_path, "spread.csv")["prediction"]["samples"] == 3
+    out = table(tmp_path / "spread.csv")
+    assert list(out.columns) == list(GENES)
+    given = as_frame().reindex(columns=GENES)
+    assert ((out == "").to_numpy() == given.notna().to_numpy()).all()
+    standardised = torch.tensor((given.to_numpy() - 4.0) / 1.5, dtype=torch.float32)
+    backbone = tasks.load(trained.study, 6, "pretraining", trained.parameters)
+    _, sd = restore_with_spread(backbone["backbone"], standardised)  # type: ignore[arg-type]
+    for gene in ("DDD4", "EEE5"):
+        expected = 1.5 * sd[:, GENES.index(gene)].numpy()
+        assert out[gene].astype(float).to_numpy() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_spread_of_genes_asked_for_is_told_alone(tmp_path: Path) -> None:
+    model(tmp_path / "model", study={"cross_products": True, "linear_rank": 2})
+    sheet(tmp_path)
+
+    assert predict("spread", tmp_path, "--genes", "EEE5,BBB2").exit_code == 0
+
+    assert list(table(tmp_path / "out.csv").columns) == ["BBB2", "EEE5"]
+
+
+def test_a_model_that_cannot_tell_how_sure_it_is_says_so(tmp_path: Path) -> None:
+    model(tmp_path / "model")
+    sheet(tmp_path)
+
+    result = predict("spread", tmp_path)
+
+    assert result.exit_code == 1
+    assert "linear_rank" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
 
 
 # ---- embed, risk, classify ----

@@ -23,13 +23,16 @@ from numpy.typing import NDArray
 from fedgex.common.imputers import factor_analysis
 from fedgex.common.statistics import CrossProducts, pool
 
-OWN_FROM = 120
-"""Patients of a type at which its covariance is half its own, half that within all
-types: chosen on validation institutions, as the two below."""
-NOISE_FACTOR = 2.5
+OWN_FROM = 12
+"""Patients of a type at which its variance along the factor of largest spread over
+genes is half its own, half that within all types; along a factor of a tenth of that
+spread it takes ten times as many. Chosen on validation institutions, as those below."""
+NOISE_FACTOR = 2.0
 """The noise of unseen patients over that of those whom the factors were fitted to."""
 LEAST_VARIANCE = 1e-3
 """Of a factor within a type, as a share of its variance over all."""
+NO_SPREAD = 1e-9
+"""A factor beyond what the data tell has no loadings."""
 NEVER = -1e6
 """Log share of a type of which nothing is known."""
 
@@ -58,18 +61,24 @@ def fit(
     log_shares = np.full(K, NEVER if types else 0.0)
     if known:
         to_factors = _to_factors(loadings, noise)
+
+        def of_factors(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+            own: NDArray[np.float64] = covariance - np.diag(noise)
+            return to_factors @ own @ to_factors.T
+
         deviations = {name: groups[name].about_mean() for name in known}
         pairs = {name: np.maximum(groups[name].pair_counts, 0) for name in known}
-        within = sum(deviations.values()) / np.maximum(sum(pairs.values()), 1)
+        every = sum(pairs.values())
+        within = of_factors(sum(deviations.values()) / np.maximum(every, 1))
         counts = {name: pairs[name].max() for name in known}
+        spread = np.sqrt((loadings**2).sum(axis=0))  # (R,)
+        own_from = OWN_FROM * spread.max() / np.maximum(spread, NO_SPREAD)
         for k, name in enumerate(types):
             if name not in known:
                 continue
-            covariance = (deviations[name] + OWN_FROM * within) / (
-                pairs[name] + OWN_FROM
-            )
-            own = to_factors @ (covariance - np.diag(noise)) @ to_factors.T
-            variances, axes = np.linalg.eigh(own)
+            own = of_factors(deviations[name] / np.maximum(pairs[name], 1))
+            share = counts[name] / (counts[name] + own_from)  # (R,)
+            variances, axes = np.linalg.eigh(_mixed(own, within, share))
             variances = np.maximum(variances, LEAST_VARIANCE)
             means[k] = groups[name].mean
             precisions[k] = (axes / variances) @ axes.T
@@ -82,6 +91,17 @@ def fit(
         "log_shares": log_shares,
     }
     return {name: array.astype(np.float32) for name, array in found.items()}
+
+
+def _mixed(
+    own: NDArray[np.float64], within: NDArray[np.float64], share: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return D own D + E within E, with D^2 the share of `own`, (R,), and E^2 the rest.
+
+    Positive semidefinite if both are.
+    """
+    d, e = np.sqrt(share), np.sqrt(1 - share)
+    return d[:, None] * own * d + e[:, None] * within * e
 
 
 def _to_factors(

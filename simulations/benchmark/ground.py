@@ -9,6 +9,7 @@ no walls, or one site alone. V genes.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -26,11 +27,20 @@ from pydantic import Field
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
+from fedgex.common import tasks
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.statistics import Standardisation
-from fedgex.common.study import Settings, Study
+from fedgex.common.study import (
+    CLASSIFICATION,
+    PRETRAINING,
+    SURVIVAL,
+    Classification,
+    Settings,
+    Study,
+    Survival,
+)
 from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary
 from fedgex.simulations import in_process, scenario
@@ -305,17 +315,46 @@ def models(
 def _train(genes: Vocabulary, scale: Standardisation, folder: Path, arm: Arm) -> float:
     """Train an arm's model into its file; return the seconds that it took."""
     started = time.monotonic()
-    begun = in_process.start(arm.study, genes, arm.sites, None, scale)
     patients = {n: to_patients(c, genes, scale) for n, c in arm.sites.items()}
     # Flower's FedAdam and FedYogi are handed a message, which no process outside of a
     # Flower run may make.
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-    whole = in_process.federate(arm.study, begun, patients)
-    path = _file(folder, arm)
-    partial_ = path.with_suffix(".partial")
-    save_file(whole | {MEAN: scale.mean, SD: scale.sd}, partial_)
-    partial_.replace(path)
+    pretrained = _file(folder, _pretraining(arm))
+    if pretrained.exists():
+        first = load_file(pretrained)
+    else:
+        begun = in_process.start(arm.study, genes, arm.sites, None, scale)
+        first = in_process.federate(
+            arm.study, begun, patients, without=(CLASSIFICATION, SURVIVAL)
+        )
+        _save(first, pretrained)
+    fresh = tasks.initial(arm.study, len(genes))
+    begun = in_process.Start(
+        vocabulary=genes,
+        standardisation=scale,
+        parameters=fresh | first,
+        public=None,
+    )
+    whole = in_process.federate(arm.study, begun, patients, without=(PRETRAINING,))
+    _save(whole | {MEAN: scale.mean, SD: scale.sd}, _file(folder, arm))
     return time.monotonic() - started
+
+
+def _pretraining(arm: Arm) -> Arm:
+    """Return the arm without fine-tuning, which studies that differ in that share."""
+    return dataclasses.replace(
+        arm,
+        name=f"{arm.name}-pretrained",
+        study=arm.study.model_copy(
+            update={"classification": Classification(), "survival": Survival()}
+        ),
+    )
+
+
+def _save(arrays: Mapping[str, NDArray[Any]], path: Path) -> None:
+    partial_ = path.with_suffix(".partial")
+    save_file(dict(arrays), partial_)
+    partial_.replace(path)
 
 
 def _file(folder: Path, arm: Arm) -> Path:

@@ -152,13 +152,19 @@ def judge(
 
 
 def average(seeds: Sequence[Judged]) -> Judged:
-    """Return the mean of several seeds; deaths and anchors are the same for all."""
+    """Return the mean of several seeds; deaths and anchors are the same for all.
+
+    Of a method that only some seeds have, as sites alone, over those.
+    """
     one = seeds[0]
+    methods = {method: None for each in seeds for method in each.c_index}
     return Judged(
         deaths=one.deaths,
         c_index={
-            method: mean_known([each.c_index[method] for each in seeds])
-            for method in one.c_index
+            method: mean_known(
+                [each.c_index[method] for each in seeds if method in each.c_index]
+            )
+            for method in methods
         },
         error=mean_known([each.error for each in seeds]),
         overall={

@@ -265,6 +265,28 @@ def test_a_server_side_optimiser_trains_without_an_engine(ground: Ground) -> Non
     assert 0 < np.abs(bias).max() < 1
 
 
+def test_studies_that_differ_in_fine_tuning_alone_share_one_pretraining(
+    ground: Ground, tmp_path: Path
+) -> None:
+    fresh = dataclasses.replace(ground, folder=tmp_path)
+    study = ground.study
+    slower = study.classification.model_copy(update={"learning_rate": 1e-4})
+    studies = [study, study.model_copy(update={"classification": slower})]
+    wanted = [Arm(name="both", study=s, sites=ground.sites) for s in studies]
+
+    found = [model for _, model in models(fresh, wanted, Console(file=StringIO()))]
+
+    begun = in_process.start(study, ground.genes, ground.sites, None)
+    patients = {name: fresh.patients(c) for name, c in ground.sites.items()}
+    at_once = in_process.federate(study, begun, patients)
+    assert found[0].parameters.keys() == at_once.keys()
+    for name, array in at_once.items():
+        np.testing.assert_array_equal(found[0].parameters[name], array, err_msg=name)
+    head = "classification.head.linear.weight"
+    assert (found[0].parameters[head] != found[1].parameters[head]).any()
+    assert len(list((tmp_path / "models").glob("both-pretrained-*"))) == 1
+
+
 def test_panels_are_those_of_a_scenario_with_such_a_share(
     ground: Ground, data: Path, tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ def grounds(
     protocol = Protocol.read(
         {
             "scenario": "small",
-            "seeds": [1],
+            "seeds": [1, 2],  # sites train alone with the first one only
             "validation": [],
             "splits": {"number": 1, "share": 0.3, "seed": 1},
             "quick": {"rounds": 1, "patients": 40},

@@ -537,8 +537,9 @@ def _by_mixture(task: Task, model: Model) -> Callable[[Indices], NDArray[np.int6
         found = []
         for batch in task.unseen.values[:, seen].split(64):
             genes = torch.from_numpy(seen).expand(len(batch), -1)
-            known = linear(genes, batch.nan_to_num(0.0), ~batch.isnan())
-            found.append(known.log_weights.argmax(dim=1))
+            keep = ~batch.isnan()
+            evidence = linear.evidence(genes, batch.nan_to_num(0.0), keep)
+            found.append(evidence.argmax(dim=1))
         told: NDArray[np.int64] = at[torch.cat(found).numpy()]
         return told
 

@@ -16,6 +16,7 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.model import (
     PER_GENE,
     PRESETS,
+    TYPE_NOISE,
     Attention,
     ClassificationHead,
     GeneTokens,
@@ -333,6 +334,29 @@ def test_a_component_of_which_nothing_is_known_has_no_weight():
     )
 
 
+def test_the_evidence_for_a_component_does_not_depend_on_how_common_it_is():
+    genes, values, _ = drawn(3, 11, 6)
+    start, others = linear_start(4), linear_start(4)
+    others.log_shares.copy_(torch.tensor([0.7, 0.1, 0.1, 0.1]).log())
+
+    found = start.evidence(genes, values, None)
+
+    torch.testing.assert_close(found, others.evidence(genes, values, None))
+    start.noise.mul_(TYPE_NOISE)
+    start.log_shares.fill_(math.log(1 / 4))
+    expected = start(genes, values, None).log_weights.clamp(min=-20)
+    torch.testing.assert_close(found, expected)
+
+
+def test_there_is_no_evidence_for_a_component_of_which_nothing_is_known():
+    genes, values, _ = drawn(3, 11, 6)
+    start = linear_start(4)
+    start.log_shares[1] = NEVER
+    start.means[1], start.precisions[1] = 0, torch.eye(R)
+
+    assert (start.evidence(genes, values, None)[:, 1] == -20).all()
+
+
 def test_padding_changes_nothing_in_the_linear_start():
     genes, values, _ = drawn(2, 11, 6)
     keep = torch.arange(11) < torch.tensor([[7], [3]])
@@ -413,7 +437,8 @@ def test_the_linear_start_stands_beside_the_network_and_is_never_trained():
     known = linear(genes, values, None)
     assert vectors.shape == (2, config.embedding_width) == (2, 8 + R + 4)
     torch.testing.assert_close(vectors[:, 8 : 8 + R], known.factors * known.spread)
-    torch.testing.assert_close(vectors[:, 8 + R :], known.log_weights.clamp(min=-20))
+    evidence = linear.evidence(genes, values, None)
+    torch.testing.assert_close(vectors[:, 8 + R :], evidence)
     size = linear.loadings.norm(dim=0)
     torch.testing.assert_close(known.spread, size / size.square().mean().sqrt())
     assert not [n for n, _ in model.named_parameters() if "linear." in n]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedgex.client import state
-from fedgex.common import privacy, tasks
+from fedgex.common import memory, privacy, tasks
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.fitting import FitReport, fit, judge, round_learning_rate
 from fedgex.common.harmonise import Patients
@@ -71,6 +71,7 @@ def train_round(
     UpdateError
         If the incoming parameters do not fit the study's model.
     """
+    memory.keep_freed()
     settings = study.phases[phase]
     fitting = enough(study, phase, patients, floor)
     modules = tasks.build(study, patients.values.shape[1], phase)

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
-from fedgex.common import tasks
+from fedgex.common import memory, tasks
 from fedgex.common.cohort import Cohort
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.phases import take_part
@@ -259,14 +259,15 @@ def each_done(
             yield job, work(job)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=_begin) as pool:
         running = {pool.submit(work, job): job for job in jobs}
         for future in as_completed(running):
             yield running[future], future.result()
 
 
-def _one_thread() -> None:
+def _begin() -> None:
     torch.set_num_threads(1)
+    memory.keep_freed()
 
 
 def _update(

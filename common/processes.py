@@ -47,9 +47,16 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, PARENT_VARIABLE: str(os.getpid())}
 
 
-def end_with_parent() -> None:
-    """Watch the parent, and end this process when it is gone, or is gone already."""
-    parent = int(os.environ[PARENT_VARIABLE])
+def end_with_parent(parent: int | None = None) -> None:
+    """Watch the parent, and end this process when it is gone, or is gone already.
+
+    Parameters
+    ----------
+    parent
+        Its process number; None: as `child_environment` tells it.
+    """
+    if parent is None:
+        parent = int(os.environ[PARENT_VARIABLE])
 
     def watch() -> None:
         while os.getppid() == parent:

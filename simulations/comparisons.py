@@ -7,9 +7,8 @@ is judged on the same hold-out patients, cells and panels as the federated model
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.survival_metrics import kaplan_meier, logrank_p
 from fedgex.common.tasks import Parameters
 from fedgex.server import evaluation, public_start
-from fedgex.simulations import references
+from fedgex.simulations import in_process, references
 
 PANEL_SIZES = (8, 16, 32, 64, 128, 256)
 POOLED = "pooled"
@@ -112,8 +111,7 @@ def train_all(
     paths = {name: folder / f"{name}.safetensors" for name in jobs}
     todo = [name for name in jobs if not paths[name].exists()]
     told("training for comparison", len(jobs) - len(todo), len(jobs))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
+    with in_process.processes(workers) as pool:
         running = [
             pool.submit(
                 _train_and_save,
@@ -273,10 +271,6 @@ def cached(path: Path, compute: Callable[[], Any]) -> Any:
         partial.write_text(json.dumps(compute(), sort_keys=True))
         partial.replace(path)
     return json.loads(path.read_text())
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _train_and_save(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +31,7 @@ from fedgex.common import memory, tasks
 from fedgex.common.cohort import Cohort
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.phases import take_part
+from fedgex.common.processes import end_with_parent
 from fedgex.common.statistics import (
     CrossProducts,
     GeneMoments,
@@ -258,14 +260,20 @@ def each_done(
         for job in jobs:
             yield job, work(job)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=_begin) as pool:
+    with processes(workers) as pool:
         running = {pool.submit(work, job): job for job in jobs}
         for future in as_completed(running):
             yield running[future], future.result()
 
 
-def _begin() -> None:
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Return processes of one thread each, which end with this one."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, spawn, _begin, (os.getpid(),))
+
+
+def _begin(parent: int) -> None:
+    end_with_parent(parent)
     torch.set_num_threads(1)
     memory.keep_freed()
 

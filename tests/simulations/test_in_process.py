@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +145,34 @@ def test_a_private_study_trains_in_secret_and_a_plain_one_repeats_itself() -> No
     bias = "backbone.decoder.bias.weight"
     assert (plain[0][bias] == plain[1][bias]).all()
     assert (secret[0][bias] != secret[1][bias]).all()
+
+
+WORK = """
+import os
+import time
+from fedgex.simulations import in_process
+
+def work(job):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(in_process.each_done(work, [1, 2], 2))
+"""
+
+
+def test_whoever_trains_ends_when_the_command_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "work.py"
+    script.write_text(WORK)
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = Path("/proc") / parent.stdout.readline().strip()
+        assert worker.exists()
+
+        parent.kill()
+
+        until = time.monotonic() + 20
+        while worker.exists() and time.monotonic() < until:
+            time.sleep(0.1)
+    assert not worker.exists()

@@ -72,6 +72,7 @@ DRAWS = 3
 """Panels, and patterns of hidden values, for each model."""
 OURS = "federated"
 GAUSSIAN = "Cox ridge, Gaussian-imputed"
+CLINICAL_GAUSSIAN = "Cox ridge + clinical, Gaussian-imputed"
 RESTORED = "Cox ridge, restored by the federated model"
 MEAN_FILLED = "Cox ridge, mean-filled"
 PANEL_TRAINED = "Cox ridge trained on the panel"
@@ -163,12 +164,13 @@ def of_models(ground: Ground, trained: Mapping[str, SurvivalModel]) -> Forecasts
 
 
 def of_hidden(
-    federated: SurvivalModel, unseen_sets: Mapping[str, Patients]
+    trained: Mapping[str, SurvivalModel], unseen_sets: Mapping[str, Patients]
 ) -> Forecasts:
-    """Return the federated model's forecasts of partly visible patients."""
+    """Return the federated models' forecasts of partly visible patients."""
     return {
-        f"{name}/{OURS}": _of_model(federated, patients)
+        f"{name}/{method}": _of_model(trained[method], patients)
         for name, patients in unseen_sets.items()
+        for method in (OURS, WITH_CLINICAL)
     }
 
 
@@ -306,7 +308,13 @@ def _of_cancer(
     ridge: Fit = partial(references.cox_ridge, seed=seed)
     x, clinical = train.values.numpy(), train.clinical.numpy()
     true, test_clinical = test.values.numpy(), test.clinical.numpy()
-    both = {COX_CLINICAL: np.concatenate([true, test_clinical], axis=1)}
+    both = {COX_CLINICAL: np.concatenate([true, test_clinical], axis=1)} | {
+        key.replace(GAUSSIAN, CLINICAL_GAUSSIAN): np.concatenate(
+            [values, test_clinical], axis=1
+        )
+        for key, values in filled.items()
+        if key.endswith(GAUSSIAN)
+    }
     tests: dict[str, Floats] = {COX_RIDGE: true, **filled}
     restored: dict[str, Floats] = {}
     if anchors is not None:

@@ -200,7 +200,7 @@ def _judge(ground: Ground, seed: int, console: Console) -> Judged:
         methods.file_of(ground, federated.study, "models"),
         lambda: (
             methods.of_models(ground, trained)
-            | methods.of_hidden(trained[OURS], hidden)
+            | methods.of_hidden(trained, hidden)
             | methods.without_anchors(ground, trained[OURS], screens)
         ),
     )

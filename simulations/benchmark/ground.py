@@ -220,7 +220,11 @@ def prepare(
         held = Holdout(institutions=protocol.validation)
         chosen = chosen.model_copy(update={"holdout": held, "public": apart})
     elif number:
-        held = Holdout(institutions=_drawn(chosen, data_dir, protocol.splits, number))
+        whole = prepare(protocol, data_dir, out)
+        cohorts = [*whole.sites.values(), whole.unseen]
+        patients = [patient for cohort in cohorts for patient in cohort.patients]
+        where = institutions(chosen, data_dir).loc[patients]
+        held = Holdout(institutions=_drawn(where, protocol.splits, number))
         chosen = chosen.model_copy(update={"holdout": held})
     folder = out / f"{on}-{number}"
     study = in_process.shortened(chosen.study, protocol.quick.rounds if quick else None)
@@ -369,11 +373,15 @@ def institutions(chosen: Scenario, data_dir: Path) -> pd.Series:
     return of_patient
 
 
-def _drawn(
-    chosen: Scenario, data_dir: Path, splits: Splits, number: int
-) -> tuple[str, ...]:
-    """Draw whole institutions with about the share of the patients."""
-    sizes = institutions(chosen, data_dir).dropna().value_counts().sort_index()
+def _drawn(where: pd.Series, splits: Splits, number: int) -> tuple[str, ...]:
+    """Draw whole institutions with about the share of the patients.
+
+    Parameters
+    ----------
+    where
+        Institution of each patient who has expression.
+    """
+    sizes = where.value_counts().sort_index()
     rng = np.random.default_rng([splits.seed, number])
     order = rng.permutation(len(sizes))
     reached = np.cumsum(sizes.to_numpy()[order]) / sizes.sum()

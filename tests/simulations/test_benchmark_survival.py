@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -54,6 +55,7 @@ def grounds(
     data = small.new_data(
         tmp_path_factory, n_sites=3, n_holdouts=2, patients_per_site=50, n_genes=104
     )
+    _add_institutions_without_expression(data / "clinical.csv")
     chosen = small.scenario(
         {
             "cross_products": True,
@@ -77,6 +79,16 @@ def grounds(
         patch.setattr(forecasts, "DRAWS", 1)
         patch.setattr(references, "PENALTIES", (3.0,))
         yield [ground.prepare(protocol, data, out, number=n, workers=1) for n in (0, 1)]
+
+
+def _add_institutions_without_expression(path: Path) -> None:
+    """Name so many that any drawn hold-out would hold some of them."""
+    known = pd.read_csv(path, dtype=str)
+    others = known.head(40).assign(
+        patient=[f"not-measured-{k}" for k in range(40)],
+        institution=[f"Elsewhere {k}" for k in range(40)],
+    )
+    pd.concat([known, others]).to_csv(path, index=False)
 
 
 @pytest.fixture(scope="module")

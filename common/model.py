@@ -203,7 +203,6 @@ class GeneTokens(nn.Module):
 LEAST_LOG_WEIGHT = -20.0
 """Components less likely than this are all as unlikely to what reads the posterior."""
 
-
 TYPE_NOISE = 0.5
 """Of the noise, where components are told apart: restoring unseen patients wants more
 of it than telling types does. Chosen by cross-validation over training institutions."""

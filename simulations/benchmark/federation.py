@@ -223,34 +223,30 @@ class _Bench:
         found = self.each(self.ground, wanted)
         return {next(iter(arm.sites)): judged for arm, judged in found}
 
-    def variant(
-        self,
-        name: str,
-        said: str,
-        *,
-        ground: Ground | None = None,
-        study: Study | None = None,
-    ) -> Values:
-        """Judge one more federation with the first seed.
+    def variants(
+        self, ground: Ground, ways: Mapping[str, tuple[str, Study]]
+    ) -> dict[str, Values]:
+        """Judge more federations with the first seed.
 
         Parameters
         ----------
-        said
-            Its name for the reader.
         ground
-            With other sites; None: those of the benchmark.
-        study
-            Another one; None: that of the benchmark.
+            That of the benchmark, or one with other sites.
+        ways
+            By the arm's name: its name for the reader, by which the values are
+            returned, and the study.
         """
-        where = ground or self.ground
-        arm = Arm(
-            name=name,
-            study=study or self.study,
-            sites=dict(sorted(where.sites.items())),
-        )
-        [(_, judged)] = self.each(where, [arm])
-        self.drawn[said] = self.values(judged)
-        return self.drawn[said]
+        sites = dict(sorted(ground.sites.items()))
+        wanted = [
+            Arm(name=name, study=study, sites=sites)
+            for name, (_, study) in ways.items()
+        ]
+        found = {
+            ways[arm.name][0]: self.values(judged)
+            for arm, judged in self.each(ground, wanted)
+        }
+        self.drawn.update(found)
+        return found
 
     def values(self, judged: Judged, rows: NDArray[np.bool_] | None = None) -> Values:
         """Return the measures over all unseen patients, or over some; see `_values`."""
@@ -610,12 +606,7 @@ def _told(
 def _variants(bench: _Bench) -> tuple[Section, dict[str, Any]]:
     """Compare ways to make one model of the same updates, and to pace them."""
     study = bench.study
-    found = {
-        said: bench.variant(name, said, study=changed)
-        for name, (said, changed) in ways_to_train(
-            study, quick=bench.ground.quick
-        ).items()
-    }
+    found = bench.variants(bench.ground, ways_to_train(study, quick=bench.ground.quick))
     lines = [
         *_table(bench, found),
         "",
@@ -688,16 +679,13 @@ def _small_sites(bench: _Bench) -> tuple[Section, dict[str, Any]]:
     small = ranked[: len(ranked) // 2]
     large = {s: cohort for s, cohort in ground.sites.items() if s not in small}
     cut = {s: _cut(ground.sites[s], derive(bench.seed, "ten", s)) for s in small}
-    both, alone = "large sites and those of ten", "large sites only"
-    found = {
-        said: bench.variant(
-            name, said, ground=dataclasses.replace(ground, sites=dict(sites))
-        )
-        for name, said, sites in (
-            ("small-and-large", both, large | cut),
-            ("large-only", alone, large),
-        )
-    }
+    found: dict[str, Values] = {}
+    for name, said, sites in (
+        ("small-and-large", "large sites and those of ten", large | cut),
+        ("large-only", "large sites only", large),
+    ):
+        other = dataclasses.replace(ground, sites=sites)
+        found |= bench.variants(other, {name: (said, bench.study)})
     lines = [
         *_table(bench, found),
         "",
@@ -731,16 +719,14 @@ def _panels(bench: _Bench) -> tuple[Section, dict[str, Any]]:
     study = bench.study.model_copy(update={"vocabulary": genes})
     other = dataclasses.replace(ground, sites=sites)
     own = study.strategy.per_gene
-    found = {}
+    ways = {}
     for per_gene in (own,) if ground.quick else (own, not own):
-        said = f"different panels, {'' if per_gene else 'not '}per gene"
         rule = study.strategy.model_copy(update={"per_gene": per_gene})
-        found[said] = bench.variant(
-            f"panels{'' if per_gene else '-not'}-per-gene",
-            said,
-            ground=other,
-            study=study.model_copy(update={"strategy": rule}),
+        ways[f"panels{'' if per_gene else '-not'}-per-gene"] = (
+            f"different panels, {'' if per_gene else 'not '}per gene",
+            study.model_copy(update={"strategy": rule}),
         )
+    found = bench.variants(other, ways)
     own_way, full = next(iter(found.values())), bench.drawn[FEDERATED]
     against = {m.key: m.against(own_way[m.key], full[m.key]) for m in MEASURES}
     errors = [against[m.key] for m in ERRORS if not math.isnan(against[m.key])]
@@ -800,10 +786,9 @@ def _foreign(bench: _Bench) -> tuple[Section, dict[str, Any]]:
     checks: dict[str, Any] = {}
     without = {name: c for name, c in ground.sites.items() if name != site}
     if len(without) > 0:
-        said = "without the largest site"
-        found[said] = bench.variant(
-            "without-largest", said, ground=dataclasses.replace(ground, sites=without)
-        )
+        other = dataclasses.replace(ground, sites=without)
+        ways = {"without-largest": ("without the largest site", bench.study)}
+        found |= bench.variants(other, ways)
     for kind, (said, scale) in kinds.items():
         cohort, findings = at_the_door(ground, site, declared, scale, kind)
         verdict = _verdict(cohort, findings)
@@ -843,16 +828,16 @@ def _foreign(bench: _Bench) -> tuple[Section, dict[str, Any]]:
 def _entered(bench: _Bench, ground: Ground, kind: str, said: str) -> dict[str, Values]:
     """Judge the federation with the foreign site, and log10 with defences too."""
     said = f"one site in {said}"
-    found = {said: bench.variant(f"foreign-{kind}", said, ground=ground)}
-    if kind != "log10" or bench.ground.quick:
-        return found
-    for defence in ("trimmed-mean", "median"):
-        defended = f"{said}, {defence.replace('-', ' ')}"
-        study = _by(bench.study, name=defence, weights="equal")
-        found[defended] = bench.variant(
-            f"foreign-{kind}-{defence}", defended, ground=ground, study=study
-        )
-    return found
+    ways = {f"foreign-{kind}": (said, bench.study)}
+    if kind == "log10" and not bench.ground.quick:
+        ways |= {
+            f"foreign-{kind}-{defence}": (
+                f"{said}, {defence.replace('-', ' ')}",
+                _by(bench.study, name=defence, weights="equal"),
+            )
+            for defence in ("trimmed-mean", "median")
+        }
+    return bench.variants(ground, ways)
 
 
 def at_the_door(

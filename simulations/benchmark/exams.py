@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +33,9 @@ OTHER_RATES = (0.5, 0.9)
 """Completely at random, on other data."""
 
 PAIRED = "tcga/paired"
-"""Folder of tumours (-01) and normals (-11), as log2(RSEM + 0.25)."""
+"""Folder of tumours and normals, a file a cancer type, as log2(RSEM + 0.25)."""
+TUMOUR, NORMAL = "01", "11"
+"""Kinds of tissue, in a sample's barcode."""
 MICROARRAY = "other/GSE1992_breast.parquet"
 """Breast tumours as log ratios."""
 BREAST = "BRCA"
@@ -42,6 +43,19 @@ FILE_TYPES = {"COAD": "COADREAD"}
 """Cancer type of a file whose name is another."""
 FEWEST = 10
 """Patients that other data are judged on."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """Samples of the paired layer; S of them."""
+
+    expression: pd.DataFrame
+    """Genes by their names, on `Scale.LOG2P025`; S rows."""
+    patient: NDArray[np.str_]
+    """Of each sample, shape (S,), as are those below."""
+    tissue: NDArray[np.str_]
+    cancer_type: NDArray[np.str_]
+    institution: NDArray[np.str_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,40 +110,63 @@ def other_data(ground: Ground) -> tuple[list[Exam], list[str]]:
     return exams, notes
 
 
+def paired(ground: Ground, genes: Sequence[str] | None = None) -> Layer | str:
+    """Return the samples of the paired layer, or why there are none.
+
+    Parameters
+    ----------
+    genes
+        NaN where a file lacks one; None: those that all files have.
+    """
+    files = sorted((ground.data_dir / PAIRED).glob("*.parquet"))
+    if not files:
+        return f"{PAIRED} is absent"
+    if not is_convertible(Scale.LOG2P025, ground.study.scale):
+        return f"{PAIRED} cannot be converted to the {ground.study.scale} scale"
+    tables = {FILE_TYPES.get(f.stem, f.stem): read_parquet(f) for f in files}
+    if genes is None:
+        found = pd.concat(tables.values(), join="inner")
+    else:
+        found = pd.concat([t.reindex(columns=list(genes)) for t in tables.values()])
+    barcode = found.index.astype(str)
+    patient = barcode.str[:12]
+    where = institutions(ground.scenario, ground.data_dir).reindex(patient)
+    return Layer(
+        expression=found,
+        patient=patient.to_numpy(dtype=str),
+        tissue=barcode.str[13:15].to_numpy(dtype=str),
+        cancer_type=np.repeat([*tables], [len(table) for table in tables.values()]),
+        institution=where.to_numpy().astype(str),
+    )
+
+
+def apart(ground: Ground) -> tuple[str, ...]:
+    """Return the institutions that neither train nor judge."""
+    return ground.scenario.public.institutions if ground.scenario.public else ()
+
+
 def _paired(ground: Ground) -> list[Exam | str]:
     """Return tumours of the training types, of other types, and normals.
 
     Nobody who trains is among them, nor anybody of the institutions set apart.
     """
-    files = sorted((ground.data_dir / PAIRED).glob("*.parquet"))
-    if not files:
-        return [f"{PAIRED} is absent, so no other layer was judged"]
-    if not is_convertible(Scale.LOG2P025, ground.study.scale):
-        return [f"{PAIRED} cannot be converted to the {ground.study.scale} scale"]
-    tables = {
-        f.stem: read_parquet(f).reindex(columns=list(ground.genes.genes)) for f in files
-    }
-    barcode = pd.Index([str(b) for table in tables.values() for b in table.index])
-    patient, tissue = barcode.str[:12], barcode.str[13:15]
-    trained = {p for cohort in ground.sites.values() for p in cohort.patients}
-    apart = ground.scenario.public.institutions if ground.scenario.public else ()
-    where = institutions(ground.scenario, ground.data_dir).reindex(patient).to_numpy()
-    allowed = ~patient.isin(trained) & ~np.isin(where.astype(str), apart)
-    types = set(ground.pooled.cancer_type)
-    known = np.repeat(
-        [FILE_TYPES.get(name, name) in types for name in tables],
-        [len(table) for table in tables.values()],
-    )
-    tumour, normal = np.asarray(tissue == "01"), np.asarray(tissue == "11")
+    layer = paired(ground, ground.genes.genes)
+    if isinstance(layer, str):
+        return [f"{layer}, so no other layer was judged"]
+    trained = [p for cohort in ground.sites.values() for p in cohort.patients]
+    allowed = ~np.isin(layer.patient, trained)
+    allowed &= ~np.isin(layer.institution, apart(ground))
+    known = np.isin(layer.cancer_type, [t for t in set(ground.pooled.cancer_type) if t])
+    tumour, normal = layer.tissue == TUMOUR, layer.tissue == NORMAL
     groups = {
         "paired, tumours": tumour & known,
         "paired, tumours of other types": tumour & ~known,
         "paired, normals": normal,
     }
-    found = np.concatenate([table.to_numpy(np.float32) for table in tables.values()])
+    found = layer.expression.to_numpy(np.float32)
     values = convert(found, Scale.LOG2P025, ground.study.scale)
     return [
-        _exam(ground, name, patient[rows], values[rows], where[rows])
+        _exam(ground, name, layer.patient[rows], values[rows], layer.institution[rows])
         for name, rows in ((name, g & allowed) for name, g in groups.items())
     ]
 
@@ -156,7 +193,7 @@ def _microarray(ground: Ground) -> Exam | str:
     return _exam(
         ground,
         "GSE1992",
-        table.index.astype(str),
+        table.index.to_numpy().astype(str),
         (standard * scale.sd + scale.mean).astype(np.float32),
         np.full(len(table), "GSE1992"),
     )
@@ -165,17 +202,17 @@ def _microarray(ground: Ground) -> Exam | str:
 def _exam(
     ground: Ground,
     name: str,
-    patients: Sequence[str] | pd.Index[str],
+    patients: NDArray[np.str_],
     values: NDArray[np.float32],
-    group: NDArray[Any],
+    group: NDArray[np.str_],
 ) -> Exam | str:
     """Return an exam on expression (N, V), study's scale, or why there is none."""
-    _, first = np.unique(np.asarray(patients), return_index=True)
+    _, first = np.unique(patients, return_index=True)
     first = np.sort(first)
     if len(first) < FEWEST:
         return f"{name}: fewer than {FEWEST} patients who do not train, so not judged"
     cohort = Cohort(
-        patients=tuple(np.asarray(patients)[first]),
+        patients=tuple(patients[first]),
         genes=ground.genes.genes,
         expression=values[first],
         clinical=pd.DataFrame(index=range(len(first))),
@@ -183,6 +220,6 @@ def _exam(
     return Exam(
         name=name,
         patients=ground.patients(cohort),
-        group=group[first].astype(str),
+        group=group[first],
         rules=[(Evaluation(rates=OTHER_RATES, panels=()), ("mcar",))],
     )

@@ -16,11 +16,9 @@ import hashlib
 import json
 import math
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from importlib import resources
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
-from scipy.stats import false_discovery_control, norm, rankdata, spearmanr
+from scipy.stats import false_discovery_control, norm, spearmanr
 from torch import Tensor
 
 from fedgex.common import attribution, masking, tasks
@@ -46,14 +44,17 @@ from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.common.survival_metrics import c_index_with_se
 from fedgex.common.tasks import BACKBONE
 from fedgex.simulations import in_process
+from fedgex.simulations.benchmark import exams, markers
 from fedgex.simulations.benchmark.ground import (
     FEDERATED,
+    POOLED,
     Ground,
     Model,
     arms,
     models,
 )
-from fedgex.simulations.benchmark.outcome import Outcome, Section, plain
+from fedgex.simulations.benchmark.markers import ATTENTION, GRADIENTS
+from fedgex.simulations.benchmark.outcome import Outcome, Part, Section, plain
 from fedgex.simulations.benchmark.tables import markdown, paired_p, spread
 from fedgex.simulations.comparisons import cached
 
@@ -77,10 +78,7 @@ MIN_EVENTS = 10
 """Fewer deaths of a cancer type than this, and it is not estimable."""
 FALSE_SHARE = 0.05
 """Share of false ones allowed among the programmes called prognostic."""
-PERMUTATIONS = 10_000
-"""Of the gene names, for the markers."""
 
-GRADIENTS, ATTENTION = "integrated gradients", "attention"
 RESTORING, CONTRAST = "restoration gradient", "spread of type means"
 RANDOM, NOTHING, VALUES = "random", "nothing", "values"
 RANKINGS = (GRADIENTS, ATTENTION, RESTORING, CONTRAST)
@@ -177,7 +175,7 @@ def run(grounds: Callable[[int], Ground], console: Console) -> Outcome:
         _context_of(ground, best, contexts),
         _prognostic(ground, _screen(ground, trained[0])),
         _what_deletion_costs(deleted),
-        _known_markers(ground, sites),
+        *_known_markers(ground, sites, console),
     ]
     said: dict[str, Any] = {
         "seeds": seeds,
@@ -243,42 +241,49 @@ def _keep(
 
 
 def _at_sites(ground: Ground, model: Model) -> Found:
-    """Return what the sites' sums say: attributions and attention, by cancer type."""
+    """Return what the sites' sums say, of cancer types and of restoration."""
     study, floor = model.study, model.study.minimum_cohort
-    encoder, head = _classifier(model)
     backbone = _backbone(model)
     asked = _targets(study, len(model.genes))
-    steps = QUICK_STEPS if ground.quick else attribution.STEPS
-    typed: dict[str, list[dict[str, GeneMoments]]] = {}
-    untyped: dict[str, list[GeneMoments]] = {}
+    sums: dict[str, list[GeneMoments]] = {RESTORING: [], "error": []}
     for name, patients in _patients(ground, model):
         rng = generator(study.seed, "interpretation", name)
+        for key, of_all in (
+            (RESTORING, attribution.squared_gradients(backbone, patients, asked, rng)),
+            ("error", _squared_errors(backbone, patients, rng)),
+        ):
+            sums[key].append(GeneMoments.of(of_all.numpy()).suppressed(floor))
+    restoring = {key: _mean(pool(sites)).tolist() for key, sites in sums.items()}
+    return {**_typed(ground, model), **restoring}
+
+
+def _typed(ground: Ground, model: Model) -> Found:
+    """Return attributions, attention and expression by type, from the sites' sums."""
+    study, floor = model.study, model.study.minimum_cohort
+    encoder, head = _classifier(model)
+    steps = QUICK_STEPS if ground.quick else attribution.STEPS
+    typed: dict[str, list[dict[str, GeneMoments]]] = {}
+    gaps: list[GeneMoments] = []
+    for _, patients in _patients(ground, model):
         target = patients.type_index(study.classification.classes)
         found = attribution.integrated_gradients(encoder, head, patients, target, steps)
         for key, of_types in {
             GRADIENTS: found.genes,
-            ATTENTION: attribution.attention(backbone.encoder, patients),
+            ATTENTION: attribution.attention(encoder, patients),
             VALUES: patients.values,
         }.items():
             sums = attribution.by_type(of_types, patients.cancer_type, floor)
             typed.setdefault(key, []).append(sums)
         gap = found.genes.nansum(dim=1) - found.change
-        for key, of_all in {
-            RESTORING: attribution.squared_gradients(backbone, patients, asked, rng),
-            "error": _squared_errors(backbone, patients, rng),
-            "gap": torch.stack([gap, found.change], dim=1).abs(),
-        }.items():
-            moments = GeneMoments.of(of_all.numpy()).suppressed(floor)
-            untyped.setdefault(key, []).append(moments)
+        both = torch.stack([gap, found.change], dim=1).abs()
+        gaps.append(GeneMoments.of(both.numpy()).suppressed(floor))
     pooled = {key: attribution.pool_types(sites) for key, sites in typed.items()}
-    mean = {key: _mean(pool(sites)) for key, sites in untyped.items()}
+    missed, changed = _mean(pool(gaps))
     types = sorted(pooled[GRADIENTS])
     return {
         "types": types,
         "patients": [pooled[GRADIENTS][name].n_patients for name in types],
-        "gap": float(mean["gap"][0] / mean["gap"][1]),
-        RESTORING: mean[RESTORING].tolist(),
-        "error": mean["error"].tolist(),
+        "gap": float(missed / changed),
     } | {
         key: [_mean(of_key[name]).tolist() for name in types]
         for key, of_key in pooled.items()
@@ -568,16 +573,7 @@ def _follow(
 # ---- the page ----
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A section, its picture, named in the section, and its numbers."""
-
-    section: Section
-    figure: Figure
-    numbers: Found
-
-
-def _genes_of_types(ground: Ground, sites: Sequence[Found]) -> _Part:
+def _genes_of_types(ground: Ground, sites: Sequence[Found]) -> Part:
     """Show the genes of each cancer type, by gradients and by attention."""
     genes, types = np.asarray(ground.genes.genes), sites[0]["types"]
     seeds = [np.asarray(site[GRADIENTS]) for site in sites]  # each (C, V)
@@ -641,7 +637,7 @@ def _genes_of_types(ground: Ground, sites: Sequence[Found]) -> _Part:
         "mean_attention": raw,
         "types": types,
     }
-    return _Part(
+    return Part(
         section=Section(
             title="Genes of each cancer type", lines=lines, figure="attribution"
         ),
@@ -650,9 +646,7 @@ def _genes_of_types(ground: Ground, sites: Sequence[Found]) -> _Part:
     )
 
 
-def _context_of(
-    ground: Ground, best: Sequence[int], contexts: Sequence[Found]
-) -> _Part:
+def _context_of(ground: Ground, best: Sequence[int], contexts: Sequence[Found]) -> Part:
     """Show which genes drive each restored gene."""
     genes = np.asarray(ground.genes.genes)
     gradient = np.mean([each["gradient"] for each in contexts], axis=0)  # (genes, V)
@@ -679,7 +673,7 @@ def _context_of(
         "",
         *markdown("restored", table),
     ]
-    return _Part(
+    return Part(
         section=Section(
             title="Context of restored genes", lines=lines, figure="context"
         ),
@@ -688,7 +682,7 @@ def _context_of(
     )
 
 
-def _prognostic(ground: Ground, screened: Screened) -> _Part:
+def _prognostic(ground: Ground, screened: Screened) -> Part:
     """Show the programmes that go with survival, and judge them held out."""
     genes, total, unseen = ground.genes.genes, screened.total, screened.unseen
     z = total.z
@@ -747,7 +741,7 @@ def _prognostic(ground: Ground, screened: Screened) -> _Part:
         )
         + ".",
     ]
-    return _Part(
+    return Part(
         section=Section(
             title="Prognostic gene programmes", lines=lines, figure="programmes"
         ),
@@ -793,7 +787,7 @@ def _c_columns(judged: Found) -> dict[str, str]:
     }
 
 
-def _what_deletion_costs(deleted: Sequence[Found]) -> _Part:
+def _what_deletion_costs(deleted: Sequence[Found]) -> Part:
     """Show accuracy and error against the number of genes deleted."""
     lines = [
         "Genes deleted from the inputs of unseen patients, in the order of what the "
@@ -839,7 +833,7 @@ def _what_deletion_costs(deleted: Sequence[Found]) -> _Part:
         lines += ["", *markdown(f"{label}, genes deleted", table)]
         axes.set(xlabel="genes deleted", ylabel=label)
         axes.legend(fontsize="small", frameon=False)
-    return _Part(
+    return Part(
         section=Section(
             title="Deleting what the model looks at", lines=lines, figure="deletion"
         ),
@@ -848,109 +842,50 @@ def _what_deletion_costs(deleted: Sequence[Found]) -> _Part:
     )
 
 
-def _known_markers(ground: Ground, sites: Sequence[Found]) -> _Part:
-    """Show where known markers come among all genes in their cancer."""
-    genes, types = list(ground.genes.genes), list(sites[0]["types"])
-    known, absent = _markers(genes, types)
-    seeds = [_percentiles(np.asarray(site[GRADIENTS])) for site in sites]
-    extra = _percentiles(_extra_attention(sites))
-    values = np.asarray(sites[0][VALUES])
-    mean = _percentiles(np.mean([site[GRADIENTS] for site in sites], axis=0))
-    table, numbers = {}, dict[str, Any]()
-    for cancer, gene, source in known:
-        at = types.index(cancer), genes.index(gene)
-        table[f"{gene}, {cancer}"] = {
-            "expression (SD)": f"{values[at]:+.2f}",
-            GRADIENTS: spread([seed[at] for seed in seeds], 0),
-            ATTENTION: f"{extra[at]:.0f}",
-            "source": source,
-        }
-        numbers[f"{gene}, {cancer}"] = {
-            "expression": values[at],
-            GRADIENTS: [seed[at] for seed in seeds],
-            ATTENTION: extra[at],
-        }
-    said, p_values = [], {}
-    if known:
-        places = [(types.index(c), genes.index(g)) for c, g, _ in known]
-        for way, found in ((GRADIENTS, mean), (ATTENTION, extra)):
-            reached, p = _permuted(found, places)
-            said.append(f"by {way} {reached:.0f} (p {p:.2g})")
-            p_values[way] = {"mean_percentile": reached, "p": p}
-    lines = [
+def _known_markers(
+    ground: Ground, sites: Sequence[Found], console: Console
+) -> list[Part]:
+    """Show where known markers come among all genes, here and in another layer."""
+    other = markers.other_layer(ground)
+    why_not = f" Another layer: {other}." if isinstance(other, str) else ""
+    here = markers.compare(
+        _attributions(ground, sites),
+        "Known markers",
+        "markers",
         "Markers that pathology knows a cancer by, and where they come among all genes "
         "in their cancer (percentile, 100 is the top; chance 50), by the mean "
         "attribution over seeds' models and by the attention above the mean of the "
-        "types; beside them their mean expression in that cancer.",
-        "",
-        *markdown("marker", table),
-        "",
-        f"Mean percentile: {', '.join(said) or '-'}; p: {PERMUTATIONS:,} permutations "
-        "of the gene names within each cancer. Not measured here: "
-        + (", ".join(absent) or "none")
-        + ".",
-    ]
-    figure = Figure(figsize=(7, 0.22 * len(known) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    rows = np.arange(len(known))
-    for label, numbers_of, marker in (
-        (GRADIENTS, mean, "o"),
-        (ATTENTION, extra, "x"),
-    ):
-        at_rows = [numbers_of[types.index(c), genes.index(g)] for c, g, _ in known]
-        axes.plot(at_rows, rows, marker, label=label)
-    axes.axvline(50, color="grey", linestyle=":")
-    axes.set_yticks(rows, [f"{g}, {c}" for c, g, _ in known], fontsize="small")
-    axes.invert_yaxis()
-    axes.set(xlim=(-2, 102), xlabel="percentile among all genes of the cancer")
-    axes.legend(fontsize="small")
-    return _Part(
-        section=Section(title="Known markers", lines=lines, figure="markers"),
-        figure=figure,
-        numbers={"markers": numbers, "test": p_values, "not_measured": absent},
+        f"types; beside them their mean expression in that cancer.{why_not}",
     )
+    if isinstance(other, str):
+        return [here]
+    wanted = arms(other, other.seeds[0], (POOLED,))
+    trained = [model for _, model in models(other, wanted, console)]
+    found = _each(other, trained, console, "sites", partial(_typed, other))
+    [cohort] = other.sites.values()
+    there = markers.compare(
+        _attributions(other, found),
+        "Known markers in another layer",
+        "markers-paired",
+        f"The same in the tumours of `{exams.PAIRED}`, which measures "
+        f"{len(other.genes):,} genes: {cohort.n_patients} patients of "
+        f"{len(found[0]['types'])} cancer types, most of whom train above too, and "
+        f"none of an unseen institution. A model of its own with "
+        f"{other.study.linear_rank} factors, pooled, since few hospitals have "
+        f"{other.study.minimum_cohort} of these patients of any cancer type; first "
+        "seed, in sample.",
+    )
+    return [here, there]
 
 
-def _markers(
-    genes: Sequence[str], types: Sequence[str]
-) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Return cancer, gene and source of the markers measured, and the names of others.
-
-    Cancers that the model does not know are left out.
-    """
-    own = resources.files("fedgex.simulations.benchmark") / "markers.toml"
-    listed = [
-        (entry["cancer"], gene, entry["source"])
-        for entry in tomllib.loads(own.read_text(encoding="utf-8"))["marker"]
-        for gene in entry["genes"]
-        if entry["cancer"] in types
-    ]
-    measured = [one for one in listed if one[1] in genes]
-    return measured, sorted({gene for _, gene, _ in listed} - set(genes))
-
-
-def _permuted(
-    percentiles: Floats, places: Sequence[tuple[int, int]]
-) -> tuple[float, float]:
-    """Return the mean percentile at some places (C, V), and the p of one as high."""
-    reached = float(np.mean([percentiles[at] for at in places]))
-    rng = np.random.default_rng(0)
-    sums = np.zeros(PERMUTATIONS)
-    for row in {k for k, _ in places}:
-        n = sum(k == row for k, _ in places)
-        known = percentiles[row][~np.isnan(percentiles[row])]
-        for i in range(PERMUTATIONS):
-            sums[i] += rng.choice(known, n, replace=False, shuffle=False).sum()
-    as_high = int((sums / len(places) >= reached - 1e-9).sum())
-    return reached, (1 + as_high) / (1 + PERMUTATIONS)
-
-
-def _percentiles(values: Floats) -> Floats:
-    """Return the percentile of each gene in its row, 0 to 100, ties averaged."""
-    ranks = np.array([rankdata(row, nan_policy="omit") for row in values])
-    known = (~np.isnan(values)).sum(axis=1, keepdims=True)
-    found: Floats = 100 * (ranks - 1) / np.maximum(known - 1, 1)
-    return found
+def _attributions(ground: Ground, sites: Sequence[Found]) -> markers.Attributions:
+    return markers.Attributions(
+        genes=ground.genes.genes,
+        types=sites[0]["types"],
+        gradients=[np.asarray(site[GRADIENTS]) for site in sites],
+        attention=_extra_attention(sites),
+        expression=np.asarray(sites[0][VALUES]),
+    )
 
 
 def _extra_attention(sites: Sequence[Found]) -> Floats:

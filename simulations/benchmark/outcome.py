@@ -27,6 +27,15 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """A section, its picture, named in the section, and its numbers."""
+
+    section: Section
+    figure: Figure
+    numbers: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a benchmark found."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from io import StringIO
 from pathlib import Path
@@ -18,7 +19,7 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.model import LinearStart
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.simulations.benchmark import interpretation
+from fedgex.simulations.benchmark import exams, interpretation, markers
 from fedgex.simulations.benchmark.ground import Ground
 from fedgex.simulations.benchmark.outcome import Outcome
 
@@ -99,12 +100,12 @@ def look(folder: Path, said: StringIO | None = None) -> Outcome:
 
 def cut_down(patch: pytest.MonkeyPatch) -> None:
     for name, value in {
-        "PERMUTATIONS": 300,
         "DELETED": (8, 16),
         "CONTEXTS": 3,
         "QUICK_PATIENTS": 14,
     }.items():
         patch.setattr(interpretation, name, value)
+    patch.setattr(markers, "PERMUTATIONS", 300)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_programmes_share_out_the_same_variance_and_scores_are_the_turned_factor
 
 
 def test_percentiles_run_from_0_to_100_and_leave_out_what_is_unknown() -> None:
-    found = interpretation._percentiles(np.array([[3.0, 1.0, np.nan, 2.0]]))
+    found = markers.percentiles(np.array([[3.0, 1.0, np.nan, 2.0]]))
 
     assert found[0, [1, 3, 0]].tolist() == [0, 50, 100]
     assert np.isnan(found[0, 2])
@@ -245,11 +246,11 @@ def test_percentiles_run_from_0_to_100_and_leave_out_what_is_unknown() -> None:
 def test_markers_at_the_top_are_unlikely_and_those_in_the_middle_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interpretation, "PERMUTATIONS", 500)
+    monkeypatch.setattr(markers, "PERMUTATIONS", 500)
     ranked = np.tile(np.linspace(0, 100, 101), (2, 1))
 
-    top, p_top = interpretation._permuted(ranked, [(0, 100), (0, 99), (1, 100)])
-    middle, p_middle = interpretation._permuted(ranked, [(0, 50), (0, 49), (1, 52)])
+    top, p_top = markers.permuted(ranked, [(0, 100), (0, 99), (1, 100)])
+    middle, p_middle = markers.permuted(ranked, [(0, 50), (0, 49), (1, 52)])
 
     assert top == pytest.approx(299 / 3)
     assert p_top < 0.01
@@ -258,16 +259,85 @@ def test_markers_at_the_top_are_unlikely_and_those_in_the_middle_are_not(
 
 
 def test_every_marker_has_one_source_and_stands_once() -> None:
-    listed, absent = interpretation._markers(
+    listed, absent = markers.listed(
         [],
         ["BRCA", "COADREAD", "HNSC", "KIRC", "KIRP", "LIHC", "LUAD", "LUSC", "STAD"],
     )
     assert listed == []
-    measured, nothing = interpretation._markers(absent, ["BRCA", "LUSC", "HNSC"])
+    measured, nothing = markers.listed(absent, ["BRCA", "LUSC", "HNSC"])
 
     assert nothing == []
     assert all(source.count(";") == 0 and source for _, _, source in measured)
     assert len({(cancer, gene) for cancer, gene, _ in measured}) == len(measured)
+
+
+@pytest.fixture
+def layered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ground:
+    """Return a ground beside whose data another layer lies, with ESR1 and ALB."""
+    monkeypatch.setattr(markers, "PERMUTATIONS", 300)
+    rng = np.random.default_rng(0)
+    genes = [*GENES[:12], "ALB", "ESR1"]
+    (tmp_path / exams.PAIRED).mkdir(parents=True)
+    where = {}
+    for cancer, gene in (("BRCA", "ESR1"), ("LIHC", "ALB"), ("STAD", "GENE00")):
+        tissues = ["01"] * (15 if cancer != "STAD" else 4) + ["11"] * 3
+        patients = [f"TCGA-{cancer[:2]}-{i:04d}" for i in range(len(tissues))]
+        table = pd.DataFrame(
+            rng.normal(5, 1, (len(tissues), len(genes))),
+            index=[f"{p}-{t}A-11R" for p, t in zip(patients, tissues, strict=True)],
+            columns=genes,
+        )
+        table.loc[:, gene] += 5
+        table[f"{cancer} ALONE"] = 1.0
+        table.iloc[1, :3] = np.nan
+        table.to_parquet(tmp_path / exams.PAIRED / f"{cancer}.parquet")
+        where |= dict.fromkeys(patients, "a hospital")
+        where[patients[0]] = "institution 0"  # which judges
+    pd.Series(where, name="institution").rename_axis("patient").to_csv(
+        tmp_path / "clinical.csv"
+    )
+    return dataclasses.replace(ground(tmp_path), quick=False)
+
+
+def test_another_layers_tumours_train_together_without_those_who_judge(
+    layered: Ground,
+) -> None:
+    other = markers.other_layer(layered)
+
+    assert not isinstance(other, str)
+    [cohort] = other.sites.values()
+    kinds = cohort.clinical["cancer_type"]
+    assert kinds.value_counts().to_dict() == {"BRCA": 14, "LIHC": 14}
+    assert "TCGA-BR-0000" not in cohort.patients
+    assert set(cohort.genes) == {*GENES[:12], "ALB", "ESR1"}
+    assert np.isfinite(cohort.expression).all()
+    assert cohort.expression.min() == 0  # what is missing there was not counted
+    assert list(other.study.phases) == ["pretraining", "classification"]
+
+
+def test_known_markers_come_up_in_another_layer(
+    layered: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interpretation, "DELETED", (8,))
+    monkeypatch.setattr(interpretation, "CONTEXTS", 2)
+    console = Console(file=StringIO(), width=200)
+
+    outcome = interpretation.run(lambda number: layered, console)
+
+    found = outcome.numbers["markers-paired"]["markers"]
+    assert {"ESR1, BRCA", "ALB, LIHC"} <= set(found)
+    assert found["ESR1, BRCA"]["integrated gradients"][0] > 90
+    assert found["ALB, LIHC"]["expression"] > 0.5
+    assert outcome.sections[-1].figure == "markers-paired"
+
+
+def test_the_page_says_why_there_is_no_other_layer(
+    outcome: Outcome, tmp_path: Path
+) -> None:
+    absent = dataclasses.replace(ground(tmp_path), quick=False)
+
+    assert "left out with --quick" in outcome.sections[-1].lines[0]
+    assert markers.other_layer(absent) == f"{exams.PAIRED} is absent"
 
 
 def test_a_gene_of_unknown_error_is_never_among_the_best_restored() -> None:

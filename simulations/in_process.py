@@ -9,6 +9,7 @@ patients as a split left them, and processes side by side.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -274,6 +275,8 @@ def processes(workers: int) -> ProcessPoolExecutor:
 
 def _begin(parent: int) -> None:
     end_with_parent(parent)
+    # Its FedAdam and FedYogi would tell of every round.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     memory.keep_freed()
 

@@ -134,7 +134,7 @@ def linear_start(
     Parameters
     ----------
     groups
-        Cross-products pooled over the sites, see `statistics.pool_types`.
+        Cross-products pooled over the sites, see `start.pool_completed`.
     """
     if not study.linear_rank:
         return {}

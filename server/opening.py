@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from fedgex.common import keys, tasks
+from fedgex.common import keys, start, tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import FederationError, UpdateError
@@ -38,7 +38,6 @@ from fedgex.common.statistics import (
     GeneMoments,
     Standardisation,
     pool,
-    pool_types,
     unpack,
 )
 from fedgex.common.study import NAME_PATTERN, PRETRAINING, Study
@@ -268,7 +267,10 @@ class Opening:
     def _cross_products(
         self, vocabulary: Vocabulary, scale: Standardisation
     ) -> dict[str, CrossProducts]:
-        """Pool the cross-products of the sites that permit it, by cancer type."""
+        """Pool the cross-products of the sites that permit it, by cancer type.
+
+        Where sites lack genes, as if they had them: see `start.pool_completed`.
+        """
         content = RecordDict(
             {
                 keys.VOCABULARY: vocabulary_record(vocabulary),
@@ -294,10 +296,13 @@ class Opening:
                 "stands alone; set share_cross_products = true at more sites, or "
                 "cross_products = false in the study."
             )
-        pooled = pool_types(
-            self._products(load_file(by_site[name]), len(vocabulary))
-            for name in sorted(by_site)
-        )
+
+        def sites() -> Iterator[dict[str, CrossProducts]]:
+            for name in sorted(by_site):
+                yield self._products(load_file(by_site[name]), len(vocabulary))
+
+        study = self.study
+        pooled = start.pool_completed(sites, study.linear_types, study.linear_rank)
         shutil.rmtree(spool)
         return pooled
 

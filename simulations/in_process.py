@@ -29,6 +29,7 @@ from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
 from fedgex.common import memory, tasks
+from fedgex.common import start as linear_start
 from fedgex.common.cohort import Cohort
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.phases import take_part
@@ -39,7 +40,6 @@ from fedgex.common.statistics import (
     Standardisation,
     by_type,
     pool,
-    pool_types,
 )
 from fedgex.common.study import PRETRAINING, Study
 from fedgex.common.tasks import Parameters
@@ -167,9 +167,11 @@ def start(
     else:
         scale = scale or standardisation(study, genes, sites)
         if study.linear_rank:
-            groups = pool_types(
-                _by_type(study, to_patients(cohort, genes, scale))
-                for cohort in sites.values()
+            patients_of = [to_patients(c, genes, scale) for c in sites.values()]
+            groups = linear_start.pool_completed(
+                lambda: (_by_type(study, patients) for patients in patients_of),
+                study.linear_types,
+                study.linear_rank,
             )
     whole = tasks.initial(study, len(genes))
     if groups is not None and study.linear_rank:

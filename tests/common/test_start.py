@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal
 
 from fedgex.common import start
 from fedgex.common.model import LinearStart
-from fedgex.common.statistics import OTHERS, CrossProducts
+from fedgex.common.statistics import OTHERS, CrossProducts, pool_types
 
 V, R = 24, 2
 TYPES = ("a", "b", "c")
@@ -225,3 +225,107 @@ def test_genes_that_a_type_or_everybody_lacks_leave_the_fit_finite():
     known = module(found)(torch.arange(V).expand(200, -1), values, None)
     assert known.factors.isfinite().all()
     assert known.log_weights.isfinite().all()
+
+
+# ---- sites that measure different genes ----
+
+
+def site_sums(seed: int, genes: list[int] | None = None) -> dict[str, CrossProducts]:
+    """Return one site's sums of two types and of others, of some genes."""
+    sums = {}
+    of_site = [name for i, name in enumerate(TYPES) if i != seed % len(TYPES)]
+    for name in (*of_site, OTHERS):
+        x = draw("a" if name == OTHERS else name, 12, seed) - centre()
+        if genes is not None:
+            x[:, [g for g in range(V) if g not in genes]] = np.nan
+        sums[name] = CrossProducts.of(x)
+    return sums
+
+
+def other_panels() -> list[dict[str, CrossProducts]]:
+    """Return the sums of sites of which each measures two thirds of the genes."""
+    rng = np.random.default_rng(0)
+    panels = [sorted(rng.choice(V, 2 * V // 3, replace=False)) for _ in range(8)]
+    return [site_sums(seed, genes) for seed, genes in enumerate(panels)]
+
+
+def test_where_all_have_all_genes_nothing_is_completed():
+    sites = [site_sums(1), site_sums(2)]
+
+    found = start.pool_completed(lambda: sites, TYPES, RANK)
+
+    expected = pool_types(sites)
+    assert found.keys() == expected.keys()
+    for name, sums in found.items():
+        assert np.array_equal(sums.products, expected[name].products)
+        assert np.array_equal(sums.pair_counts, expected[name].pair_counts)
+
+
+def test_sums_are_completed_as_each_patient_of_the_group_would_be():
+    genes = [g for g in range(V) if g % 3]
+    seen, lacked = genes, [g for g in range(V) if g not in genes]
+    model = start.fit(groups(), TYPES, RANK)
+    x = draw("b", 50, 7)
+    known = x.copy()
+    known[:, lacked] = np.nan
+
+    found = start._completed(CrossProducts.of(known), "b", model, TYPES)
+
+    k = TYPES.index("b")
+    loadings = model["loadings"].astype(float)
+    noise = model["noise"] * start.COMPLETED_NOISE / start.NOISE_FACTOR
+    of_factors = np.linalg.inv(model["precisions"][k].astype(float))
+    cov = loadings @ of_factors @ loadings.T + np.diag(noise)
+    mean = model["means"][k].astype(float)
+    filled = x.copy()
+    filled[:, lacked] = conditional(mean, cov, x, seen, lacked)
+    left = cov[np.ix_(lacked, lacked)] - cov[np.ix_(lacked, seen)] @ np.linalg.solve(
+        cov[np.ix_(seen, seen)], cov[np.ix_(seen, lacked)]
+    )
+    products = filled.T @ filled
+    products[np.ix_(lacked, lacked)] += 50 * left
+    assert found.products == pytest.approx(products, abs=1e-3)
+    assert found.totals == pytest.approx(filled.sum(axis=0), abs=1e-3)
+    assert (found.pair_counts == 50).all()
+
+
+def test_completed_sums_lose_little_of_what_the_genes_that_sites_lack_would_tell():
+    sites = other_panels()
+    x = np.concatenate([draw(name, 200, 99) for name in TYPES]) - centre()
+    hidden = list(range(0, V, 2))
+    seen = [g for g in range(V) if g not in hidden]
+    errors = {}
+    for name, sums in {
+        "full": pool_types([site_sums(seed) for seed in range(len(sites))]),
+        "completed": start.pool_completed(lambda: sites, TYPES, RANK),
+        "pairs": pool_types(sites),
+    }.items():
+        made = module(start.fit(sums, TYPES, RANK))
+        there = torch.tensor(seen).expand(len(x), -1)
+        known = made(there, torch.tensor(x[:, seen], dtype=torch.float32), None)
+        restored = made.restore(known, torch.tensor(hidden).expand(len(x), -1))
+        errors[name] = squared_error(restored.numpy(), x, hidden)
+
+    lost = {name: error - errors["full"] for name, error in errors.items()}
+    assert 0 < lost["completed"] < lost["pairs"] / 2
+
+
+def test_a_pair_that_no_patient_of_a_site_has_leaves_the_completion_finite():
+    x = draw("a", 40, 3) - centre()
+    x[:, 5] = np.nan
+    x[:20, 0] = np.nan
+    x[20:, 1] = np.nan
+    model = start.fit(groups(), TYPES, RANK)
+
+    found = start._completed(CrossProducts.of(x), "a", model, TYPES)
+
+    assert np.isfinite(found.products).all()
+    assert found.products == pytest.approx(found.products.T)
+
+
+def test_without_factors_sums_stay_what_the_sites_sent():
+    sites = other_panels()
+
+    found = start.pool_completed(lambda: sites, TYPES, 0)
+
+    assert np.array_equal(found["a"].products, pool_types(sites)["a"].products)

@@ -231,6 +231,7 @@ def classify(
     frame: pd.DataFrame,
     *,
     scale: Scale | None = None,
+    among: Sequence[str] | None = None,
     state_dir: Path | None = None,
 ) -> pd.DataFrame:
     """Return the probability of each cancer type, and the most probable one.
@@ -241,6 +242,8 @@ def classify(
         A model that has been trained for classification.
     frame, scale
         As for `impute`.
+    among
+        Cancer types that are possible; None: all of the study. The others get 0.
     state_dir
         As for `risk`.
 
@@ -260,7 +263,8 @@ def classify(
     patients = _patients(checkpoint, frame, scale)
     seen = patients.measured.any(dim=1)
     some = patients.take(_places(seen))
-    probabilities = predictions.class_probabilities(modules, some).numpy()
+    possible = torch.from_numpy(possible_types(checkpoint, among))
+    probabilities = predictions.class_probabilities(modules, some, possible).numpy()
     names = [f"probability_{name}" for name in classes]
     table = _over_all(frame.index, seen, probabilities, names)
     best = np.full(len(frame), None, dtype=object)
@@ -335,6 +339,29 @@ def wanted_genes(
     wanted = np.zeros(len(vocabulary), dtype=bool)
     wanted[[vocabulary.index[gene] for gene in genes]] = True
     return wanted
+
+
+def possible_types(
+    checkpoint: Checkpoint, among: Sequence[str] | None
+) -> NDArray[np.bool_]:
+    """Return which of the study's classes are possible, shape (C,); None is all.
+
+    Raises
+    ------
+    ConfigError
+        If one named is no class of the study, or fewer than two are named.
+    """
+    classes = checkpoint.study.classification.classes
+    if among is None:
+        return np.ones(len(classes), dtype=bool)
+    unknown = sorted(set(among) - set(classes))
+    if unknown or len(set(among)) < 2:
+        said = f"; not known: {', '.join(unknown)}" if unknown else ""
+        raise ConfigError(
+            f"{len(set(among))} cancer types are named as possible{said}; expected two "
+            f"or more of {', '.join(classes)}, which this model tells apart."
+        )
+    return np.isin(classes, list(among))
 
 
 def review(checkpoint: Checkpoint, frame: pd.DataFrame) -> tuple[Finding, ...]:

@@ -277,6 +277,12 @@ def classify(
     input_file: Input,
     output: Output,
     scale: InputScale = None,
+    among: Annotated[
+        str | None,
+        typer.Option(
+            help="Cancer types that are possible, A,B: say, those that you treat."
+        ),
+    ] = None,
     orientation: Axes = Orientation.AUTO,
     hgnc_table: HgncTable = None,
     clinical: Clinical = None,
@@ -299,11 +305,14 @@ def classify(
         authority=authority,
         force=force,
     )
+    types = None if among is None else [name.strip() for name in among.split(",")]
     with _refusing(), _open(options, CLASSIFICATION) as job:
+        with job.problems.collecting():
+            inference.possible_types(job.checkpoint, types)
         samples = job.read(clinical_columns=())
         job.accept(inference.review(job.checkpoint, samples.expression))
         table = inference.classify(
-            job.checkpoint, samples.expression, state_dir=job.state_dir
+            job.checkpoint, samples.expression, among=types, state_dir=job.state_dir
         )
         job.write(samples, table)
 

@@ -49,14 +49,24 @@ def survival(
 
 
 @torch.no_grad()
-def class_probabilities(modules: Modules, patients: Patients) -> Tensor:
-    """Return the probability of each class from all measured genes, shape (N, C)."""
+def class_probabilities(
+    modules: Modules, patients: Patients, among: Tensor | None = None
+) -> Tensor:
+    """Return the probability of each class from all measured genes, shape (N, C).
+
+    Parameters
+    ----------
+    among
+        Classes that are possible, shape (C,), bool; None: all. The others get 0.
+    """
     encoder, head = (
         modules[f"{CLASSIFICATION}.{part}"] for part in ("encoder", "head")
     )
     assert isinstance(encoder, Encoder)
     assert isinstance(head, ClassificationHead)
     logits: Tensor = head(embed_all(encoder, patients))
+    if among is not None:
+        logits = logits.masked_fill(~among, -torch.inf)
     return logits.softmax(dim=1)
 
 

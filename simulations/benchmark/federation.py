@@ -96,6 +96,8 @@ FOREIGN: dict[str, tuple[str, Scale]] = {
 """What a site may have exported by mistake, beside the scale that it names."""
 
 NOT_ESTIMABLE = "not estimable"
+AMONG = "federated among"
+"""The federated model, told which cancers a site has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,11 @@ class Measure:
         """Return by what factor `one` is worse (above 1) or better than `other`."""
         worse, better = (one, other) if self.better == "lower" else (other, one)
         return worse / better if better else math.inf
+
+    @property
+    def of_types(self) -> bool:
+        """Whether it tells how well cancer types are told."""
+        return self.key.startswith("accuracy")
 
     def is_better(self, one: float, other: float) -> bool:
         """Return whether `one` is the better value."""
@@ -195,6 +202,29 @@ class _Bench:
     def unseen(self) -> Patients:
         """Who judges, on the unit of the ground."""
         return self.ground.patients(self.ground.unseen)
+
+    def among(self, types: set[str]) -> Judged:
+        """Judge the federated model told which types are possible, first seed."""
+        study = self.study
+        possible = torch.tensor([c in types for c in study.classification.classes])
+        return {
+            name: _hits(chances.masked_fill(~possible, -1), self.target)
+            for name, chances in self._chances.items()
+        }
+
+    @cached_property
+    def target(self) -> torch.Tensor:
+        """Class of each unseen patient, -1 if it is none of the study's, shape (N,)."""
+        return self.unseen.type_index(self.study.classification.classes)
+
+    @cached_property
+    def _chances(self) -> dict[str, torch.Tensor]:
+        """The federated model's probabilities (N, C), by name of the result."""
+        if not _is_shared(self.study, CLASSIFICATION):
+            return {}
+        wanted = arms(self.ground, self.seed, (FEDERATED,))
+        [(_, model)] = models(self.ground, wanted, self.console)
+        return dict(_chances(model, self.unseen))
 
     def central(self) -> dict[str, list[Judged]]:
         """Judge federated and pooled, one result a seed."""
@@ -286,17 +316,29 @@ def _judge(ground: Ground, model: Model) -> dict[str, Floats]:
     if PRETRAINING in study.phases:
         found |= _squares(ground, model, patients)
     if _is_shared(study, CLASSIFICATION):
-        modules = tasks.load(study, len(model.genes), CLASSIFICATION, whole)
         target = patients.type_index(study.classification.classes)
-        for name, panel in _seen(model).items():
-            seen = torch.where(panel, patients.values, torch.nan)
-            some = dataclasses.replace(patients, values=seen)
-            said = predictions.class_probabilities(modules, some).argmax(dim=1)
-            hit = torch.where(target >= 0, (said == target).float(), torch.nan)
-            found[f"hit/{name}"] = hit.numpy()
+        for name, chances in _chances(model, patients):
+            found[name] = _hits(chances, target)
     if _is_shared(study, SURVIVAL):
         found["risk"] = evaluation.predict_risk(study, whole, patients)
     return found
+
+
+def _chances(model: Model, patients: Patients) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the probabilities of the classes (N, C) from each panel."""
+    parts = model.study, len(model.genes), CLASSIFICATION, model.parameters
+    modules = tasks.load(*parts)
+    for name, panel in _seen(model).items():
+        seen = torch.where(panel, patients.values, torch.nan)
+        some = dataclasses.replace(patients, values=seen)
+        yield f"hit/{name}", predictions.class_probabilities(modules, some)
+
+
+def _hits(chances: torch.Tensor, target: torch.Tensor) -> Floats:
+    """Return whether each patient's class was told, NaN where it is -1, shape (N,)."""
+    told = (chances.argmax(dim=1) == target).float()
+    hits: Floats = torch.where(target >= 0, told, torch.nan).numpy()
+    return hits
 
 
 def _squares(ground: Ground, model: Model, patients: Patients) -> dict[str, Floats]:
@@ -527,7 +569,8 @@ def _each_site(
         types = _types(bench, site)
         same = np.array([name in types for name in bench.unseen.cancer_type])
         found = {
-            "federated": bench.values(federated, same),
+            FEDERATED: bench.values(federated, same),
+            AMONG: bench.values({**federated, **bench.among(types)}, same),
             "alone": bench.values(judged, same),
         }
         told = _told(bench, types, found["alone"], same)
@@ -536,7 +579,11 @@ def _each_site(
             "cancers": str(len(types)),
             "unseen patients": str(int(same.sum())),
         } | {
-            m.name: f"{found['federated'][m.key]:.3f} / {found['alone'][m.key]:.3f}"
+            m.name: " / ".join(
+                f"{values[m.key]:.3f}"
+                for way, values in found.items()
+                if way != AMONG or m.of_types
+            )
             if m.key in told
             else NOT_ESTIMABLE
             for m in MEASURES
@@ -545,37 +592,53 @@ def _each_site(
             name: {key: value for key, value in values.items() if key in told}
             for name, values in found.items()
         }
-    tally = {m.name: _tally(m, numbers.values()) for m in MEASURES}
+    tally = {m.name: _tally(m, numbers.values(), FEDERATED) for m in MEASURES}
+    told_cancers = {
+        f"{m.name}, told the cancers": _tally(m, numbers.values(), AMONG)
+        for m in MEASURES
+        if m.of_types
+    }
+    same_question = [tally[m.name] for m in MEASURES if not m.of_types]
     able = sum(1 for each in numbers.values() if each["alone"])
-    met = able > 0 and all(each["worse"] == 0 for each in tally.values())
+    met, met_told = (
+        _yes(all(each["worse"] == 0 for each in those)) if able else "-"
+        for those in (tally.values(), [*same_question, *told_cancers.values()])
+    )
     lines = [
         *markdown("site", rows),
         "",
         "Federated / alone, first seed, on the unseen patients of the cancers of which "
-        "the site has the study's minimum of patients. "
+        "the site has the study's minimum of patients. Accuracy: federated / federated "
+        "told these cancers (`fedgex-site predict classify --among`) / alone, which "
+        "knows no others. "
         f'"{NOT_ESTIMABLE}": these patients have neither {MIN_EVENTS} deaths nor two '
         f"cancer types; accuracy needs two types, and the C-index {MIN_EVENTS} deaths. "
         "Here the C-index is over pairs within a cancer type.",
         "",
         *markdown(
             "federated against alone, sites",
-            {n: {k: str(v) for k, v in each.items()} for n, each in tally.items()},
+            {
+                name: {k: str(v) for k, v in each.items()}
+                for name, each in (tally | told_cancers).items()
+            },
         ),
         "",
         f"Goal: better than alone at every site that can tell ({able} of "
         f"{len(numbers)}), where a tie, as of two models that are always right, counts "
-        f"as met: {_yes(met) if able else '-'}.",
+        f"as met: {met}; told the cancers: {met_told}.",
     ]
     return (
         Section(title="Each site", lines=lines),
-        {"sites": numbers, "sites_against_alone": tally},
+        {"sites": numbers, "sites_against_alone": tally | told_cancers},
     )
 
 
-def _tally(measure: Measure, sites: Iterable[Mapping[str, Values]]) -> dict[str, int]:
+def _tally(
+    measure: Measure, sites: Iterable[Mapping[str, Values]], way: str
+) -> dict[str, int]:
     """Count the sites at which the federated model is better than the site's own."""
     pairs = [
-        (each["federated"][measure.key], each["alone"][measure.key])
+        (each[way][measure.key], each["alone"][measure.key])
         for each in sites
         if measure.key in each["alone"]
     ]
@@ -595,8 +658,7 @@ def _told(
     return {
         m.key
         for m in MEASURES
-        if not math.isnan(values[m.key])
-        and (two if m.key.startswith("accuracy") else two or deaths)
+        if not math.isnan(values[m.key]) and (two if m.of_types else two or deaths)
     }
 
 
@@ -678,7 +740,7 @@ def _small_sites(bench: _Bench) -> tuple[Section, dict[str, Any]]:
     ranked = sorted(ground.sites, key=lambda s: (ground.sites[s].n_patients, s))
     small = ranked[: len(ranked) // 2]
     large = {s: cohort for s, cohort in ground.sites.items() if s not in small}
-    cut = {s: _cut(ground.sites[s], derive(bench.seed, "ten", s)) for s in small}
+    cut = {s: _cut(ground.sites[s], TEN, derive(bench.seed, "ten", s)) for s in small}
     found: dict[str, Values] = {}
     for name, said, sites in (
         ("small-and-large", "large sites and those of ten", large | cut),
@@ -700,9 +762,10 @@ def _small_sites(bench: _Bench) -> tuple[Section, dict[str, Any]]:
     )
 
 
-def _cut(cohort: Cohort, seed: int) -> Cohort:
+def _cut(cohort: Cohort, n: int, seed: int) -> Cohort:
+    """Keep n random samples."""
     order = np.random.default_rng(seed).permutation(len(cohort.patients))
-    return in_process.take(cohort, np.sort(order[:TEN]))
+    return in_process.take(cohort, np.sort(order[:n]))
 
 
 # ---- different panels ----
@@ -727,6 +790,20 @@ def _panels(bench: _Bench) -> tuple[Section, dict[str, Any]]:
             study.model_copy(update={"strategy": rule}),
         )
     found = bench.variants(other, ways)
+    if not ground.quick:
+        fewer = {
+            site: _cut(
+                cohort,
+                round(PANEL_SHARE * len(cohort.patients)),
+                derive(bench.seed, "some", site),
+            )
+            for site, cohort in ground.sites.items()
+        }
+        said = f"{PANEL_SHARE:.0%} of the patients, all genes"
+        found |= bench.variants(
+            dataclasses.replace(ground, sites=fewer),
+            {"some-patients": (said, bench.study)},
+        )
     own_way, full = next(iter(found.values())), bench.drawn[FEDERATED]
     against = {m.key: m.against(own_way[m.key], full[m.key]) for m in MEASURES}
     errors = [against[m.key] for m in ERRORS if not math.isnan(against[m.key])]
@@ -741,7 +818,8 @@ def _panels(bench: _Bench) -> tuple[Section, dict[str, Any]]:
         f"{measured.max()} of {len(sites)} sites measure, so that the model is judged "
         "on the same cells as with full panels. The scale of the genes comes from "
         "these sites too. First seed. Per gene: a gene's parameters are averaged over "
-        "the sites that measured it alone.",
+        "the sites that measured it alone. Beside them, as many measured values: a "
+        "random part of the patients, with all genes.",
         "",
         "Against full panels, in the study's own way: "
         + ", ".join(f"{m.name} {_percent(against[m.key])}" for m in MEASURES)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -474,6 +475,43 @@ def test_classify_writes_probabilities_and_the_most_probable(tmp_path: Path) -> 
     assert list(out["most_probable"]) == list(truth["most_probable"])
     numbers = out.drop(columns="most_probable").astype(float).to_numpy()
     assert numbers.sum(axis=1) == pytest.approx(1)
+
+
+def test_types_that_are_not_possible_have_no_probability(tmp_path: Path) -> None:
+    three = {"rounds": 1, "classes": ("BRCA", "KIRC", "LUAD")}
+    model(tmp_path / "model", study={"classification": three})
+    sheet(tmp_path)
+    assert predict("classify", tmp_path).exit_code == 0
+    whole = table(tmp_path / "out.csv").drop(columns="most_probable").astype(float)
+
+    result = predict("classify", tmp_path, "--force", "--among", "BRCA, LUAD")
+
+    assert result.exit_code == 0, result.output
+    out = table(tmp_path / "out.csv")
+    numbers = out.drop(columns="most_probable").astype(float)
+    assert (numbers["probability_KIRC"] == 0).all()
+    assert set(out["most_probable"]) <= {"BRCA", "LUAD"}
+    two = ["probability_BRCA", "probability_LUAD"]
+    expected = whole[two].div(whole[two].sum(axis=1), axis=0)
+    assert numbers[two].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("among", "said"),
+    [("BRCA,XYZ", "2 .*not known: XYZ"), ("BRCA", "1 cancer types are named")],
+)
+def test_possible_types_are_two_or_more_of_the_studys(
+    tmp_path: Path, among: str, said: str
+) -> None:
+    model(tmp_path / "model")
+    sheet(tmp_path)
+
+    result = predict("classify", tmp_path, "--among", among)
+
+    assert result.exit_code == 1
+    assert re.search(said, result.stderr)
+    assert "expected two or more of BRCA, KIRC" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_counts_are_taken_with_library_sizes(tmp_path: Path) -> None:

@@ -180,6 +180,21 @@ def test_a_site_counts_where_unseen_patients_of_its_cancers_can_tell(
         assert key == "c-index" or tally["better"] == len(better)
 
 
+def test_told_which_cancers_a_site_has_the_model_is_right_as_often_or_more(
+    numbers: Any,
+) -> None:
+    told = [s for s in numbers["sites"].values() if "accuracy" in s["alone"]]
+
+    assert told
+    for site in told:
+        assert site["federated among"]["accuracy"] >= site["federated"]["accuracy"]
+        assert "c-index" not in site["alone"] or (
+            site["federated among"]["c-index"] == site["federated"]["c-index"]
+        )
+    tally = numbers["sites_against_alone"]["accuracy, all genes, told the cancers"]
+    assert sum(tally.values()) == len(told)
+
+
 def test_without_deaths_and_with_one_type_a_site_is_not_estimable(
     ground: Ground, tmp_path: Path
 ) -> None:

@@ -71,6 +71,8 @@ error over hidden cells, and how many these are), `hit/P` (1 if the type was tol
 if the study does not know it), `risk`."""
 
 RESTORED = Evaluation(rates=(0.5, 0.9), panels=(100,))
+DROPPED_OUT = Evaluation(rates=(0.5,), panels=())
+"""Low expression: there the network adds to the linear start in every study."""
 SMALL_PANEL = 32
 """Genes of the small panel from which the cancer type is told."""
 DRAWS = 3
@@ -127,6 +129,7 @@ MEASURES = (
     Measure(key="mse-0.5", name="MSE, 50 % hidden", better="lower"),
     Measure(key="mse-0.9", name="MSE, 90 % hidden", better="lower"),
     Measure(key="mse-panel-100", name="MSE from 100 genes", better="lower"),
+    Measure(key="mse-mnar-0.5", name="MSE, 50 % dropped out", better="lower"),
     Measure(
         key=f"accuracy-{SMALL_PANEL}",
         name=f"accuracy, {SMALL_PANEL} genes",
@@ -296,7 +299,8 @@ class _Bench:
         return [(a, load_file(file)) for a, file in zip(wanted, files, strict=True)]
 
     def _file(self, arm: Arm) -> str:
-        asked = f"{RESTORED.model_dump_json()}/{SMALL_PANEL}/{DRAWS}"
+        asked = "/".join(rule.model_dump_json() for rule in (RESTORED, DROPPED_OUT))
+        asked += f"/{SMALL_PANEL}/{DRAWS}"
         key = f"{arm.study.hash}/{self.ground.unseen.n_patients}/{asked}"
         digest = hashlib.sha256(key.encode()).hexdigest()
         return f"{arm.name}-{digest[:12]}.safetensors"
@@ -347,8 +351,10 @@ def _squares(ground: Ground, model: Model, patients: Patients) -> dict[str, Floa
     true, own = unit.values.numpy(), patients.values.numpy()
     imputer = evaluation.model_imputer(model.study, model.parameters, len(model.genes))
     found: dict[str, Floats] = {}
-    for pattern, key, hidden in evaluation.hidden_cells(
-        unit, RESTORED, model.study.seed, ("mcar", "panel")
+    seed = model.study.seed
+    for pattern, key, hidden in (
+        *evaluation.hidden_cells(unit, RESTORED, seed, ("mcar", "panel")),
+        *evaluation.hidden_cells(unit, DROPPED_OUT, seed, ("mnar",)),
     ):
         gone = hidden.numpy()
         restored = imputer.impute(np.where(gone, np.float32(np.nan), own))
@@ -1041,7 +1047,7 @@ def _ratios(bench: _Bench, values: Values) -> Values:
 def _draw(ratios: Mapping[str, Values]) -> Figure:
     """Draw by how much each way's restoration errors are above the pooled model's."""
     names = [name for name in ratios if name != POOLED]
-    figure = Figure(figsize=(11, 1.6 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(13, 1.6 + 0.32 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(ERRORS), sharey=True, squeeze=False)[0]
     at = np.arange(len(names))
     for axes, measure in zip(panels, ERRORS, strict=True):

@@ -124,16 +124,19 @@ def test_the_federated_model_is_judged_as_the_server_judges_it(
 
         found = numbers["central"][FEDERATED][position]
 
+        imputer = evaluation.model_imputer(study, whole, len(ground.genes))
         restored = evaluation.judge_imputer(
-            evaluation.model_imputer(study, whole, len(ground.genes)),
-            unseen,
-            federation.RESTORED,
-            seed,
-            ("mcar", "panel"),
+            imputer, unseen, federation.RESTORED, seed, ("mcar", "panel")
+        )
+        dropped = evaluation.judge_imputer(
+            imputer, unseen, federation.DROPPED_OUT, seed, ("mnar",)
         )
         assert found["mse-0.5"] == pytest.approx(restored["mcar"]["0.5"].mse, rel=1e-4)
         assert found["mse-panel-100"] == pytest.approx(
             restored["panel"]["100"].mse, rel=1e-4
+        )
+        assert found["mse-mnar-0.5"] == pytest.approx(
+            dropped["mnar"]["0.5"].mse, rel=1e-4
         )
         everything = torch.ones(len(ground.genes), dtype=torch.bool)
         accuracy, _ = evaluation.judge_classes(study, whole, unseen, everything)

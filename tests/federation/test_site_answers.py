@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from flwr.app import Message
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import fedgex.client.app
 from fedgex.client import local_training
-from fedgex.common import keys
+from fedgex.common import keys, start
 from fedgex.common.records import to_arrays
-from fedgex.common.statistics import SUPPRESSED
+from fedgex.common.statistics import SUPPRESSED, CrossProducts, unpack
 
 if TYPE_CHECKING:
     from .conftest import Consortium, Finished
@@ -516,17 +517,33 @@ def test_sums_by_cancer_type_leave_for_groups_of_the_floor_and_make_the_types_me
     assert {len(sites) for sites in patients.values()} == {2}  # of four hospitals
     assert sum("others/totals" in groups for groups in told.values()) == 2
     scale = run.final.standardisation
+    sent = [_cross_products(told[name]) for name in sorted(told)]
+    for name in TYPES:
+        z = (pd.concat(patients[name]).to_numpy() - scale.mean) / scale.sd
+        totals = sum(groups[name].totals for groups in sent if name in groups)
+        np.testing.assert_allclose(totals, np.nansum(z, axis=0), atol=1e-4)
+    # The hospitals' genes differ, so that the model's means are of completed sums.
+    assert any((s.counts <= 0).any() for groups in sent for s in groups.values())
+    groups = start.pool_completed(lambda: sent, TYPES, 3)
     found = run.final.parameters["backbone.encoder.linear.means"]
     for k, name in enumerate(TYPES):
-        z = (pd.concat(patients[name]).to_numpy() - scale.mean) / scale.sd
-        known = ~np.isnan(z).all(axis=0)
-        np.testing.assert_allclose(
-            found[k, known], np.nanmean(z[:, known], axis=0), atol=1e-4
-        )
-        assert not found[k, ~known].any()
+        np.testing.assert_allclose(found[k], groups[name].mean, atol=1e-4)
+        assert groups[name].counts.max() == sum(map(len, patients[name]))
 
 
 # ---- helpers ----
+
+
+def _cross_products(told: Mapping[str, NDArray[Any]]) -> dict[str, CrossProducts]:
+    """Return the sums that a site sent, by group."""
+    return {
+        name: CrossProducts(
+            products=unpack(told[f"{name}/products"]),
+            pair_counts=unpack(told[f"{name}/pair-counts"]),
+            totals=told[f"{name}/totals"],
+        )
+        for name in sorted({key.split("/")[0] for key in told})
+    }
 
 
 def _by_type(

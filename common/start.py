@@ -33,6 +33,8 @@ NOISE_FACTOR = 2.0
 """The noise of unseen patients over that of those whom the factors were fitted to."""
 COMPLETIONS = 8
 """Times that the sums of sites which lack genes are completed, and the model fitted."""
+COMPLETING_STEPS = 3
+"""Steps of each of these fits; more fit what was completed, and unseen patients less."""
 COMPLETED_NOISE = 1.4
 """The noise of completed sums over that of the patients that it was fitted to."""
 LEAST_VARIANCE = 1e-3
@@ -73,7 +75,7 @@ def pool_completed(
     if not rank or all((own == known).all() for own in has):
         return groups
     for _ in range(COMPLETIONS):
-        model = fit(groups, types, rank)
+        model = fit(groups, types, rank, COMPLETING_STEPS)
         groups = pool_types(
             {name: _completed(sums, name, model, types) for name, sums in site.items()}
             for site in sites()
@@ -133,7 +135,10 @@ def _completed(
 
 
 def fit(
-    groups: Mapping[str, CrossProducts], types: Sequence[str], rank: int
+    groups: Mapping[str, CrossProducts],
+    types: Sequence[str],
+    rank: int,
+    n_steps: int = 30,
 ) -> dict[str, NDArray[np.float32]]:
     """Return the parameters of `model.LinearStart`, by name.
 
@@ -146,9 +151,13 @@ def fit(
         of which `groups` tell nothing gets no share.
     rank
         Factors, R.
+    n_steps
+        Of the factor analysis.
     """
     whole = pool(groups.values()).covariance()
-    loadings, noise = (a.astype(np.float64) for a in factor_analysis(whole, rank))
+    loadings, noise = (
+        a.astype(np.float64) for a in factor_analysis(whole, rank, n_steps)
+    )
     known = [n for n in types if n in groups and groups[n].counts.max() > 0]
     K = max(len(types), 1)
     means = np.zeros((K, len(whole)))

@@ -34,7 +34,7 @@ NOISE_FACTOR = 2.0
 COMPLETIONS = 8
 """Times that the sums of sites which lack genes are completed, and the model fitted."""
 COMPLETING_STEPS = 3
-"""Steps of each of these fits; more fit what was completed, and unseen patients less."""
+"""Of each of these fits; more of them fit what was completed, not unseen patients."""
 COMPLETED_NOISE = 1.4
 """The noise of completed sums over that of the patients that it was fitted to."""
 LEAST_VARIANCE = 1e-3
@@ -187,14 +187,14 @@ def fit(
             means[k] = groups[name].mean
             precisions[k] = (axes / variances) @ axes.T
             log_shares[k] = np.log(counts[name] / sum(counts.values()))
-    found = {
+    parameters = {
         "loadings": loadings,
         "noise": NOISE_FACTOR * noise,
         "means": means,
         "precisions": precisions,
         "log_shares": log_shares,
     }
-    return {name: array.astype(np.float32) for name, array in found.items()}
+    return {name: array.astype(np.float32) for name, array in parameters.items()}
 
 
 def _mixed(

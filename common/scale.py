@@ -37,6 +37,9 @@ CONVERTIBLE = frozenset(
 )
 """Scales that are functions of x, each convertible to each other."""
 
+LOGARITHMIC = CONVERTIBLE - {Scale.LINEAR}
+"""Scales on which another base of the logarithm is a factor."""
+
 LARGEST_ABUNDANCE = 2.0**30
 """No x is above this: TPM end at 1e6, and RSEM and read counts far below 1e9."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgex.common.errors import UpdateError
+from fedgex.common.scale import LARGE_PANEL
 
 Number = TypeVar("Number", bound=np.generic)
 Summable = TypeVar("Summable", "GeneMoments", "CrossProducts")
@@ -30,6 +31,13 @@ OTHERS = "others"
 
 MIN_SITES = 2
 """With fewer, the statistics that everyone receives would be one site's own."""
+
+FEWEST_TO_COMPARE = 3
+"""Sites below which none is the odd one out."""
+
+FOREIGN_BEYOND = float(np.sqrt(np.log(2)))
+"""Gene means in natural logarithms are .69 of those in base 2. A site is on a foreign
+scale if its ratio to the others is nearer to that, or to the inverse, than to 1."""
 
 CONSTANT_BELOW = 1e-6
 """A gene whose SD is this share of its root mean square or less is constant: float64
@@ -272,6 +280,37 @@ def pool(sites: Iterable[Summable]) -> Summable:
     if not summands:
         raise UpdateError("no site sent statistics; expected one or more.")
     return functools.reduce(operator.add, summands)
+
+
+def foreign_scales(sites: Mapping[str, GeneMoments]) -> dict[str, float]:
+    """Return the sites whose gene means are not on the others' scale, with the ratio.
+
+    The ratio is the slope, through the origin, of a site's gene means on the median of
+    all sites' means, on a logarithmic scale. Sites with other cancers differ by a few
+    per cent, with another base of the logarithm by 30 or more. Of fewer than
+    `FEWEST_TO_COMPARE` sites, or `LARGE_PANEL` genes of one, nothing is said.
+
+    Parameters
+    ----------
+    sites
+        Moments on the study's canonical scale, by site.
+    """
+    means = {
+        name: np.where(site.count > 0, site.mean, np.nan)
+        for name, site in sites.items()
+        if (site.count > 0).sum() >= LARGE_PANEL
+    }
+    if len(means) < FEWEST_TO_COMPARE:
+        return {}
+    anyone = ~np.isnan(list(means.values())).all(axis=0)
+    level = np.nanmedian(np.stack(list(means.values()))[:, anyone], axis=0)
+    foreign = {}
+    for name, mean in means.items():
+        own = mean[anyone]
+        ratio = float(np.nansum(own * level) / (level[~np.isnan(own)] ** 2).sum())
+        if not FOREIGN_BEYOND <= ratio <= 1 / FOREIGN_BEYOND:
+            foreign[name] = ratio
+    return foreign
 
 
 def by_type(

@@ -3,12 +3,13 @@
     (contract) -> prepare -> statistics -> (cross-products) -> the first parameters
                      or the public cohort -> (its own pretraining)
 
-A site whose answer cannot be used is left out of what it was for, and the journal says
-why.
+A site whose answer cannot be used is left out of what it was for, one whose numbers are
+on a foreign scale of the whole run, and the journal says why.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -28,15 +29,17 @@ from fedgex.common import keys, start, tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import FederationError, UpdateError
-from fedgex.common.files import explained, write_atomic
+from fedgex.common.files import explained, read_json, write_atomic
 from fedgex.common.harmonise import to_patients
 from fedgex.common.records import text, to_arrays, to_record
+from fedgex.common.scale import LOGARITHMIC
 from fedgex.common.statistics import (
     MIN_SITES,
     OTHERS,
     CrossProducts,
     GeneMoments,
     Standardisation,
+    foreign_scales,
     pool,
     unpack,
 )
@@ -102,6 +105,8 @@ class Opening:
         else:
             self._gather_invited(self.deployment)
         self.present = dict(sorted(self.present.items()))
+        if (path := self._kept("foreign-scales.json")).exists():
+            self._leave_out(read_json(path, "what was found when the run began"))
 
     def sites(self, vocabulary: Vocabulary) -> list[Site]:
         """Return the sites that are present, with what they measure."""
@@ -121,12 +126,12 @@ class Opening:
         UpdateError
             If no site sends statistics.
         FederationError
-            If the study asks for cross-products and fewer than two sites send them.
+            If the study asks for cross-products and fewer than two sites send them, or
+            without those on a foreign scale too few sites are left.
         ConfigError
             If the public cohort lacks genes of the study.
         """
         study, vocabulary = self.study, self._vocabulary()
-        sites = self.sites(vocabulary)
         parameters = tasks.initial(study, len(vocabulary))
         cohort, groups = self.public_cohort, None
         if cohort is not None and study.public.statistics:
@@ -146,6 +151,7 @@ class Opening:
             parameters = public_start.fit_phase(
                 study, PRETRAINING, patients, parameters
             )
+        sites = self.sites(vocabulary)
         return Checkpoint(
             study=study,
             vocabulary=vocabulary,
@@ -248,7 +254,7 @@ class Opening:
         Whoever is there when the run begins anew, the sites have answered questions
         that hold these very numbers, and answer no others.
         """
-        path = self.settings.run_dir / f"start-{self.study.hash[:16]}.safetensors"
+        path = self._kept("start.safetensors")
         if path.exists():
             kept = load_file(path)
             return Standardisation(mean=kept["mean"], sd=kept["sd"])
@@ -260,9 +266,38 @@ class Opening:
                 lambda content: _moments(content, len(vocabulary)),
             )
         )
+        if self.study.scale in LOGARITHMIC:
+            foreign = foreign_scales(moments)
+            write_atomic(
+                self._kept("foreign-scales.json"), json.dumps(foreign).encode()
+            )
+            self._leave_out(foreign)
+            moments = {n: m for n, m in moments.items() if n not in foreign}
         pooled = pool(moments[name] for name in sorted(moments))
         write_atomic(path, save({"mean": pooled.mean, "sd": pooled.sd}))
         return Standardisation(mean=pooled.mean, sd=pooled.sd)
+
+    def _leave_out(self, foreign: Mapping[str, float]) -> None:
+        """Leave sites on a foreign scale out of the run; the ratios say how foreign."""
+        scale, left = self.study.scale, dict[str, dict[str, Any]]()
+        for name, ratio in foreign.items():
+            if self.present.pop(name, None) is None:
+                continue
+            reason = (
+                f"the means of its genes are {ratio:.2f} times the other sites', "
+                f"expected about 1 where all are on the {scale} scale; have it correct "
+                "data.scale, or its export, and begin a new run"
+            )
+            left[name] = {"state": "quarantined", "reason": reason}
+            self._report(name, **left[name])
+        if left:
+            here = {name: {"state": "contributed"} for name in self.present}
+            require_quorum(self.absent | left | here, self.study.rounds, "the start")
+
+    def _kept(self, name: str) -> Path:
+        """Return the path of what is found once in a run of this study."""
+        path = self.settings.run_dir / name
+        return path.with_stem(f"{path.stem}-{self.study.hash[:16]}")
 
     def _cross_products(
         self, vocabulary: Vocabulary, scale: Standardisation

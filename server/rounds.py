@@ -22,6 +22,7 @@ from fedgex.common.arrays import check
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.files import explained
 from fedgex.common.records import pieces
+from fedgex.common.statistics import FEWEST_TO_COMPARE
 from fedgex.common.study import RoundRule, Study
 from fedgex.server import privacy
 from fedgex.server.aggregation import Array
@@ -30,8 +31,6 @@ from fedgex.server.strategy import Spooled, Update
 
 logger = logging.getLogger(__name__)
 
-FEWEST_TO_COMPARE = 3
-"""Updates below which no norm is far beyond the others."""
 CHUNK = 1 << 20
 """Numbers of a tensor that are converted to float64 at a time."""
 

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
-from fedgex.common import predictions, tasks
+from fedgex.common import predictions, statistics, tasks
 from fedgex.common import scale as scales
 from fedgex.common.cohort import Cohort, read_parquet
 from fedgex.common.errors import DataError, Finding
@@ -39,6 +39,7 @@ from fedgex.common.harmonise import Patients
 from fedgex.common.phases import take_part
 from fedgex.common.scale import CONVERTIBLE, Scale
 from fedgex.common.seeds import derive
+from fedgex.common.statistics import GeneMoments
 from fedgex.common.study import (
     CLASSIFICATION,
     PRETRAINING,
@@ -97,6 +98,8 @@ FOREIGN: dict[str, tuple[str, Scale]] = {
 }
 """What a site may have exported by mistake, beside the scale that it names."""
 
+AT_SERVER = ("gene means", "change of the model")
+"""What the server looks at, before the first round and in each."""
 NOT_ESTIMABLE = "not estimable"
 ALONE = "alone, mean over sites"
 AMONG = "federated among"
@@ -875,17 +878,19 @@ def _foreign(bench: _Bench) -> tuple[Section, dict[str, Any]]:
     for kind, (said, scale) in kinds.items():
         cohort, findings = at_the_door(ground, site, declared, scale, kind)
         verdict = _verdict(cohort, findings)
-        row = {"check-data": verdict, "change of the model": "-", "server": "-"}
+        row = dict.fromkeys(("check-data", *AT_SERVER), "-") | {"check-data": verdict}
         checks[kind] = {
             "enters": cohort is not None,
             "findings": [f"{each.code} {each.severity}" for each in findings],
         }
-        if cohort is not None and not (ground.quick and kind == "ln"):
+        if cohort is not None:
             other = dataclasses.replace(ground, sites=without | {site: cohort})
+            level = statistics.foreign_scales(_moments(other)).get(site)
             norm = _norm_ratio(bench, other, site, kind)
-            checks[kind]["norm_ratio"] = norm
-            row |= _at_the_server(norm, bench.study)
-            found |= _entered(bench, other, kind, said)
+            checks[kind] |= {"level_ratio": level, "norm_ratio": norm}
+            row |= _at_the_server(level, norm, bench.study)
+            if not (ground.quick and kind == "ln"):
+                found |= _entered(bench, other, kind, said)
         rows[f"{said}, named {declared}"] = row
     lines = [
         *markdown("what the site sends", rows),
@@ -893,10 +898,10 @@ def _foreign(bench: _Bench) -> tuple[Section, dict[str, Any]]:
         f"The largest site, {ground.sites[site].n_patients} of "
         f"{sum(c.n_patients for c in ground.sites.values())} patients, names the scale "
         f"{declared} for numbers on another. What its own check-data says of the "
-        "scale; the norm of its change in the first round of pretraining, over the "
-        "median of the others'; and whether the server would quarantine it, which it "
-        f"does above {bench.study.rounds.max_norm_ratio:g} (training below goes on "
-        "with it).",
+        "scale; what the server says of its gene means before the first round; and the "
+        "norm of its change in that round, over the median of the others', which is "
+        f"too much above {bench.study.rounds.max_norm_ratio:g}. Training below goes on "
+        "with it all the same.",
         "",
         *_table(bench, found),
         "",
@@ -965,13 +970,31 @@ def _verdict(cohort: Cohort | None, findings: Sequence[Finding]) -> str:
     return f"enters with a warning ({said})" if said else "enters, nothing noticed"
 
 
-def _at_the_server(norm_ratio: float, study: Study) -> dict[str, str]:
-    if math.isnan(norm_ratio):
-        return {}
-    quarantined = norm_ratio > study.rounds.max_norm_ratio
+def _at_the_server(
+    level: float | None, norm_ratio: float, study: Study
+) -> dict[str, str]:
+    means, change = AT_SERVER
+    row = {
+        means: "like the others'"
+        if level is None
+        else f"left out, {level:.2f} times the others'"
+    }
+    if not math.isnan(norm_ratio):
+        far = norm_ratio > study.rounds.max_norm_ratio
+        row[change] = (
+            f"{norm_ratio:.2g} times the others', "
+            f"{'quarantined' if far else 'accepted'}"
+        )
+    return row
+
+
+def _moments(ground: Ground) -> dict[str, GeneMoments]:
+    """Return what each site tells of its genes, on the study's scale."""
     return {
-        "change of the model": f"{norm_ratio:.2g} times the others'",
-        "server": "quarantined" if quarantined else "accepted",
+        site: GeneMoments.of(
+            ground.standardisation.undo(ground.patients(cohort).values.numpy())
+        ).suppressed(ground.study.minimum_cohort)
+        for site, cohort in ground.sites.items()
     }
 
 

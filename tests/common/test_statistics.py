@@ -15,6 +15,7 @@ from fedgex.common.statistics import (
     GeneMoments,
     Standardisation,
     by_type,
+    foreign_scales,
     pack,
     pool,
     pool_types,
@@ -480,3 +481,66 @@ def test_pooled_groups_add_up_to_what_the_sites_told(rows):
         )
         np.testing.assert_allclose(ours.products, theirs.products, atol=1e-9)
         np.testing.assert_allclose(ours.totals, theirs.totals, atol=1e-9)
+
+
+# ---- a foreign scale ----
+
+
+def hospitals(n_genes: int, n_sites: int = 4) -> dict[str, np.ndarray]:
+    """Return sites of 20 patients, each with cancers of its own, in log2(x + 1)."""
+    rng = np.random.default_rng(n_genes)
+    level = rng.gamma(8, 1, n_genes)
+    return {
+        f"site-{i}": level + rng.normal(0, 1, n_genes) + rng.normal(0, 2, (20, n_genes))
+        for i in range(n_sites)
+    }
+
+
+def judged(rows: dict[str, np.ndarray], floor: int = 10) -> dict[str, float]:
+    return foreign_scales(
+        {name: GeneMoments.of(site).suppressed(floor) for name, site in rows.items()}
+    )
+
+
+@pytest.mark.parametrize("factor", [np.log(2), np.log10(2), 1 / np.log(2)])
+@pytest.mark.parametrize("n_sites", [3, 4, 9])
+def test_a_site_in_another_base_is_told_from_the_others(factor, n_sites):
+    rows = hospitals(300, n_sites)
+    rows["site-1"] *= factor
+
+    assert judged(rows) == {"site-1": pytest.approx(factor, rel=0.1)}
+
+
+def test_sites_with_other_cancers_other_genes_and_gaps_are_on_one_scale():
+    rows = hospitals(300)
+    rows["site-0"][:, :150] = np.nan
+    rows["site-1"][:, 120:] = np.nan
+    rows["site-2"][rows["site-2"] < 6] = np.nan  # the faint ones drop out
+    rows["site-3"][:5, 7] = np.nan
+
+    assert judged(rows) == {}
+
+
+def test_a_foreign_site_is_told_by_the_genes_that_others_measure_too():
+    rows = hospitals(300)
+    rows["site-1"] *= np.log(2)
+    rows["site-1"][:, :100] = np.nan
+    for other in ("site-0", "site-2", "site-3"):
+        rows[other][:, 250:] = np.nan
+
+    assert set(judged(rows)) == {"site-1"}
+
+
+@pytest.mark.parametrize(("n_genes", "n_sites"), [(300, 2), (60, 4)])
+def test_of_two_sites_and_of_few_genes_nothing_is_said(n_genes, n_sites):
+    rows = hospitals(n_genes, n_sites)
+    rows["site-1"] *= np.log10(2)
+
+    assert judged(rows) == {}
+
+
+def test_genes_that_no_site_tells_of_say_nothing():
+    rows = hospitals(300)
+    rows["site-1"] *= np.log(2)
+
+    assert judged(rows, floor=21) == {}

@@ -220,7 +220,7 @@ def test_without_deaths_and_with_one_type_a_site_is_not_estimable(
     assert found.numbers["central"][FEDERATED][0]["c-index"] is None
 
 
-def test_numbers_on_a_foreign_scale_are_refused_warned_of_or_pass_unnoticed(
+def test_a_foreign_scale_is_found_at_the_door_or_by_the_server(
     numbers: Any,
 ) -> None:
     checks = numbers["checks"]
@@ -228,9 +228,11 @@ def test_numbers_on_a_foreign_scale_are_refused_warned_of_or_pass_unnoticed(
     assert checks["counts"] == {"enters": False, "findings": ["FX-DATA-033 error"]}
     assert checks["log10"]["enters"]
     assert checks["log10"]["findings"] == ["FX-DATA-034 warning"]
+    assert checks["log10"]["level_ratio"] == pytest.approx(np.log10(2), rel=0.15)
     assert checks["log10"]["norm_ratio"] > 0
     assert checks["ln"]["enters"]
     assert checks["ln"]["findings"] == []
+    assert checks["ln"]["level_ratio"] == pytest.approx(np.log(2), rel=0.15)
 
 
 def test_a_foreign_scale_is_what_the_site_sends(ground: Ground) -> None:

@@ -1,0 +1,170 @@
+"""A hospital whose numbers are on another scale than it says takes no part in a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedgex.common import keys
+from fedgex.common.errors import FederationError
+from fedgex.common.statistics import GeneMoments, foreign_scales
+from fedgex.simulations.cohorts import new_data
+from fedgex.simulations.scenario import Scenario, find
+from fedgex.simulations.split import split
+
+from . import alliance as alliances
+from .conftest import TYPES, Consortium, Finished, scenario_values
+
+N_SITES = 4
+ODD = "hospital-02"
+SHORT: dict[str, Any] = {
+    "pretraining": {"rounds": 2},
+    "classification": {"rounds": 0},
+    "survival": {"rounds": 0},
+    "vocabulary": {"genes": [f"GENE{i:04d}" for i in range(1, 131)]},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(
+    consortium: Consortium, tmp_path_factory: pytest.TempPathFactory
+) -> Consortium:
+    """Write hospitals of a large panel, one in natural logarithms called log2p1."""
+    data = tmp_path_factory.mktemp("wide") / "data"
+    new_data(
+        data,
+        n_sites=N_SITES,
+        n_holdouts=1,
+        patients_per_site=20,
+        n_genes=150,
+        n_cancer_types=len(TYPES),
+    )
+    parts = split(
+        Scenario.read(scenario_values(), "a test's scenario"),
+        data,
+        data.with_name("split"),
+    )
+    sites = data.with_name("split") / "sites"
+    path = sites / ODD / "expression.parquet"
+    table = pd.read_parquet(path)
+    values = table.select_dtypes("number").columns
+    table[values] *= np.log(2)
+    table.to_parquet(path)
+    return dataclasses.replace(consortium, data=data, sites=sites, names=parts.sites)
+
+
+@pytest.fixture(scope="module")
+def ran(wide: Consortium, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return wide.conduct(wide.study(**SHORT), tmp_path_factory.mktemp("ran"))
+
+
+def test_it_is_left_out_of_the_run_and_the_journal_says_why(
+    wide: Consortium, ran: Finished
+) -> None:
+    (left_out,) = ran.events("not-answered")
+
+    assert (left_out["site"], left_out["state"]) == (ODD, "quarantined")
+    assert "0.7" in left_out["reason"]
+    assert "data.scale" in left_out["reason"]
+    others = [name for name in wide.names if name != ODD]
+    assert ran.events("run-started")[0]["sites"] == others
+    assert ran.final.trained_on["sites"] == others
+    asked = {e.message_type for e in ran.exchanges if e.site == ODD}
+    assert asked == {keys.PREPARE, keys.STATISTICS}
+
+
+def test_the_run_is_that_of_the_others(
+    wide: Consortium, ran: Finished, tmp_path: Path
+) -> None:
+    shutil.copytree(wide.sites, tmp_path / "sites")
+    shutil.rmtree(tmp_path / "sites" / ODD)
+
+    without = wide.conduct(
+        wide.study(**SHORT), tmp_path / "run", sites=tmp_path / "sites"
+    )
+
+    assert not without.events("not-answered")
+    assert without.digest == ran.digest
+
+
+@pytest.mark.parametrize("messages", [0, 1, N_SITES - 1])
+def test_it_stays_out_when_the_server_is_started_again(
+    wide: Consortium, ran: Finished, tmp_path: Path, messages: int
+) -> None:
+    wide.conduct(wide.study(**SHORT), tmp_path, kill_after=messages)
+    resumed = wide.conduct(wide.study(**SHORT), tmp_path)
+
+    assert resumed.digest == ran.digest
+    assert ODD not in resumed.events("round")[-1]["sites"]
+    assert {e.message_type for e in resumed.exchanges if e.site == ODD} == {
+        keys.PREPARE
+    }
+
+
+def test_without_it_the_quorum_may_be_missed_and_the_run_says_who_is_out(
+    wide: Consortium, tmp_path: Path
+) -> None:
+    study = wide.study(**SHORT, rounds={"quorum": N_SITES})
+
+    with pytest.raises(FederationError, match=f"{ODD}: quarantined .*data.scale"):
+        wide.conduct(study, tmp_path)
+
+
+def test_on_a_scale_that_is_no_logarithm_nobody_is_compared(
+    wide: Consortium, tmp_path: Path
+) -> None:
+    run = wide.conduct(wide.study(**SHORT, scale="linear"), tmp_path)
+
+    assert not run.events("not-answered")
+    assert run.events("run-started")[0]["sites"] == list(wide.names)
+
+
+def test_between_hospitals_the_receipts_name_it(
+    wide: Consortium, tmp_path: Path
+) -> None:
+    names = wide.names[:3]
+    alliance = alliances.found(tmp_path / "alliance", wide.sites, names)
+    study = wide.study(**SHORT, cross_products=False, rounds={"quorum": 2})
+
+    alliance.conduct(alliance.agree(study))
+
+    for name in names:
+        state, reason = alliance.states(name)[-1]
+        assert state == ("quarantined" if name == ODD else "contributed")
+        assert "data.scale" in str(reason) or name != ODD
+
+
+def test_real_hospitals_are_on_one_scale_and_each_is_told_once_it_is_not(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    parts = split(find("release"), shared_data, tmp_path / "split")
+    sites = tmp_path / "split" / "sites"
+    tables = {
+        name: pd.read_parquet(sites / name / "expression.parquet").select_dtypes(
+            "number"
+        )
+        for name in parts.sites
+    }
+    genes = sorted(set().union(*tables.values()))
+    moments = {
+        name: GeneMoments.of(table.reindex(columns=genes).to_numpy()).suppressed(10)
+        for name, table in tables.items()
+    }
+
+    assert len(moments) == 25
+    assert foreign_scales(moments) == {}
+    for name, right in moments.items():
+        for factor in (np.log(2), np.log10(2)):
+            wrong = dataclasses.replace(
+                right,
+                total=right.total * factor,
+                square_total=right.square_total * factor**2,
+            )
+            found = foreign_scales(moments | {name: wrong})
+            assert found == {name: pytest.approx(factor, rel=0.08)}

@@ -25,7 +25,8 @@ from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.model import GexBert
 from fedgex.common.objectives import ModelImputer, embed_all
 from fedgex.common.parameters import load_parameters
-from fedgex.common.scale import Scale, convert, floor
+from fedgex.common.scale import LOGARITHMIC, Scale, convert, floor
+from fedgex.common.statistics import foreign_scale
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.common.tasks import BACKBONE, Modules
 from fedgex.common.uncertainty import restore_with_spread
@@ -364,8 +365,16 @@ def possible_types(
     return np.isin(classes, list(among))
 
 
-def review(checkpoint: Checkpoint, frame: pd.DataFrame) -> tuple[Finding, ...]:
-    """Say how well the genes of a frame (N, G) fit the model; see docs/predict.md."""
+def review(
+    checkpoint: Checkpoint, frame: pd.DataFrame, *, scale: Scale | None = None
+) -> tuple[Finding, ...]:
+    """Say how well the genes of a frame (N, G) fit the model; see docs/predict.md.
+
+    Parameters
+    ----------
+    scale
+        That of the values, as for `impute`.
+    """
     index, n_vocabulary = checkpoint.vocabulary.index, len(checkpoint.vocabulary)
     inside = [name in index for name in frame.columns]
     measured = frame.loc[:, inside].notna().to_numpy()
@@ -414,7 +423,34 @@ def review(checkpoint: Checkpoint, frame: pd.DataFrame) -> tuple[Finding, ...]:
             action="Nothing, or export their values.",
         )
         findings.append(finding)
+    ratio = _foreign_scale(checkpoint, frame.loc[:, inside], scale)
+    if ratio is not None:
+        finding = Finding(
+            code="FX-PREDICT-005",
+            severity="warning",
+            where="values",
+            found=f"the means of the genes are {ratio:.2f} times those that the model "
+            "was trained on",
+            expected=f"about 1, whatever the cancer, on the {checkpoint.study.scale} "
+            "scale",
+            action="Check the scale that is named; natural logarithms called log2p1 "
+            "give 0.69. Do not use the predictions before.",
+        )
+        findings.append(finding)
     return tuple(findings)
+
+
+def _foreign_scale(
+    checkpoint: Checkpoint, frame: pd.DataFrame, scale: Scale | None
+) -> float | None:
+    """Return what `statistics.foreign_scale` says of a frame of the model's genes."""
+    canonical = checkpoint.study.scale
+    if canonical not in LOGARITHMIC:
+        return None
+    values = convert(frame.to_numpy(), scale or canonical, canonical)
+    places = [checkpoint.vocabulary.index[name] for name in frame.columns]
+    level = checkpoint.standardisation.mean[places]
+    return foreign_scale(pd.DataFrame(values).mean().to_numpy(np.float64), level)
 
 
 def review_clinical(study: Study, clinical: pd.DataFrame) -> tuple[Finding, ...]:
@@ -474,7 +510,7 @@ def _patients(
     clinical: pd.DataFrame | None = None,
 ) -> Patients:
     """Return one row a sample on the vocabulary, standardised."""
-    _refuse(review(checkpoint, frame))
+    _refuse(review(checkpoint, frame, scale=scale))
     study = checkpoint.study
     cohort = Cohort(
         patients=tuple(map(str, range(len(frame)))),  # each sample by itself

@@ -282,13 +282,33 @@ def pool(sites: Iterable[Summable]) -> Summable:
     return functools.reduce(operator.add, summands)
 
 
+def foreign_scale(
+    mean: NDArray[np.floating[Any]], level: NDArray[np.floating[Any]]
+) -> float | None:
+    """Return the ratio of gene means to their usual level, if that is another scale's.
+
+    The slope through the origin of one on the other, on a logarithmic scale. Other
+    cancers make a difference of a few per cent, another base of the logarithm one of 30
+    or more; see `FOREIGN_BEYOND`.
+
+    Parameters
+    ----------
+    mean, level
+        Shape (V,), NaN where not known. Of fewer genes than `LARGE_PANEL` nothing is
+        said.
+    """
+    known = ~np.isnan(mean) & ~np.isnan(level)
+    if known.sum() < LARGE_PANEL or not level[known].any():
+        return None
+    ratio = float(mean[known] @ level[known] / (level[known] @ level[known]))
+    return None if FOREIGN_BEYOND <= ratio <= 1 / FOREIGN_BEYOND else ratio
+
+
 def foreign_scales(sites: Mapping[str, GeneMoments]) -> dict[str, float]:
     """Return the sites whose gene means are not on the others' scale, with the ratio.
 
-    The ratio is the slope, through the origin, of a site's gene means on the median of
-    all sites' means, on a logarithmic scale. Sites with other cancers differ by a few
-    per cent, with another base of the logarithm by 30 or more. Of fewer than
-    `FEWEST_TO_COMPARE` sites, or `LARGE_PANEL` genes of one, nothing is said.
+    The others' level is the median of the sites' means; see `foreign_scale`. Of fewer
+    than `FEWEST_TO_COMPARE` sites of `LARGE_PANEL` genes nothing is said.
 
     Parameters
     ----------
@@ -302,15 +322,12 @@ def foreign_scales(sites: Mapping[str, GeneMoments]) -> dict[str, float]:
     }
     if len(means) < FEWEST_TO_COMPARE:
         return {}
-    anyone = ~np.isnan(list(means.values())).all(axis=0)
-    level = np.nanmedian(np.stack(list(means.values()))[:, anyone], axis=0)
-    foreign = {}
-    for name, mean in means.items():
-        own = mean[anyone]
-        ratio = float(np.nansum(own * level) / (level[~np.isnan(own)] ** 2).sum())
-        if not FOREIGN_BEYOND <= ratio <= 1 / FOREIGN_BEYOND:
-            foreign[name] = ratio
-    return foreign
+    every = np.stack(list(means.values()))
+    level = np.full(every.shape[1], np.nan)
+    anyone = ~np.isnan(every).all(axis=0)
+    level[anyone] = np.nanmedian(every[:, anyone], axis=0)
+    ratios = {name: foreign_scale(mean, level) for name, mean in means.items()}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def by_type(

@@ -395,3 +395,46 @@ def test_few_genes_are_a_warning() -> None:
 
     assert [f.code for f in few] == ["FX-PREDICT-002"]  # 1 of 12 is 8 %
     assert two == ()
+
+
+def wide(n_genes: int = 120) -> tuple[Checkpoint, pd.DataFrame]:
+    """Return a model of many genes, and samples on its scale."""
+    genes = tuple(f"G{i:03d}" for i in range(n_genes))
+    mean, sd = np.linspace(1, 12, n_genes), np.ones(n_genes)
+    trained = model(
+        vocabulary=Vocabulary(genes),
+        standardisation=Standardisation(mean=mean, sd=sd),
+    )
+    values = np.random.default_rng(0).normal(mean, sd, (2, n_genes)).clip(0)
+    return trained, pd.DataFrame(values, columns=list(genes)).assign(ALIEN=3.0)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2])
+@pytest.mark.parametrize("base", [np.e, 10])
+def test_numbers_on_another_scale_than_they_are_said_to_be_on_are_a_warning(
+    n_samples: int, base: float
+) -> None:
+    trained, frame = wide()
+
+    right = inference.review(trained, frame[:n_samples])
+    (wrong,) = inference.review(trained, frame[:n_samples] * np.log(2) / np.log(base))
+
+    assert right == ()
+    assert (wrong.code, wrong.severity) == ("FX-PREDICT-005", "warning")
+    assert wrong.found.endswith("the model was trained on")
+
+
+def test_numbers_on_the_scale_that_is_named_are_no_warning() -> None:
+    trained, frame = wide()
+
+    assert inference.review(trained, frame * np.log(2), scale=Scale.LN1P) == ()
+    assert inference.review(trained, frame, scale=Scale.LN1P) != ()
+
+
+def test_few_genes_or_a_scale_that_is_no_logarithm_tell_nothing() -> None:
+    few, frame = wide(90)
+    linear, many = wide()
+    linear = replace(linear, study=linear.study.model_copy(update={"scale": "linear"}))
+
+    assert inference.review(few, frame * np.log10(2)) == ()
+    assert inference.review(linear, many * np.log10(2)) == ()

@@ -254,13 +254,19 @@ def scenario_values() -> dict[str, Any]:
 def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
     """Write the hospitals' files once; a test that changes one takes a copy."""
     torch.set_num_threads(1)
-    data = tmp_path_factory.mktemp("consortium") / "data"
+    return write_hospitals(tmp_path_factory.mktemp("consortium") / "data")
+
+
+def write_hospitals(
+    data: Path, *, n_genes: int = 40, patients_per_site: int = 30
+) -> Consortium:
+    """Draw a consortium's data, and split it into its hospitals beside."""
     new_data(
         data,
         n_sites=N_SITES,
         n_holdouts=1,
-        patients_per_site=30,
-        n_genes=40,
+        patients_per_site=patients_per_site,
+        n_genes=n_genes,
         n_cancer_types=len(TYPES),
     )
     out = data.with_name("split")

@@ -14,14 +14,12 @@ import pytest
 from fedgex.common import keys
 from fedgex.common.errors import FederationError
 from fedgex.common.statistics import GeneMoments, foreign_scales
-from fedgex.simulations.cohorts import new_data
-from fedgex.simulations.scenario import Scenario, find
+from fedgex.simulations.scenario import find
 from fedgex.simulations.split import split
 
 from . import alliance as alliances
-from .conftest import TYPES, Consortium, Finished, scenario_values
+from .conftest import N_SITES, Consortium, Finished, write_hospitals
 
-N_SITES = 4
 ODD = "hospital-02"
 SHORT: dict[str, Any] = {
     "pretraining": {"rounds": 2},
@@ -32,31 +30,16 @@ SHORT: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def wide(
-    consortium: Consortium, tmp_path_factory: pytest.TempPathFactory
-) -> Consortium:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
     """Write hospitals of a large panel, one in natural logarithms called log2p1."""
-    data = tmp_path_factory.mktemp("wide") / "data"
-    new_data(
-        data,
-        n_sites=N_SITES,
-        n_holdouts=1,
-        patients_per_site=20,
-        n_genes=150,
-        n_cancer_types=len(TYPES),
-    )
-    parts = split(
-        Scenario.read(scenario_values(), "a test's scenario"),
-        data,
-        data.with_name("split"),
-    )
-    sites = data.with_name("split") / "sites"
-    path = sites / ODD / "expression.parquet"
+    folder = tmp_path_factory.mktemp("wide")
+    wide = write_hospitals(folder / "data", n_genes=150, patients_per_site=20)
+    path = wide.sites / ODD / "expression.parquet"
     table = pd.read_parquet(path)
     values = table.select_dtypes("number").columns
     table[values] *= np.log(2)
     table.to_parquet(path)
-    return dataclasses.replace(consortium, data=data, sites=sites, names=parts.sites)
+    return wide
 
 
 @pytest.fixture(scope="module")

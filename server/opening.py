@@ -90,7 +90,7 @@ class Opening:
     present: dict[str, ConfigRecord] = field(init=False, default_factory=dict)
     """What each site said of itself, in order of name."""
     absent: dict[str, dict[str, Any]] = field(init=False, default_factory=dict)
-    """State and reason of each invited site that takes no part."""
+    """State and reason of each site, known by name, that takes no part."""
 
     def gather(self) -> None:
         """Wait for the sites, and ask each who it is.
@@ -279,20 +279,18 @@ class Opening:
 
     def _leave_out(self, foreign: Mapping[str, float]) -> None:
         """Leave sites on a foreign scale out of the run; the ratios say how foreign."""
-        scale, left = self.study.scale, dict[str, dict[str, Any]]()
-        for name, ratio in foreign.items():
-            if self.present.pop(name, None) is None:
-                continue
+        left = [name for name in foreign if self.present.pop(name, None) is not None]
+        for name in left:
             reason = (
-                f"the means of its genes are {ratio:.2f} times the other sites', "
-                f"expected about 1 where all are on the {scale} scale; have it correct "
-                "data.scale, or its export, and begin a new run"
+                f"the means of its genes are {foreign[name]:.2f} times the other "
+                f"sites', expected about 1 where all are on the {self.study.scale} "
+                "scale; have it correct data.scale, or its export, and begin a new run"
             )
-            left[name] = {"state": "quarantined", "reason": reason}
-            self._report(name, **left[name])
+            self._report(name, "quarantined", reason)
+            self.absent[name] = {"state": "quarantined", "reason": reason}
         if left:
             here = {name: {"state": "contributed"} for name in self.present}
-            require_quorum(self.absent | left | here, self.study.rounds, "the start")
+            require_quorum(self.absent | here, self.study.rounds, "the start")
 
     def _kept(self, name: str) -> Path:
         """Return the path of what is found once in a run of this study."""

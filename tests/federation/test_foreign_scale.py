@@ -58,6 +58,9 @@ def test_it_is_left_out_of_the_run_and_the_journal_says_why(
     others = [name for name in wide.names if name != ODD]
     assert ran.events("run-started")[0]["sites"] == others
     assert ran.final.trained_on["sites"] == others
+    for event in ran.events("round"):
+        states = {name: site["state"] for name, site in event["sites"].items()}
+        assert states == dict.fromkeys(others, "contributed") | {ODD: "quarantined"}
     asked = {e.message_type for e in ran.exchanges if e.site == ODD}
     assert asked == {keys.PREPARE, keys.STATISTICS}
 
@@ -84,7 +87,7 @@ def test_it_stays_out_when_the_server_is_started_again(
     resumed = wide.conduct(wide.study(**SHORT), tmp_path)
 
     assert resumed.digest == ran.digest
-    assert ODD not in resumed.events("round")[-1]["sites"]
+    assert resumed.events("round")[-1]["sites"][ODD]["state"] == "quarantined"
     assert {e.message_type for e in resumed.exchanges if e.site == ODD} == {
         keys.PREPARE
     }

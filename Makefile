@@ -48,7 +48,7 @@ test: install
 	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation and not deployment and not chaos'
 	$(BIN)/pytest -rs -m 'federation and not slow'  # one at a time: two Ray clusters starting at once can hang
 
-## test-federation  failures between hospitals, with real processes; thirty to forty-five minutes
+## test-federation  failures between hospitals, with real processes; thirty to fifty minutes
 test-federation: install
 	$(BIN)/pytest -rs -m deployment
 

@@ -1,8 +1,8 @@
 """Which packages a wheel holds: those whose folder lies here.
 
-Built here it holds everything. deploy/wheelhouse.sh builds a hospital's wheel from a copy
-with `client` and `common`, the coordinator's with `server` and `common`, so that
-each installs no more than it has to review.
+Built here it holds everything. deploy/wheelhouse.sh builds a hospital's wheel from a
+copy of `client` and `common`, the coordinator's from one of `server` and `common`, so
+that each installs no more than it has to review.
 """
 
 from pathlib import Path

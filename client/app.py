@@ -31,9 +31,9 @@ from fedgex.client.ledger import LedgerError
 from fedgex.client.policy import Policy
 from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.settings import SiteSettings
-from fedgex.client.sources import Code
 from fedgex.client.validation import assay, load_cohort
 from fedgex.common import keys
+from fedgex.common.codes import Code
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError, DataError
 from fedgex.common.files import disk_full
@@ -57,9 +57,6 @@ GOVERNED_BY = {
 }
 """Numbers that a metric of the policy with another name covers."""
 
-FAILED, REFUSED_STUDY = "FX-SITE-001", "FX-SITE-002"
-OUT_OF_MEMORY, NO_DEVICE, DISK_FULL = "FX-SITE-006", "FX-SITE-008", "FX-SITE-009"
-
 app = ClientApp()
 Handler = Callable[[Message, SiteSettings, Study], RecordDict]
 
@@ -78,7 +75,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
             content = _refusal(code)
         except ConfigError as error:
             logger.error("refused: %s", error)
-            content = _refusal(REFUSED_STUDY)
+            content = _refusal(Code.STUDY_REFUSED)
         except (LedgerError, ExchangeError) as error:
             logger.error("refused: %s", error)
             content = _refusal(error.code)
@@ -394,15 +391,16 @@ def _floor(settings: SiteSettings, study: Study) -> int:
     return max(settings.policy.minimum_cohort, study.minimum_cohort)
 
 
-def _failure(error: Exception) -> str:
+def _failure(error: Exception) -> Code:
     """Return the code of something unforeseen."""
     # On a CPU, torch tells of exhausted memory by the text alone.
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
-        return OUT_OF_MEMORY
+        return Code.OUT_OF_MEMORY
     if disk_full(error):
-        return DISK_FULL
-    return NO_DEVICE if isinstance(error, torch.AcceleratorError) else FAILED
+        return Code.DISK_FULL
+    lost = isinstance(error, torch.AcceleratorError)
+    return Code.DEVICE_LOST if lost else Code.FAILED
 
 
 def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:

@@ -26,13 +26,13 @@ from fedgex.client.gate import read_working, stop_working
 from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.files import explained, sign, write_atomic
 from fedgex.common.processes import Child
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT = "FX-SITE-007"
 LOOK_S = 0.5
 STATUS_S = 5.0
 LOCK_S = 1.0
@@ -153,7 +153,7 @@ class _Daemon:
             logger.warning("a message took more than %g s; it is stopped", limit)
             self.worker.stop(grace_s=0)
             with _going_on():
-                stop_working(self.settings.state_dir, TIME_LIMIT)
+                stop_working(self.settings.state_dir, Code.TIME_LIMIT)
 
     def _limit_s(self) -> float:
         """Return the policy's limit as it is now, or as it was if it cannot be read."""

@@ -16,6 +16,7 @@ import typer
 from fedgex.client.decisions import Decision, Desk, Received, objections
 from fedgex.client.settings import SiteSettings
 from fedgex.client.spending import Account
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError
 
 study = typer.Typer(
@@ -275,7 +276,10 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
             f"{cost['after']:.3g} after this study, {cost['budget']:g} permitted"
         )
         if cost["after"] > cost["budget"]:
-            yield "the budget ends this study early: FX-PRIV-002 from some round on"
+            yield (
+                f"the budget ends this study early: {Code.BUDGET_EXCEEDED} from some "
+                "round on"
+            )
     if site is not None:
         yield (
             "for this hospital as a whole, if the server is trusted to add noise "

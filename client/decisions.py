@@ -44,7 +44,7 @@ RECEIVED, DECIDED = "contract-received", "decision"
 class Refusal(FedgexError):  # noqa: N818, the word that hospitals read
     """A study may not do here what it asks for; only `code` leaves the hospital."""
 
-    def __init__(self, code: Code, why: str) -> None:
+    def __init__(self, code: str, why: str) -> None:
         super().__init__(f"{code}: {why}")
         self.code = code
         self.why = why
@@ -239,8 +239,7 @@ class Desk:
         }
         made = Decision.read(values, "the decision")
         dumped = made.model_dump(mode="json")
-        content = json.dumps(dumped, sort_keys=True, separators=(",", ":"))
-        signed = Signed(content, ()).signed_by(
+        signed = Signed(made.to_json()).signed_by(
             self._identity.key, self._identity.certificate
         )
         self._audit.append(DECIDED, **dumped)

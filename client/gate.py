@@ -312,7 +312,7 @@ class Gate:
         if before is not None and before["request"] == request:
             if before.get("code"):
                 path.unlink()
-                raise Refusal(Code(str(before["code"])), "the computation was stopped.")
+                raise Refusal(str(before["code"]), "the computation was stopped.")
             deaths = int(str(before["deaths"])) + 1
         if deaths >= MAX_DEATHS:
             path.unlink()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import sqlite3
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Self
 
 from fedgex.common import failpoints, privacy
+from fedgex.common.canonical import canonical_json
 from fedgex.common.chain import Head
 from fedgex.common.codes import Code
 from fedgex.common.errors import FedgexError
@@ -486,8 +486,8 @@ def _row(values: tuple[object, ...]) -> Row:
 
 
 def _hash(said: dict[str, str | int | float]) -> str:
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    text = canonical_json(said, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _key_check(key: bytes) -> str:

@@ -631,7 +631,7 @@ def _refusing() -> Iterator[None]:
     problems.tell()
 
 
-_ACTIONS = {
+_ACTIONS: dict[str, str] = {
     Code.FILE_MISSING: "Correct the path.",
     Code.COLUMN_MISSING: "Name the column so, or give the site.toml that names "
     "it with --site.",

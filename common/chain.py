@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgex.common import failpoints, files
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError
 
 RESERVED = frozenset({"n", "time", "event", "previous", "hash"})
@@ -201,8 +202,7 @@ def _broken(where: str, why: str) -> TrustError:
 
 
 def _canonical(content: Any) -> bytes:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii")
+    return canonical_json(content, allow_nan=False).encode()
 
 
 def _hash(entry: dict[str, Any]) -> str:

@@ -17,12 +17,10 @@ off by a crash; readers pass over it and the next writer cuts it away.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +59,7 @@ class Chain:
             If the last line is no line of an audit log.
         """
         try:
-            with FileIO(self.path) as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
+            with files.shared_lock(self.path) as file:
                 last, _ = files.last_line(file)
         except FileNotFoundError:
             return EMPTY
@@ -159,8 +156,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[bytes]:
     """Return the finished lines, each with its newline; none if there is no file."""
     try:
-        with FileIO(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with files.shared_lock(path) as file:
             content = file.readall()
     except FileNotFoundError:
         return []

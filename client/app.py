@@ -193,7 +193,6 @@ def cross_products(
 def secagg_keys(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     """Make keys for a round of secure aggregation, if this site can take part in it."""
     phase = text(message.content.config_records[keys.ROUND], keys.PHASE)
-    _refuse_phase(phase, settings.policy)
     cohort, vocabulary = _cohort(settings, study), _vocabulary(message)
     _refuse_drift(settings, study, cohort)
     raw = Standardisation(mean=np.zeros(len(vocabulary)), sd=np.ones(len(vocabulary)))
@@ -236,7 +235,6 @@ def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     started = time.monotonic()
     order = message.content.config_records[keys.ROUND]
     phase, number = text(order, keys.PHASE), int(str(order[keys.NUMBER]))
-    _refuse_phase(phase, settings.policy)
     cohort = _cohort(settings, study)
     _refuse_drift(settings, study, cohort)
     local_training.refuse_large_delta(study, cohort.n_patients)
@@ -327,7 +325,7 @@ def _study(message: Message, settings: SiteSettings) -> Study:
     if text(record, keys.HASH) != study.hash:
         raise ConfigError("the study sent differs from its hash; ask the coordinator.")
     _refuse_other_version(message)
-    _refuse_unpermitted(study, settings.policy)
+    _refuse_unpermitted(message, study, settings.policy)
     torch.set_num_threads(settings.policy.threads)
     return study
 
@@ -344,27 +342,12 @@ def _refuse_other_version(message: Message) -> None:
         )
 
 
-def _refuse_unpermitted(study: Study, policy: Policy) -> None:
-    """Refuse a study that asks for what the hospital's policy never gives."""
-    if policy.demand_privacy and study.privacy.patient is None:
-        raise ConfigError(
-            "policy.toml demands differential privacy, and the study offers none; "
-            "decline the study, or set demand_privacy = false."
-        )
-    by = study.strategy.weights
-    if by in keys.WEIGHTED_BY and keys.NUM_PATIENTS not in policy.metrics:
-        raise ConfigError(
-            f'the study weights updates by "{by}", and metrics in policy.toml lacks '
-            '"num-patients"; add it, or ask for a study with other weights.'
-        )
-
-
-def _refuse_phase(phase: str, policy: Policy) -> None:
-    if phase not in policy.tasks:
-        permitted = ", ".join(policy.tasks)
-        raise ConfigError(
-            f'the study asks for "{phase}"; policy.toml permits tasks {permitted}.'
-        )
+def _refuse_unpermitted(message: Message, study: Study, policy: Policy) -> None:
+    """Refuse what the policy refuses of a study, and of the phase that is to train."""
+    order = message.content.config_records.get(keys.ROUND)
+    phases = () if order is None else (text(order, keys.PHASE),)
+    if against := policy.objections(study, phases):
+        raise ConfigError(" ".join(against))
 
 
 def _vocabulary(message: Message) -> Vocabulary:

@@ -305,7 +305,7 @@ class Desk:
             )
         if not contract.supports(version("fedgex")):
             raise Refusal(Code.OUTSIDE_VERSIONS, _unsupported(contract))
-        if against := objections(contract, self._policy):
+        if against := self._policy.objections(contract.study):
             raise Refusal(Code.AGAINST_POLICY, " ".join(against))
         return contract
 
@@ -378,33 +378,6 @@ class Desk:
             logger.warning("decisions/%s is not this hospital's", path.name)
             return None
         return made
-
-
-def objections(contract: Contract, policy: Policy) -> list[str]:
-    """Return what the hospital's policy refuses of a contract, one sentence each.
-
-    The minimum cohort is not among them: of policy and study, the stricter counts.
-    """
-    study, found = contract.study, []
-    for task in study.phases:
-        if task not in policy.tasks:
-            found.append(
-                f"The study trains {task}; policy.toml permits "
-                f"{', '.join(policy.tasks) or 'no task'}."
-            )
-    if policy.demand_privacy and study.privacy.patient is None:
-        found.append(
-            "The study trains without differential privacy; policy.toml has "
-            "demand_privacy = true."
-        )
-    counted = study.strategy.weights in ("patients", "loss-terms")
-    if counted and "num-patients" not in policy.metrics:
-        found.append(
-            f'The study weights updates by "{study.strategy.weights}"; policy.toml '
-            "does not let num-patients leave. Weights that tell nothing are equal or "
-            "fixed in the contract."
-        )
-    return found
 
 
 def _expired_contract(contract: Contract) -> str:

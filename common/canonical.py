@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 
-def canonical_json(values: Any, *, allow_nan: bool = True) -> str:
+def canonical_json(
+    values: Any,
+    *,
+    allow_nan: bool = True,
+    default: Callable[[Any], Any] | None = None,
+) -> str:
     """Return the ASCII text of a JSON value: keys sorted, no spaces.
-
-    Bytes, which only the records of a message hold, become `{"bytes": hex}`.
 
     Parameters
     ----------
-    values
-        What `json` can write, or bytes.
     allow_nan
         Whether NaN and infinity may stand in it, as `NaN` and `Infinity`.
+    default
+        Returns what to write for a value that JSON does not have.
 
     Raises
     ------
     TypeError
-        If a value is of another kind.
+        If JSON does not have a value, and there is no `default`.
     ValueError
         If a number is not finite and `allow_nan` is false.
     """
@@ -30,11 +34,5 @@ def canonical_json(values: Any, *, allow_nan: bool = True) -> str:
         sort_keys=True,
         separators=(",", ":"),
         allow_nan=allow_nan,
-        default=_bytes,
+        default=default,
     )
-
-
-def _bytes(value: Any) -> dict[str, str]:
-    if isinstance(value, bytes):
-        return {"bytes": value.hex()}
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -132,8 +132,13 @@ def digest(content: RecordDict, *, without: Collection[str] = ()) -> str:
                 add(json.dumps(described).encode())
                 add(array.data)
         else:
-            add(canonical_json(dict(record)).encode())
+            add(canonical_json(dict(record), default=_bytes).encode())
     return hashed.hexdigest()
+
+
+def _bytes(value: bytes) -> dict[str, str]:
+    """Return bytes as an object, which no record can hold itself."""
+    return {"bytes": value.hex()}
 
 
 def _name(number: int) -> str:

@@ -115,10 +115,10 @@ def test_a_recorded_hash_is_still_that_of_the_same_content(
 
 
 def test_keys_are_sorted_and_nothing_else_stands_between_them() -> None:
-    values = {"b": [1, None, True], "a": {"d": 0.1, "c": "é\n"}, "z": b"\x00\xff"}
+    values = {"b": [1, None, True], "a": {"d": 0.1, "c": "é\n"}}
 
     assert canonical_json(values) == (
-        '{"a":{"c":"\\u00e9\\n","d":0.1},"b":[1,null,true],"z":{"bytes":"00ff"}}'
+        '{"a":{"c":"\\u00e9\\n","d":0.1},"b":[1,null,true]}'
     )
 
 
@@ -129,8 +129,9 @@ def test_numbers_that_are_not_finite_stand_only_where_they_may() -> None:
 
 
 def test_what_json_cannot_hold_is_refused() -> None:
-    with pytest.raises(TypeError, match="Path cannot be written as JSON"):
-        canonical_json({"a": ROOT})
+    for value in (ROOT, b""):
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            canonical_json({"a": value})
 
 
 def test_no_other_module_writes_canonical_json() -> None:

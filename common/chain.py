@@ -6,10 +6,10 @@ A line is one JSON object in canonical form (keys sorted, no spaces, ASCII):
 
 `n` counts from 1, `time` is UTC in ISO 8601, `previous` is the hash of the line before
 (64 zeros for the first), and `hash` is the SHA-256 of the canonical form of all the
-rest. Whoever knows the head, number and hash of the last line, can tell later whether
-anything up to it was changed, removed or reordered. Whoever does not cannot tell a log
-that was cut at its end, or written anew from some line on, from one that is whole: so
-heads are given away, inside signed receipts and replies.
+rest. With a known head, number and hash of the last line, any change, removal or
+reordering of the lines up to it is detected. Without one, a log that was cut at its
+end, or written anew from some line on, looks complete: so heads leave the machine,
+inside signed receipts and replies.
 
 A line counts once its newline is on the disk. What follows the last newline was torn
 off by a crash; readers pass over it and the next writer cuts it away.
@@ -82,14 +82,16 @@ class Chain:
             If the line cannot be written; then none of it is there.
         """
         assert not RESERVED & fields.keys(), "the log itself sets these"
-        said = json.loads(_canonical({"event": event} | fields))  # as it is read back
+        written = json.loads(
+            _canonical({"event": event} | fields)
+        )  # as it is read back
         new = EMPTY
 
         def line_after(last: bytes) -> bytes:
             nonlocal new
             head = _head(last, self.path)
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            entry = said | {"n": head.index + 1, "time": now, "previous": head.hash}
+            entry = written | {"n": head.index + 1, "time": now, "previous": head.hash}
             new = Head(head.index + 1, _hash(entry))
             return _canonical(entry | {"hash": new.hash}) + b"\n"
 
@@ -101,7 +103,7 @@ class Chain:
     def contains(self, head: Head) -> bool:
         """Whether this log once had that head, and so goes on from it.
 
-        It looks at one line only; `verify` tells whether the lines before were changed.
+        Only one line is compared; `verify` checks the lines before it.
         """
         if head.index == 0:
             return head == EMPTY
@@ -112,7 +114,7 @@ class Chain:
 
 
 def verify(path: Path) -> Head:
-    """Follow the whole chain, and return its head for comparison with a known one.
+    """Verify every line, and return the head for comparison with a known one.
 
     Raises
     ------
@@ -129,13 +131,13 @@ def verify(path: Path) -> Head:
                 f"expected line {number} after {head.hash[:12]}: lines were removed, "
                 "added or reordered",
             )
-        said = entry.pop("hash")
-        if said != _hash(entry):
+        carried = entry.pop("hash")
+        if carried != _hash(entry):
             raise _broken(
                 f"{path}: line {number}",
                 "its content does not have the hash that it carries: it was changed",
             )
-        head = Head(number, said)
+        head = Head(number, carried)
     return head
 
 

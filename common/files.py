@@ -72,7 +72,7 @@ def write_atomic(
 
 
 def append(path: Path, line_after: Callable[[bytes], bytes], mode: int = 0o600) -> None:
-    """Add one line to a file of lines, alone among all processes.
+    """Add one line to a file of lines, under a lock against other processes.
 
     A torn last line is cut off first, with a warning.
 

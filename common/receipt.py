@@ -184,7 +184,7 @@ def verify_part(
 ) -> Part:
     """Return a part once certificate and signature are verified.
 
-    Not verified: that it fits the request, the reply and the receipt beside it.
+    Not verified: that it fits the request, the reply and the receipt.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def verify_part(
 
 
 def verify_chain(receipts: Sequence[Signed], authority: x509.Certificate) -> None:
-    """Refuse receipts that are not one run's, whole from its first to the last given.
+    """Refuse receipts that are not one run's, without a gap from its first to the last.
 
     Verified: the coordinator's signature under each receipt; that each names the one
     before, begins with the parameters that the one before ended with, and counts each

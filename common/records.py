@@ -26,7 +26,7 @@ def to_record(arrays: Arrays) -> ArrayRecord:
 
     Flower moves every array by itself, in several requests, and a model of sixty small
     ones takes longer to announce than to send. It also puts each array together from
-    its parts in a copy, so one array of a whole great model would double it.
+    its parts in a copy, so one array of a large model would double its memory.
     """
     content = save({name: np.asarray(arrays[name], order="C") for name in arrays})
     starts = range(0, len(content), PIECE_BYTES)
@@ -68,7 +68,7 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
     content = packed(record)
     try:
         arrays: dict[str, NDArray[np.generic]] = load(content)
-    except Exception as error:  # whatever bytes came, they stop their sender alone
+    except Exception as error:  # whatever bytes came, only their sender fails
         raise UpdateError("the arrays cannot be read") from error
     return arrays
 

@@ -142,7 +142,7 @@ def heads(state_dir: Path) -> list[Head]:
 
 
 def _not_without_log(state_dir: Path) -> None:
-    """Refuse a ledger with rows that the audit log has never heard of."""
+    """Refuse a ledger with rows that the audit log does not record."""
     if (state_dir / FILE).exists() and Ledger.open(state_dir).head.index:
         raise LedgerError(
             f"{state_dir / FILE} holds debits, and the audit log beside it has never "

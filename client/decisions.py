@@ -1,9 +1,9 @@
-"""What this hospital decided about each study contract, and what that lets in.
+"""A hospital's decisions about study contracts, and the contracts that they admit.
 
-Nothing is admitted by default. A contract counts once its signatures were verified and
-that was logged; a decision counts while the file that this hospital signed and the last
-word of the audit log agree, and a withdrawal counts from either of them. A file that
-was restored, changed or put there by hand admits nothing.
+No contract is admitted by default. A contract counts once its signatures were verified
+and that was logged; a decision counts while the file that this hospital signed and the
+last line of the audit log about the contract agree, and a withdrawal counts from either
+of them. A file that was restored, changed or put there by hand admits nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fedgex.common.study import Settings
 logger = logging.getLogger(__name__)
 
 Verdict = Literal["approved", "rejected", "withdrawn"]
-"""What a person can say of a contract."""
+"""Decisions of a person about a contract."""
 
 HASH_PATTERN = re.compile(r"[0-9a-f]{64}")
 RECEIVED, DECIDED = "contract-received", "decision"
@@ -42,7 +42,7 @@ RECEIVED, DECIDED = "contract-received", "decision"
 
 
 class Refusal(FedgexError):  # noqa: N818, the word that hospitals read
-    """A study may not do here what it asks for; only `code` leaves the hospital."""
+    """The hospital refuses a request of a study; only `code` leaves the hospital."""
 
     def __init__(self, code: str, why: str) -> None:
         super().__init__(f"{code}: {why}")
@@ -51,7 +51,7 @@ class Refusal(FedgexError):  # noqa: N818, the word that hospitals read
 
 
 class Decision(Settings):
-    """What a person decided about one contract, as the site signs it."""
+    """One decision about one contract, as the site signs it."""
 
     contract: str = Field(pattern=rf"^{HASH_PATTERN.pattern}$")
     """Hash of the contract's text."""
@@ -89,7 +89,7 @@ class Received:
 
 
 class Desk:
-    """Takes contracts and decisions, and says what they let in."""
+    """Store of received contracts and of the hospital's decisions about them."""
 
     def __init__(
         self, state_dir: Path, identity: Identity, audit: Chain, policy: Policy

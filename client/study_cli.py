@@ -236,8 +236,8 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
         lines += [f"  - {each}" for each in facts["refused"]]
     else:
         lines += ["our policy   refuses nothing of it"]
-    told = [_printable(line) for line in text.splitlines()]
-    return "\n".join([*lines, "", "--- text that was signed", *told])
+    signed = [_printable(line) for line in text.splitlines()]
+    return "\n".join([*lines, "", "--- text that was signed", *signed])
 
 
 def _cost(received: Received, settings: SiteSettings) -> dict[str, float] | None:
@@ -247,7 +247,7 @@ def _cost(received: Received, settings: SiteSettings) -> dict[str, float] | None
         return None
     account = Account.of(settings)
     return {
-        "epsilon": account.alone(study),
+        "epsilon": account.study_epsilon(study),
         "spent": account.spent,
         "after": account.after(received.hash, study),
         "budget": account.budget.epsilon,

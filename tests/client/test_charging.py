@@ -476,4 +476,4 @@ def test_what_is_left_counts_who_was_used_most(north: Hospital) -> None:
     assert account.spent == after(1)
     # Whoever was in the first round has three to come, as has the new one.
     assert account.after(north.contract.hash, STUDY) == after(4)
-    assert account.alone(STUDY) == after(5)
+    assert account.study_epsilon(STUDY) == after(5)

@@ -86,8 +86,8 @@ def export(
 def print_statement(site_toml: SiteToml) -> None:
     """Print what is guaranteed to a patient, as Markdown, for those who ask."""
     with refusing():
-        told = statement(SiteSettings.load(site_toml))
-    typer.echo(told)
+        text = statement(SiteSettings.load(site_toml))
+    typer.echo(text)
 
 
 def verified(settings: SiteSettings) -> tuple[Book | None, int]:

@@ -34,12 +34,12 @@ class Use:
     patients: int
     """Distinct patients of all rounds."""
     epsilon: float
-    """Of this alone; the largest of any patient."""
+    """Of these rounds only; the largest of any patient."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """A hospital's ledger beside its budget."""
+    """A hospital's ledger and its budget."""
 
     book: Book
     budget: Budget
@@ -77,7 +77,7 @@ class Account:
             found.setdefault(key, []).append(row)
         return [self._use(*key, rows) for key, rows in found.items()]
 
-    def alone(self, study: Study) -> float:
+    def study_epsilon(self, study: Study) -> float:
         """Return the epsilon of all planned rounds of a study, at the budget's delta.
 
         Raises

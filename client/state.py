@@ -26,7 +26,7 @@ KEPT_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Panel:
-    """What a site measures, and what of it the server was told."""
+    """Genes and scale of a site's data, and the genes that the site reported."""
 
     scale: str
     genes: tuple[str, ...]
@@ -36,7 +36,7 @@ class Panel:
     """Name of the run; empty in a simulation, which has none."""
 
     def holds(self, scale: str, genes: Collection[str]) -> bool:
-        """Return whether the data still are what the server was told of.
+        """Return whether the data still are what the site reported.
 
         A gene of few patients may go: its last one may have opted out.
         """
@@ -81,8 +81,8 @@ def read_panel(state_dir: Path) -> Panel | None:
     path = state_dir / PANEL
     if not path.exists():
         return None
-    told = json.loads(path.read_text())
-    return Panel(told["scale"], tuple(told["genes"]), tuple(told["told"]), told["run"])
+    kept = json.loads(path.read_text())
+    return Panel(kept["scale"], tuple(kept["genes"]), tuple(kept["told"]), kept["run"])
 
 
 def load_head(

@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 import fedgex.client.app
 from fedgex.client import charging, daemon
 from fedgex.client.cli import app as site_app
-from fedgex.client.decisions import objections
 from fedgex.client.ledger import FILE, KEY, BudgetError, Ledger, LedgerError
 from fedgex.client.policy import TEMPLATE, Policy
 from fedgex.client.settings import SiteSettings
@@ -248,8 +247,8 @@ def test_a_hospital_that_demands_privacy_takes_part_where_patients_have_it() -> 
 
     private, of_sites = (Contract.from_toml(each, "-") for each in (CONTRACT, text))
 
-    assert objections(private, demanding) == []
-    assert len(objections(of_sites, demanding)) == 1
+    assert demanding.objections(private.study) == []
+    assert len(demanding.objections(of_sites.study)) == 1
 
 
 def test_a_study_without_patient_privacy_needs_no_ledger(north: Hospital) -> None:
@@ -477,4 +476,4 @@ def test_what_is_left_counts_who_was_used_most(north: Hospital) -> None:
     assert account.spent == after(1)
     # Whoever was in the first round has three to come, as has the new one.
     assert account.after(north.contract.hash, STUDY) == after(4)
-    assert account.alone(STUDY) == after(5)
+    assert account.study_epsilon(STUDY) == after(5)

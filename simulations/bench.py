@@ -25,8 +25,8 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import model, tasks
 from fedgex.common.cohort import save_cohort
 from fedgex.common.fitting import fit, pretraining_loss

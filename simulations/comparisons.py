@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.fitting import fit, round_learning_rate

@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import memory, tasks
 from fedgex.common import start as linear_start
 from fedgex.common.cohort import Cohort

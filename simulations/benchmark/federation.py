@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import predictions, statistics, tasks
 from fedgex.common import scale as scales
 from fedgex.common.cohort import Cohort, read_parquet

@@ -12,7 +12,7 @@ PAGES = ("findings.md", "hospital-operation.md", "messages.md")
 
 def used() -> set[str]:
     """Return every code that stands in what a hospital runs."""
-    files = [*(ROOT / "client").glob("*.py"), *(ROOT / "common").glob("*.py")]
+    files = [*(ROOT / "client").rglob("*.py"), *(ROOT / "common").glob("*.py")]
     return {code for path in files for code in CODE.findall(path.read_text("utf-8"))}
 
 

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message
 from numpy.typing import NDArray
 
 from fedgex.client import secure_rounds
-from fedgex.client.ledger import Ledger
+from fedgex.client.ledger.ledger import Ledger
 from fedgex.common import checkpoint, keys
 from fedgex.common.errors import FederationError
 from fedgex.common.model import PER_GENE

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,10 +43,8 @@ class Export(StrEnum):
 @ledger.command()
 def show(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
     """Show what each run did to patients, and what is spent and left."""
-    from fedgex.client.ledger.budget import Account
-
     with refusing():
-        account = Account.of(load(site_toml))
+        account = _account(site_toml)
         facts = _facts(account)
     if form == Format.JSON:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -77,10 +76,8 @@ def export(
     ] = Export.CSV,
 ) -> None:
     """Print every row; a cohort is a digest and a number, no patient is in it."""
-    from fedgex.client.ledger.budget import Account
-
     with refusing():
-        book = Account.of(load(site_toml)).book
+        book = _account(site_toml).book
     rows = [_exported(row, book) for row in book.rows]
     if form == Export.JSON:
         typer.echo(json.dumps(rows, indent=2))
@@ -126,6 +123,12 @@ def verified(settings: SiteSettings) -> tuple[Book | None, int]:
                 "both, and find out who did."
             )
     return book, len(heads)
+
+
+def _account(site_toml: Path) -> Account:
+    from fedgex.client.ledger.budget import Account
+
+    return Account.of(load(site_toml))
 
 
 def _facts(account: Account) -> dict[str, Any]:

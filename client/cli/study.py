@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,11 +45,8 @@ Reason = Annotated[str, typer.Option(help="Why; stands in the log, does not leav
 @study.command("list")
 def list_contracts(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
     """List every contract that reached this hospital and what was decided about it."""
-    from fedgex.client.decisions import Desk
-
     with refusing():
-        settings = load(site_toml)
-        desk = Desk.of(settings)
+        _, desk = _open(site_toml)
         rows = [_summary(desk, received) for received in desk.contracts()]
     if form == Format.JSON:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -62,11 +60,8 @@ def list_contracts(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
 @study.command()
 def show(site_toml: SiteToml, hash: Prefix, form: Form = Format.TEXT) -> None:
     """Print a contract: for what, with whom, its text, and what our policy refuses."""
-    from fedgex.client.decisions import Desk
-
     with refusing():
-        settings = load(site_toml)
-        desk = Desk.of(settings)
+        settings, desk = _open(site_toml)
         received = desk.contract(_find(desk, hash))
         facts = _facts(desk, received, settings)
     if form == Format.JSON:
@@ -90,11 +85,10 @@ def approve(
     ],
 ) -> None:
     """Let a study run here until a day, within the policy."""
-    from fedgex.client.decisions import Desk, objections
+    from fedgex.client.decisions import objections
 
     with refusing():
-        settings = load(site_toml)
-        desk = Desk.of(settings)
+        settings, desk = _open(site_toml)
         full = _find(desk, hash)
         made = desk.decide(full, "approved", by=by, expires=expires.date())
         against = objections(desk.contract(full).contract, settings.policy)
@@ -106,10 +100,8 @@ def approve(
 @study.command()
 def reject(site_toml: SiteToml, hash: Prefix, by: By, reason: Reason) -> None:
     """Decline a contract; it can still be approved later."""
-    from fedgex.client.decisions import Desk
-
     with refusing():
-        desk = Desk.of(load(site_toml))
+        _, desk = _open(site_toml)
         full = _find(desk, hash)
         made = desk.decide(full, "rejected", by=by, reason=reason)
     typer.echo(f"rejected {full} by {made.by}")
@@ -124,10 +116,8 @@ def withdraw(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Take an approval back for good: this contract never runs here again."""
-    from fedgex.client.decisions import Desk
-
     with refusing():
-        desk = Desk.of(load(site_toml))
+        _, desk = _open(site_toml)
         full = _find(desk, hash)
         if not yes:
             typer.confirm(
@@ -154,6 +144,13 @@ def state_of(received: Received, decision: Decision | None) -> str:
     if now.date() > decision.expires:
         return "approval expired"
     return f"approved until {decision.expires}"
+
+
+def _open(site_toml: Path) -> tuple[SiteSettings, Desk]:
+    from fedgex.client.decisions import Desk
+
+    settings = load(site_toml)
+    return settings, Desk.of(settings)
 
 
 def _find(desk: Desk, prefix: str) -> str:

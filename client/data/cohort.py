@@ -156,13 +156,15 @@ def check(
     )
     _check_cohort(cohort, sheet.file, tasks, findings)
     findings.refuse_errors()
-    counted = "library_size" in table
+    library_size = None
+    if "library_size" in table:
+        library_size = table["library_size"].to_numpy(dtype=np.float64)
     return CheckedCohort(
         cohort=cohort,
         sheet=in_file,
         rows=sheet.rows,
         columns=columns,
-        library_size=table["library_size"].to_numpy() if counted else None,
+        library_size=library_size,
     )
 
 
@@ -197,27 +199,13 @@ def _link(
     linked = [i for i, label in enumerate(sheet.samples) if label in row_of]
     where = f"{sheet.file} and {clinical.file}"
     if not linked:
-        findings.add(
-            Code.NOTHING_LINKED,
-            where,
-            "no sample has a clinical row",
-            expected=f"labels of samples in {clinical.where(clinical.key)}",
-        )
+        column = clinical.where(clinical.key)
+        findings.add(Code.NOTHING_LINKED, where, column=column)
         return sheet, None
     lost = len(sheet.samples) - len(linked)
-    if lost:
-        findings.add(
-            Code.SAMPLE_WITHOUT_CLINICAL,
-            where,
-            f"{findings.count(lost, 'sample')} without a clinical row, left out",
-        )
+    findings.add_if(lost, Code.SAMPLE_WITHOUT_CLINICAL, where)
     unused = len(clinical.text) - len({sheet.samples[i] for i in linked})
-    if unused:
-        findings.add(
-            Code.CLINICAL_WITHOUT_SAMPLE,
-            where,
-            f"{findings.count(unused, 'clinical row')} without a sample, left out",
-        )
+    findings.add_if(unused, Code.CLINICAL_WITHOUT_SAMPLE, where)
     rows = np.array([row_of[sheet.samples[i]] for i in linked], dtype=np.intp)
     used = clinical.take(rows)
     clinicals.check_patients(used, findings)
@@ -230,13 +218,9 @@ def _leave_out(
     """Leave out the patients who opted out; few and none look the same."""
     ids = sheet.samples if clinical is None else tuple(clinical.text["patient"])
     rows = np.array([i for i, x in enumerate(ids) if x not in opt_outs], dtype=np.intp)
-    n_left_out = len(opt_outs & set(ids))
-    findings.add(
-        Code.OPTED_OUT,
-        sheet.file,
-        "patients who opted out are left out: "
-        + (str(n_left_out) if n_left_out >= findings.min_cell_count else "suppressed"),
-    )
+    n = len(opt_outs & set(ids))
+    count = n if n >= findings.min_cell_count else "suppressed"
+    findings.add(Code.OPTED_OUT, sheet.file, count=count)
     return sheet.take(rows), None if clinical is None else clinical.take(rows)
 
 
@@ -244,22 +228,18 @@ def _check_cohort(
     cohort: Cohort, file: str, tasks: Iterable[str], findings: Findings
 ) -> None:
     """Check that there are enough patients, and what each task needs."""
-    least = findings.min_cell_count
-    if cohort.n_patients < least:
-        findings.add(
-            Code.TOO_FEW_PATIENTS,
-            file,
-            findings.count(cohort.n_patients, "patient"),
-            expected=f"{least} or more (minimum_cohort)",
-        )
+    n, least = cohort.n_patients, findings.min_cell_count
+    if n < least:
+        findings.add(Code.TOO_FEW_PATIENTS, file, n=n, least=least)
     for task in tasks:
         lacking = [c for c in NEEDS[task] if c not in cohort.clinical]
         if lacking:
             findings.add(
                 Code.TASK_WITHOUT_COLUMNS,
                 file,
-                f"no {', '.join(lacking)} for {task}, to which nothing is contributed",
-                expected=f"clinical columns {', '.join(NEEDS[task])}",
+                task=task,
+                lacking=", ".join(lacking),
+                needed=", ".join(NEEDS[task]),
             )
         elif task == "survival":
             _check_events(cohort, file, findings)
@@ -269,10 +249,6 @@ def _check_events(cohort: Cohort, file: str, findings: Findings) -> None:
     """Report few events; few are not counted, so that few and none look the same."""
     observed = cohort.with_survival() & (cohort.clinical["event"] == 1).to_numpy()
     events = len({cohort.patients[i] for i in np.flatnonzero(observed)})
-    if events < findings.min_cell_count:
-        findings.add(
-            Code.FEW_EVENTS,
-            file,
-            f"{findings.count(events, 'patient')} with an observed event",
-            expected=f"{findings.min_cell_count} or more for survival",
-        )
+    least = findings.min_cell_count
+    if events < least:
+        findings.add(Code.FEW_EVENTS, file, n=events, least=least)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from fedgex.client.data.codes import Code
 from fedgex.client.data.findings import Findings
 from fedgex.client.data.readers import RawExpression
-from fedgex.client.data.tables import check_commas, to_numbers
+from fedgex.client.data.tables import to_numbers
 from fedgex.client.settings import DataSettings
 from fedgex.common import genes as gene_names
-from fedgex.common.genes import GeneNames, GeneTable
+from fedgex.common.genes import GeneTable
 
 
 @dataclass(frozen=True)
@@ -126,27 +126,22 @@ def orient(
     elif evidence is not None:
         by_rows, reason = evidence
     else:
-        findings.add(
-            Code.ORIENTATION_UNKNOWN,
-            table.file,
-            "neither rows nor columns are recognised as samples or genes",
-        )
+        findings.add(Code.ORIENTATION_UNKNOWN, table.file)
         return None
-    if evidence is not None and evidence[0] != by_rows:
+    axis, other = ("rows", "columns") if by_rows else ("columns", "rows")
+    contradicted = evidence is not None and evidence[0] != by_rows
+    if contradicted or reason:
         findings.add(
-            Code.ORIENTATION_CONTRADICTED,
+            Code.ORIENTATION_CONTRADICTED
+            if contradicted
+            else Code.ORIENTATION_RECOGNISED,
             table.file,
-            f"{'columns' if by_rows else 'rows'} look like samples {evidence[1]}",
-            expected=f"samples as {'rows' if by_rows else 'columns'}, as declared",
+            axis=axis,
+            other=other,
+            reason=evidence[1] if evidence is not None and contradicted else reason,
         )
+    if contradicted:
         return None
-    if reason:
-        axis, other = ("rows", "columns") if by_rows else ("columns", "rows")
-        findings.add(
-            Code.ORIENTATION_RECOGNISED,
-            table.file,
-            f"{axis} are samples and {other} are genes, {reason}",
-        )
     rows, columns = table.rows, table.columns
     samples, labels = (rows, columns) if by_rows else (columns, rows)
     return Axes(samples, labels, by_rows, recognised=evidence is not None)
@@ -155,33 +150,29 @@ def orient(
 def check_samples(sheet: Sheet, findings: Findings) -> None:
     """Check that every sample has a label, and that no label repeats."""
     labels = pd.Series(sheet.samples)
-    missing = int((labels == "").sum())
-    if missing:
-        findings.add(
-            Code.ID_MISSING,
-            sheet.file,
-            f"{findings.count(missing, 'sample')} without a label",
-            expected="one for every sample",
-            action="Complete the labels, or remove the samples.",
-        )
-    repeated = int(labels[labels != ""].duplicated().sum())
-    if repeated:
-        findings.add(
-            Code.SAMPLE_REPEATED,
-            sheet.file,
-            f"{findings.count(repeated, 'sample')} repeat a label",
-        )
+    findings.add_if(
+        (labels == "").sum(),
+        Code.ID_MISSING,
+        sheet.file,
+        found="{n:sample} without a label",
+        expected="one for every sample",
+        action="Complete the labels, or remove the samples.",
+    )
+    repeated = labels[labels != ""].duplicated().sum()
+    findings.add_if(repeated, Code.SAMPLE_REPEATED, sheet.file)
 
 
 def check_cells(sheet: Sheet, findings: Findings) -> None:
     """Check that every cell is a finite number or empty."""
-    check_commas(sheet.has_commas and bool(sheet.is_text.any()), sheet.file, findings)
     if sheet.is_text.any():
+        if sheet.has_commas:
+            findings.add(Code.DECIMAL_COMMA, sheet.file)
         findings.add(
             Code.NOT_A_NUMBER,
             sheet.file,
-            f"{findings.count(int(sheet.is_text.sum()), 'cell')} that are no numbers, "
-            f"in {sheet.genes_where(sheet.is_text)}",
+            n=sheet.is_text.sum(),
+            genes=sheet.genes_where(sheet.is_text),
+            found="{n:cell} that are no numbers, in {genes}",
             expected="numbers, or empty cells or NA where nothing was measured",
             action="Correct the cells, or remove rows and columns that hold no "
             "expression.",
@@ -191,8 +182,9 @@ def check_cells(sheet: Sheet, findings: Findings) -> None:
         findings.add(
             Code.INFINITE,
             sheet.file,
-            f"{findings.count(int(infinite.sum()), 'infinite value')} in "
-            f"{sheet.genes_where(infinite)}",
+            n=infinite.sum(),
+            genes=sheet.genes_where(infinite),
+            found="{n:infinite value} in {genes}",
             action="Export again; log(0) is a usual cause, so add 1 before the "
             "logarithm.",
         )
@@ -204,23 +196,20 @@ def one_column_per_gene(
     """Rename labels to current symbols and keep one column of each."""
     names = gene_names.current_symbols(sheet.labels, table)
     chosen = gene_names.one_column_each(sheet.labels, names.symbols, sheet.values)
-    _check_names(sheet, names, table is not None, findings)
-    if chosen.repeated:
-        findings.add(
-            Code.GENES_REPEATED,
-            sheet.file,
-            f"{sheet.genes(chosen.repeated)} with several columns, of which one is "
-            "kept: the one under the current symbol, or one of equal ones",
-        )
-    if chosen.contradictory:
-        findings.add(
-            Code.GENES_CONTRADICTORY,
-            sheet.file,
-            f"{sheet.genes(chosen.contradictory)} with several columns that differ, "
-            "left out",
-        )
+    known = "Nothing if they do not matter; a newer {hgnc_table} may know them."
+    actions = {Code.GENES_UNMAPPED: known} if table is not None else {}
+    for code, genes in (
+        (Code.GENES_UNMAPPED, names.unmapped),
+        (Code.GENES_AMBIGUOUS, names.ambiguous),
+        (Code.GENES_UPDATED, names.updated),
+        (Code.GENES_REPEATED, chosen.repeated),
+        (Code.GENES_CONTRADICTORY, chosen.contradictory),
+    ):
+        if genes:
+            named, action = sheet.genes(genes), actions.get(code)
+            findings.add(code, sheet.file, genes=named, action=action)
     if not chosen.genes:
-        findings.add(Code.NO_GENES, sheet.file, "no gene is left")
+        findings.add(Code.NO_GENES, sheet.file)
     kept = sheet.take(columns=np.array(chosen.columns, dtype=np.intp))
     return replace(kept, labels=chosen.genes)
 
@@ -229,19 +218,9 @@ def drop_empty(sheet: Sheet, findings: Findings) -> tuple[Sheet, NDArray[np.intp
     """Leave out samples and genes without a value; return also the rows that stay."""
     measured = ~np.isnan(sheet.values)
     samples, genes = measured.any(axis=1), measured.any(axis=0)
-    if not samples.all():
-        findings.add(
-            Code.SAMPLES_EMPTY,
-            sheet.file,
-            f"{findings.count(int((~samples).sum()), 'sample')} without a single "
-            "value, left out",
-        )
+    findings.add_if((~samples).sum(), Code.SAMPLES_EMPTY, sheet.file)
     if not genes.all():
-        findings.add(
-            Code.GENES_EMPTY,
-            sheet.file,
-            f"{sheet.genes_where(~genes)} without a single value, left out",
-        )
+        findings.add(Code.GENES_EMPTY, sheet.file, genes=sheet.genes_where(~genes))
     rows = np.flatnonzero(samples)
     return sheet.take(rows, np.flatnonzero(genes)), rows
 
@@ -253,28 +232,15 @@ def check_values(sheet: Sheet, data: DataSettings, findings: Findings) -> None:
     least = np.fmin.reduce(sheet.values, axis=0)
     constant = least == np.fmax.reduce(sheet.values, axis=0)
     if constant.any() and len(sheet.samples) > 1:
-        findings.add(
-            Code.GENES_CONSTANT,
-            sheet.file,
-            f"{sheet.genes_where(constant)} with the same value in every sample",
-        )
-    missing = np.isnan(sheet.values)
-    often = missing.mean(axis=0) > data.max_missing_per_gene
+        findings.add(Code.GENES_CONSTANT, sheet.file, genes=sheet.genes_where(constant))
+    missing, share = np.isnan(sheet.values), data.max_missing_per_gene
+    often = missing.mean(axis=0) > share
     if often.any():
-        findings.add(
-            Code.GENES_OFTEN_MISSING,
-            sheet.file,
-            f"{sheet.genes_where(often)} missing in more than "
-            f"{data.max_missing_per_gene:.0%} of the samples",
-        )
-    sparse = missing.mean(axis=1) > data.max_missing_per_patient
-    if sparse.any():
-        findings.add(
-            Code.SAMPLES_OFTEN_MISSING,
-            sheet.file,
-            f"{findings.count(int(sparse.sum()), 'sample')} without more than "
-            f"{data.max_missing_per_patient:.0%} of the genes",
-        )
+        genes = sheet.genes_where(often)
+        findings.add(Code.GENES_OFTEN_MISSING, sheet.file, genes=genes, share=share)
+    share = data.max_missing_per_patient
+    sparse = int((missing.mean(axis=1) > share).sum())
+    findings.add_if(sparse, Code.SAMPLES_OFTEN_MISSING, sheet.file, share=share)
 
 
 def _evidence(
@@ -291,32 +257,3 @@ def _evidence(
     if in_rows != in_columns:
         return in_columns > in_rows, "by the names of genes"
     return None
-
-
-def _check_names(
-    sheet: Sheet, names: GeneNames, has_table: bool, findings: Findings
-) -> None:
-    """Check that every label names one gene, by its current symbol."""
-    advice = findings.advice.hgnc_table
-    if names.unmapped:
-        findings.add(
-            Code.GENES_UNMAPPED,
-            sheet.file,
-            f"{sheet.genes(names.unmapped)} that have no known symbol, left out",
-            action=f"Nothing if they do not matter; a newer {advice} may know them."
-            if has_table
-            else f"Name a {advice}, which Ensembl ids need, or correct the names "
-            "(spreadsheets turn SEPT2 into a date).",
-        )
-    if names.ambiguous:
-        findings.add(
-            Code.GENES_AMBIGUOUS,
-            sheet.file,
-            f"{sheet.genes(names.ambiguous)} that several genes were called, left out",
-        )
-    if names.updated:
-        findings.add(
-            Code.GENES_UPDATED,
-            sheet.file,
-            f"{sheet.genes(names.updated)} renamed to current symbols",
-        )

@@ -78,7 +78,7 @@ def read(data: DataSettings, advice: Advice | None = None) -> RawCohort:
         if path is None:
             return None
         if not path.is_file():
-            findings.add(Code.FILE_MISSING, str(path), "no such file")
+            findings.add(Code.FILE_MISSING, str(path))
             return None
         try:
             return reader(path)
@@ -113,8 +113,7 @@ def _read_expression(
         refuse(
             Code.FILE_EMPTY,
             path,
-            "nothing to read",
-            "a row of labels, a column of labels, and values",
+            expected="a row of labels, a column of labels, and values",
         )
     labels = table.column(0).cast(pa.string()).to_pylist()
     expression = RawExpression(
@@ -131,9 +130,7 @@ def _read_clinical(path: Path) -> RawClinical:
     """Read a clinical table; an index that pandas kept in Parquet is a column."""
     table = read_table(path)
     if table.num_rows == 0:
-        refuse(
-            Code.FILE_EMPTY, path, "nothing to read", "a header and one row a patient"
-        )
+        refuse(Code.FILE_EMPTY, path, expected="a header and one row a patient")
     frame = table.to_pandas()
     if frame.index.name is not None or not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index()
@@ -145,8 +142,7 @@ def _read_gene_table(path: Path, advice: Advice) -> GeneTable:
         return GeneTable.read(path)
     except ConfigError:
         findings = Findings(advice=advice)
-        found = "not a readable gene table"
-        findings.add(Code.GENE_TABLE_UNUSABLE, path.name, found)
+        findings.add(Code.GENE_TABLE_UNUSABLE, path.name)
         findings.refuse()
 
 
@@ -155,15 +151,12 @@ def _read_opt_outs(path: Path) -> frozenset[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
-        findings = Findings()
-        findings.add(
+        refuse(
             Code.FILE_UNREADABLE,
-            path.name,
-            "damaged text, or text that is not UTF-8",
+            path,
             expected="UTF-8 text, one patient identifier a line",
             action="Write the file again; until then nobody's data are used.",
         )
-        findings.refuse()
     identifiers = (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)
     return frozenset(filter(None, identifiers))
 
@@ -179,9 +172,9 @@ def _read_anndata(
             warnings.simplefilter("ignore")  # repeated names become findings
             data = anndata.read_h5ad(path)
     except (OSError, KeyError, TypeError, ValueError):
-        refuse(Code.FILE_UNREADABLE, path, "a damaged file, or no AnnData")
+        refuse(Code.FILE_UNREADABLE, path, found="a damaged file, or no AnnData")
     if data.X is None or 0 in data.shape:
-        refuse(Code.FILE_EMPTY, path, "nothing to read", "values in X")
+        refuse(Code.FILE_EMPTY, path, expected="values in X")
     X = data.to_df().to_numpy()  # dense, whatever X was
     names = pd.Series(data.obs_names.astype(str), dtype="string")
     expression = RawExpression(

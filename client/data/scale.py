@@ -43,15 +43,16 @@ def on_scale(
         source = Scale.LINEAR
     if not scales.is_convertible(source, target):
         impossible = True
+        give = (
+            "{library_size}, or export normalised values; reads are not summed "
+            "from a panel."
+        )
         findings.add(
             Code.SCALE_NOT_CONVERTIBLE,
             sheet.file,
-            f"expression on the {source} scale",
-            expected=f"the study's scale, {target}, or one that leads there",
-            action=f"{findings.advice.library_size}, or export normalised values; "
-            "reads are not summed from a panel."
-            if source == Scale.COUNTS
-            else f"Export the expression as {target}.",
+            declared=source,
+            target=target,
+            action=give if source == Scale.COUNTS else None,
         )
     if impossible:
         return np.full(values.shape, np.nan, dtype=np.float32)
@@ -64,30 +65,20 @@ def check_scale(sheet: Sheet, scale: Scale, findings: Findings) -> bool:
     reason = scales.misfit(finite, scale)
     if reason is None:
         if scales.is_faint(finite, scale):
-            findings.add(
-                Code.SCALE_FAINT,
-                sheet.file,
-                f"no gene of {len(sheet.labels)} is abundant on the {scale} scale",
-            )
+            n = len(sheet.labels)
+            findings.add(Code.SCALE_FAINT, sheet.file, n_genes=n, declared=scale)
         return False
-    fitting = ", ".join(sorted(scales.recognise(finite))) or "none that we know"
-    name = findings.advice.scale
-    action = f"Correct {name} or the export; the numbers could be: {fitting}."
     negative = scales.below_floor(finite, scale)
-    if negative.any():
-        findings.add(
-            Code.NEGATIVE_EXPRESSION,
-            sheet.file,
-            f"{findings.count(int(negative.sum()), 'value')} below "
-            f"{scales.floor(scale):g} in {sheet.genes_where(negative)}",
-            expected=f"{scales.floor(scale):g} or more on the {scale} scale",
-            action=action,
-        )
-    else:
-        expected = f"values on the {scale} scale, as declared"
-        findings.add(
-            Code.SCALE_IMPOSSIBLE, sheet.file, reason, expected=expected, action=action
-        )
+    findings.add(
+        Code.NEGATIVE_EXPRESSION if negative.any() else Code.SCALE_IMPOSSIBLE,
+        sheet.file,
+        n=negative.sum(),
+        floor=scales.floor(scale),
+        genes=sheet.genes_where(negative),
+        declared=scale,
+        reason=reason,
+        fitting=", ".join(sorted(scales.recognise(finite))) or "none that we know",
+    )
     return True
 
 
@@ -97,17 +88,6 @@ def _check_library_size(
     """Return whether any sample has more reads in its genes than it has at all."""
     given = np.nansum(np.where(np.isinf(sheet.values), 0, sheet.values), axis=1)
     bad = ~((library_size > 0) & (library_size >= given) & np.isfinite(library_size))
-    if bad.any():
-        findings.add(
-            Code.LIBRARY_SIZE_UNUSABLE,
-            sheet.file,
-            f"{findings.count(int(bad.sum()), 'sample')} whose library size is "
-            "missing, not above zero, or less than its counts add up to",
-        )
-        return True
-    findings.add(
-        Code.COUNTS_PER_MILLION,
-        sheet.file,
-        "counts, taken as counts per million of the library size",
-    )
-    return False
+    code = Code.LIBRARY_SIZE_UNUSABLE if bad.any() else Code.COUNTS_PER_MILLION
+    findings.add(code, sheet.file, n=bad.sum())
+    return bool(bad.any())

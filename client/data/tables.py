@@ -45,7 +45,7 @@ def read_table(path: Path) -> Any:
         return _read_text(path, "\t")
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    refuse(Code.FILE_UNREADABLE, path, "a file of another format")
+    refuse(Code.FILE_UNREADABLE, path, found="a file of another format")
 
 
 def labels_first(table: Any) -> Any:
@@ -115,16 +115,10 @@ def parse(text: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool]:
     return values, stray, bool(commas)
 
 
-def check_commas(has_commas: bool, where: str, findings: Findings) -> None:
-    """Report numbers with a decimal comma."""
-    if has_commas:
-        findings.add(Code.DECIMAL_COMMA, where, "numbers with a decimal comma")
-
-
-def refuse(code: Code, path: Path, found: str, expected: str | None = None) -> NoReturn:
-    """Refuse a file by one finding."""
+def refuse(code: Code, path: Path, **fields: Any) -> NoReturn:
+    """Refuse a file by one finding; see `Findings.add`."""
     findings = Findings()
-    findings.add(code, path.name, found, expected=expected)
+    findings.add(code, path.name, **fields)
     findings.refuse()
 
 
@@ -152,14 +146,9 @@ def _read_text(path: Path, delimiter: str) -> Any:
             ),
         )
     except (OSError, pa.ArrowInvalid):
-        refuse(Code.FILE_UNREADABLE, path, "damaged text, or text that is not UTF-8")
+        refuse(Code.FILE_UNREADABLE, path)
     if ragged:
-        refuse(
-            Code.RAGGED_ROWS,
-            path,
-            "rows with more or fewer cells than the header",
-            f"{len(header)} cells in every row, as in the header",
-        )
+        refuse(Code.RAGGED_ROWS, path, n_columns=len(header))
     return table.rename_columns(header)
 
 
@@ -171,19 +160,13 @@ def _read_header(path: Path, delimiter: str) -> list[str]:
             lines = csv.reader(file, delimiter=delimiter)
             header, second = next(lines, []), next(lines, None)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error):
-        refuse(Code.FILE_UNREADABLE, path, "damaged text, or text that is not UTF-8")
+        refuse(Code.FILE_UNREADABLE, path)
     if not header or second is None:
-        refuse(
-            Code.FILE_EMPTY, path, "nothing to read", "a header and one or more rows"
-        )
+        refuse(Code.FILE_EMPTY, path)
     for other, name in _DELIMITERS.items():
         if sum(cell.count(other) for cell in header) >= len(header):
-            refuse(
-                Code.WRONG_DELIMITER,
-                path,
-                f"a header divided by {name}",
-                f"{_DELIMITERS[delimiter]} in a file of this ending",
-            )
+            expected = _DELIMITERS[delimiter]
+            refuse(Code.WRONG_DELIMITER, path, name=name, delimiter=expected)
     return header
 
 
@@ -191,9 +174,9 @@ def _read_parquet(path: Path) -> Any:
     try:
         table = pa.parquet.ParquetFile(path).read(use_threads=False)
     except (OSError, pa.ArrowException):
-        refuse(Code.FILE_UNREADABLE, path, "a damaged file, or no Parquet")
+        refuse(Code.FILE_UNREADABLE, path, found="a damaged file, or no Parquet")
     if any(pa.types.is_nested(t) or pa.types.is_binary(t) for t in table.schema.types):
-        refuse(Code.FILE_UNREADABLE, path, "columns that hold lists or bytes")
+        refuse(Code.FILE_UNREADABLE, path, found="columns that hold lists or bytes")
     return table
 
 

@@ -95,13 +95,8 @@ class Samples:
         kept = [i for i, x in enumerate(labels) if i in chosen or x not in names]
         columns = pd.Index([labels[i] for i in kept])
         if columns.has_duplicates:
-            findings = Findings()
-            findings.add(
-                Code.GENE_COLUMNS_DIFFER,
-                sheet.file,
-                f"{int(columns.duplicated().sum())} columns repeat the label of "
-                "another and differ from it",
-            )
+            findings, n = Findings(), int(columns.duplicated().sum())
+            findings.add(Code.GENE_COLUMNS_DIFFER, sheet.file, count=n)
             findings.refuse()
         values = sheet.values[:, kept]
         if self.is_float32:

@@ -6,6 +6,7 @@ N samples, G genes of the frame, V genes of the vocabulary, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -133,43 +134,23 @@ def review(
     n_genes = int(measured.any(axis=0).sum())
     n_empty = int((~measured.any(axis=1)).sum())
     if n_repeated:
-        findings.add(
-            Code.GENE_COLUMNS_DIFFER,
-            "genes",
-            f"{n_repeated} columns repeat the name of another",
-        )
+        found = "{count} columns repeat the name of another"
+        code = Code.GENE_COLUMNS_DIFFER
+        findings.add(code, "genes", count=n_repeated, found=found)
         return tuple(findings.found)
+    sizes: dict[str, Any] = {"n_genes": n_genes, "n_vocabulary": n_vocabulary}
     if n_genes == 0:
-        findings.add(
-            Code.NO_VOCABULARY_GENE,
-            "genes",
-            f"none of the vocabulary's {n_vocabulary} genes is measured",
-        )
+        findings.add(Code.NO_VOCABULARY_GENE, "genes", **sizes)
         return tuple(findings.found)
     if n_genes < FEW_GENES * n_vocabulary:
-        findings.add(
-            Code.FEW_VOCABULARY_GENES,
-            "genes",
-            f"{n_genes} of the vocabulary's {n_vocabulary} genes are measured",
-            expected=f"{FEW_GENES:.0%} or more",
-        )
+        findings.add(Code.FEW_VOCABULARY_GENES, "genes", **sizes, share=FEW_GENES)
     if n_empty:
-        findings.add(
-            Code.SAMPLES_WITHOUT_GENES,
-            "samples",
-            f"{n_empty} of {len(frame)} without any gene of the vocabulary, for which "
-            "nothing is predicted",
-        )
+        code, total = Code.SAMPLES_WITHOUT_GENES, len(frame)
+        findings.add(code, "samples", count=n_empty, total=total)
     ratio = _foreign_scale(checkpoint, frame.loc[:, inside], scale)
     if ratio is not None:
-        findings.add(
-            Code.FOREIGN_SCALE,
-            "values",
-            f"the means of the genes are {ratio:.2f} times those that the model was "
-            "trained on",
-            expected="about 1, whatever the cancer, on the "
-            f"{checkpoint.study.scale} scale",
-        )
+        study = checkpoint.study.scale
+        findings.add(Code.FOREIGN_SCALE, "values", ratio=ratio, study=study)
     return tuple(findings.found)
 
 
@@ -180,27 +161,23 @@ def review_clinical(study: Study, clinical: pd.DataFrame) -> tuple[Finding, ...]
     known = np.zeros(len(clinical), dtype=bool)
     if "cancer_type" in clinical:
         known = clinical["cancer_type"].isin(types).to_numpy(dtype=bool)
+    total = len(clinical)
     if not known.all():
-        some = known.any()
         findings.add(
-            Code.SOME_CANCER_TYPES_MISSING if some else Code.CANCER_TYPES_MISSING,
+            Code.SOME_CANCER_TYPES_MISSING
+            if known.any()
+            else Code.CANCER_TYPES_MISSING,
             "cancer_type",
-            f"{int((~known).sum())} of {len(clinical)} samples without a cancer type "
-            "of the study, for which no risk is predicted",
-            expected=f"one of {', '.join(types)}",
-            action="Add a clinical column cancer_type, spelt like this, or name the "
-            "type of all samples with --cancer-type.",
+            count=int((~known).sum()),
+            total=total,
+            types=", ".join(types),
         )
-    lacking = np.zeros(len(clinical), dtype=bool)
+    lacking = np.zeros(total, dtype=bool)
     for name in ("age", "sex"):
         lacking |= clinical[name].isna().to_numpy() if name in clinical else True
     if study.survival.clinical and lacking.any():
-        findings.add(
-            Code.COVARIATES_MISSING,
-            "age and sex",
-            f"{int(lacking.sum())} of {len(clinical)} samples without age or sex, "
-            "taken as 60 years and female",
-        )
+        code, count = Code.COVARIATES_MISSING, int(lacking.sum())
+        findings.add(code, "age and sex", count=count, total=total)
     return tuple(findings.found)
 
 

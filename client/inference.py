@@ -9,14 +9,12 @@ N samples, G genes of the frame, V genes of the vocabulary, D width, K intervals
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedgex.client import state
 from fedgex.common import predictions, tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
@@ -24,11 +22,9 @@ from fedgex.common.errors import CheckpointError, ConfigError, DataError, Findin
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.model import GexBert
 from fedgex.common.objectives import ModelImputer, embed_all
-from fedgex.common.parameters import load_parameters
 from fedgex.common.scale import LOGARITHMIC, Scale, convert, floor
 from fedgex.common.statistics import foreign_scale
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
-from fedgex.common.tasks import BACKBONE, Modules
 from fedgex.common.uncertainty import restore_with_spread
 
 FEW_GENES = 0.1
@@ -80,8 +76,7 @@ def impute(
     """
     scale = scale or checkpoint.study.scale
     wanted = wanted_genes(checkpoint, genes)
-    backbone = _modules(checkpoint, PRETRAINING, None)[BACKBONE]
-    assert isinstance(backbone, GexBert)
+    backbone = _backbone(checkpoint)
     patients = _patients(checkpoint, frame, scale)
     values = patients.values.numpy()
     seen = patients.measured.any(dim=1).numpy()
@@ -123,8 +118,7 @@ def spread(
         it is.
     """
     wanted = wanted_genes(checkpoint, genes)
-    backbone = _modules(checkpoint, PRETRAINING, None)[BACKBONE]
-    assert isinstance(backbone, GexBert)
+    backbone = _backbone(checkpoint)
     patients = _patients(checkpoint, frame, scale)
     seen = patients.measured.any(dim=1)
     _, sd = restore_with_spread(backbone, patients.values[seen])
@@ -159,8 +153,7 @@ def embed(
     CheckpointError, ConfigError, DataError
         As for `impute`.
     """
-    backbone = _modules(checkpoint, PRETRAINING, None)[BACKBONE]
-    assert isinstance(backbone, GexBert)
+    backbone = _backbone(checkpoint)
     patients = _patients(checkpoint, frame, scale)
     seen = patients.measured.any(dim=1)
     vectors = embed_all(backbone.encoder, patients.take(_places(seen))).numpy()
@@ -174,7 +167,6 @@ def risk(
     clinical: pd.DataFrame,
     *,
     scale: Scale | None = None,
-    state_dir: Path | None = None,
 ) -> pd.DataFrame:
     """Return the log-hazard of each sample's patient and, if modelled, survival.
 
@@ -189,8 +181,6 @@ def risk(
     clinical
         One row a sample, in the order of the frame: cancer_type as the study spells it,
         and age (years) and sex ("female" or "male") if the study uses them.
-    state_dir
-        Where this hospital keeps its heads of this study, if they stay local.
 
     Returns
     -------
@@ -202,14 +192,16 @@ def risk(
     Raises
     ------
     CheckpointError
-        If the model has no survival head, or the hospital has none.
+        If the model has not been trained for survival.
     ConfigError
         If no formula leads from `scale` to the study's.
     DataError
         As for `impute`, or if no cancer type is in the study.
     """
     study = checkpoint.study
-    modules = _modules(checkpoint, SURVIVAL, state_dir)
+    require(checkpoint, SURVIVAL)
+    n_genes = len(checkpoint.vocabulary)
+    model = tasks.load_survival(study, n_genes, checkpoint.parameters)
     _refuse(review_clinical(study, clinical))
     patients = _patients(checkpoint, frame, scale, clinical)
     known = patients.type_index(study.survival.cancer_types) >= 0
@@ -220,8 +212,8 @@ def risk(
     numbers = np.empty((0, len(names)), dtype=np.float32)
     if judged.any():
         some = patients.take(_places(judged))
-        log_hazard = predictions.log_hazard(study, modules, some)
-        survival = predictions.survival(study, modules, some, log_hazard)
+        log_hazard = predictions.log_hazard(study, model, some)
+        survival = predictions.survival(study, model, some, log_hazard)
         both = torch.cat([log_hazard[:, None], survival], dim=1)  # (N, 1 + K)
         numbers = both.numpy()[:, : len(names)]
     return _over_all(frame.index, judged, numbers, names)
@@ -233,7 +225,6 @@ def classify(
     *,
     scale: Scale | None = None,
     among: Sequence[str] | None = None,
-    state_dir: Path | None = None,
 ) -> pd.DataFrame:
     """Return the probability of each cancer type, and the most probable one.
 
@@ -245,8 +236,6 @@ def classify(
         As for `impute`.
     among
         Cancer types that are possible; None: all of the study. The others get 0.
-    state_dir
-        As for `risk`.
 
     Returns
     -------
@@ -260,12 +249,14 @@ def classify(
         As for `risk`.
     """
     classes = checkpoint.study.classification.classes
-    modules = _modules(checkpoint, CLASSIFICATION, state_dir)
+    require(checkpoint, CLASSIFICATION)
+    n_genes = len(checkpoint.vocabulary)
+    model = tasks.load_classifier(checkpoint.study, n_genes, checkpoint.parameters)
     patients = _patients(checkpoint, frame, scale)
     seen = patients.measured.any(dim=1)
     some = patients.take(_places(seen))
     possible = torch.from_numpy(possible_types(checkpoint, among))
-    probabilities = predictions.class_probabilities(modules, some, possible).numpy()
+    probabilities = predictions.class_probabilities(model, some, possible).numpy()
     names = [f"probability_{name}" for name in classes]
     table = _over_all(frame.index, seen, probabilities, names)
     best = np.full(len(frame), None, dtype=object)
@@ -274,18 +265,13 @@ def classify(
     return table
 
 
-def require(checkpoint: Checkpoint, phase: str, *, has_state_dir: bool = False) -> None:
+def require(checkpoint: Checkpoint, phase: str) -> None:
     """Refuse a model that cannot do what a phase teaches.
-
-    Parameters
-    ----------
-    has_state_dir
-        Whether a head that stays local could be taken from the hospital's state.
 
     Raises
     ------
     CheckpointError
-        If the phase has not been trained, or its head is not at hand.
+        If the phase has not been trained.
     """
     trained = trained_phases(checkpoint)
     said = f"This model has been trained for: {', '.join(trained) or 'nothing yet'}."
@@ -294,12 +280,6 @@ def require(checkpoint: Checkpoint, phase: str, *, has_state_dir: bool = False) 
             f"the model has not been trained for {phase}, which this prediction needs. "
             f"{said} Choose a later checkpoint, or a model of another study."
         )
-    if head_is_local(checkpoint.study, phase) and not has_state_dir:
-        raise CheckpointError(
-            f"the model has no {phase} head, because this study keeps that head at "
-            f"each hospital. {said} Name the site.toml of a hospital that took part "
-            "with --site; it has a head of its own."
-        )
 
 
 def trained_phases(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -307,13 +287,6 @@ def trained_phases(checkpoint: Checkpoint) -> tuple[str, ...]:
     order = tuple(checkpoint.study.phases)
     at = order.index(checkpoint.phase)
     return order[: at + 1] if checkpoint.round else order[:at]
-
-
-def head_is_local(study: Study, phase: str) -> bool:
-    """Return whether a phase's head stays at each hospital."""
-    return phase != PRETRAINING and f"{phase}.head" not in tasks.travelling(
-        study, phase
-    )
 
 
 def wanted_genes(
@@ -489,18 +462,10 @@ def review_clinical(study: Study, clinical: pd.DataFrame) -> tuple[Finding, ...]
     return tuple(findings)
 
 
-def _modules(checkpoint: Checkpoint, phase: str, state_dir: Path | None) -> Modules:
-    """Return a phase's modules, with the hospital's own head if heads stay local."""
-    require(checkpoint, phase, has_state_dir=state_dir is not None)
-    study, whole = checkpoint.study, checkpoint.parameters
+def _backbone(checkpoint: Checkpoint) -> GexBert:
+    require(checkpoint, PRETRAINING)
     n_genes = len(checkpoint.vocabulary)
-    if state_dir is None or not head_is_local(study, phase):
-        return tasks.load(study, n_genes, phase, whole)
-    modules = tasks.build(study, n_genes, phase)
-    encoder, head = f"{phase}.encoder", f"{phase}.head"
-    load_parameters({encoder: modules[encoder]}, tasks.sent(study, phase, whole))
-    state.latest_head({head: modules[head]}, state_dir, phase)
-    return modules
+    return tasks.load_backbone(checkpoint.study, n_genes, checkpoint.parameters)
 
 
 def _patients(

@@ -111,7 +111,7 @@ Site = Annotated[
     Path | None,
     typer.Option(
         metavar="SITE_TOML",
-        help="The hospital's site.toml, for its own heads and its column names.",
+        help="The hospital's site.toml, for its column names.",
     ),
 ]
 Genes = Annotated[
@@ -265,9 +265,7 @@ def risk(
             covariates = covariates.assign(cancer_type=cancer_type)
         fit = inference.review(job.checkpoint, samples.expression)
         job.accept(fit + inference.review_clinical(job.checkpoint.study, covariates))
-        table = inference.risk(
-            job.checkpoint, samples.expression, covariates, state_dir=job.state_dir
-        )
+        table = inference.risk(job.checkpoint, samples.expression, covariates)
         job.write(samples, table)
 
 
@@ -311,9 +309,7 @@ def classify(
             inference.possible_types(job.checkpoint, types)
         samples = job.read(clinical_columns=())
         job.accept(inference.review(job.checkpoint, samples.expression))
-        table = inference.classify(
-            job.checkpoint, samples.expression, among=types, state_dir=job.state_dir
-        )
+        table = inference.classify(job.checkpoint, samples.expression, among=types)
         job.write(samples, table)
 
 
@@ -371,13 +367,6 @@ class _Job:
             data = data.model_copy(update={"columns": site.data.columns})
         return data
 
-    @property
-    def state_dir(self) -> Path | None:
-        """Where the hospital keeps its heads of this study."""
-        if self.site is None:
-            return None
-        return self.site.state_dir / self.checkpoint.study.hash[:16]
-
     def read(self, clinical_columns: Collection[str]) -> Samples:
         """Read the samples; refuse everything found so far at once."""
         study, vocabulary = self.checkpoint.study, self.checkpoint.vocabulary
@@ -431,7 +420,6 @@ class _Job:
                 "checkpoint": self.folder.name,
                 "release": self._release(),
                 "model_sha256": checkpoints.digest(self.folder / "model.safetensors"),
-                "head_of_site": self._owner_of_head(),
                 "inputs": {
                     name: {"file": path.name, "sha256": checkpoints.digest(path)}
                     for name, path in files.items()
@@ -467,14 +455,6 @@ class _Job:
             "administrators": list(self.released.administrators),
         }
 
-    def _owner_of_head(self) -> str | None:
-        """Return the site whose own head was used, or None if heads are shared."""
-        from fedgex.client import inference  # torch takes seconds to load
-
-        if self.site and inference.head_is_local(self.checkpoint.study, self.phase):
-            return self.site.name
-        return None
-
 
 @contextmanager
 def _open(options: _Options, phase: str) -> Iterator[_Job]:
@@ -501,7 +481,7 @@ def _open(options: _Options, phase: str) -> Iterator[_Job]:
                 folder = checkpoints.find(options.model)
             model = checkpoints.load(folder)
             with problems.collecting():
-                inference.require(model, phase, has_state_dir=options.site is not None)
+                inference.require(model, phase)
             job = _Job(options, phase, folder, model, released, site, problems)
         if job is None:
             problems.tell()

@@ -1,52 +1,44 @@
-"""`fedgex-site`: for a hospital's operator. One module a noun.
-
-At import these modules need typer and little else: each command imports what it uses,
-so that `--help` is fast.
-"""
+"""`fedgex-site`: for a hospital's operator. One module a noun, imported when called."""
+# ruff: noqa: E501 (one line a command)
 
 from __future__ import annotations
 
 import typer
 
-from fedgex.client.cli import (
-    audit,
-    data,
-    ledger,
-    log,
-    predict,
-    service,
-    site,
-    status,
-    study,
-)
+from fedgex.common.lazy_commands import lazy_group
+
+# fmt: off
+_PLACES = {
+    "check-data": ("data:commands", "Check the hospital's data before a study does; nothing leaves the machine."),
+    "init": ("site:commands", "Write settings, policy, keys and a request; what exists is kept as it is."),
+    "join": ("site:commands", "Take the kit that the administrator made from our request."),
+    "check-connection": ("site:commands", "Try the way to the server step by step; says which fails, and the fix."),
+    "status": ("status:commands", "Say whether the site runs, what it may do, and what wants attention."),
+    "pause": ("site:commands", "Answer no message until `resume`; what is computed now is still sent."),
+    "resume": ("site:commands", "Answer messages again."),
+    "log": ("log:log", "Look at the hospital's audit log."),
+    "start": ("service:commands", "Serve until SIGTERM; for systemd, a container or a terminal."),
+    "stop": ("service:commands", "Stop the daemon; exit code 4 if there is none."),
+    "study": ("study:study", "Read the contracts of studies, and approve, reject or withdraw them."),
+    "ledger": ("ledger:ledger", "Look at the hospital's privacy ledger; nothing of it leaves."),
+    "predict": ("predict:predict", "Use a finished model on own samples; nothing leaves the machine."),
+    "audit": ("audit:commands", "Attack a model with own patients, members or not; only numbers come out."),
+}
+# fmt: on
+COMMANDS = {
+    name: (f"fedgex.client.cli.{place}", line)
+    for name, (place, line) in _PLACES.items()
+}
+"""Where each command is, and its line of help, in the order of their use."""
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False
+    cls=lazy_group(COMMANDS),
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
 )
 
 
 @app.callback()
 def main() -> None:
     """Serve a hospital's operator: join, decide about studies, use a finished model."""
-
-
-# Help lists commands in this order; within one Typer, groups come after commands.
-_operation = typer.Typer()
-for _command in (
-    site.init,
-    site.join,
-    site.check_connection,
-    status.status,
-    site.pause,
-    site.resume,
-):
-    _operation.command()(_command)
-_operation.add_typer(log.log, name="log")
-
-app.command()(data.check_data)
-app.add_typer(_operation)
-app.add_typer(service.commands)
-app.add_typer(study.study, name="study")
-app.add_typer(ledger.ledger, name="ledger")
-app.add_typer(predict.predict, name="predict")
-app.add_typer(audit.commands)

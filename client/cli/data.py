@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import typer
 
 from fedgex.client.cli.options import Form, Format, SiteToml, load, refusing
+from fedgex.client.data.codes import Code
+from fedgex.client.data.cohort import load_cohort
+from fedgex.common.cohort import Cohort
 from fedgex.common.errors import DataError, Finding
+from fedgex.common.scale import Scale
 
-if TYPE_CHECKING:
-    from fedgex.common.cohort import Cohort
+commands = typer.Typer()
 
 
+@commands.command()
 def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
     """Check the hospital's data before a study does; nothing leaves the machine."""
     with refusing():
         settings = load(site_toml)
-    from fedgex.client.data.cohort import load_cohort
-    from fedgex.common.scale import Scale
 
     cohort: Cohort | None = None
     try:
@@ -67,8 +68,6 @@ def _as_json(
     cohort: Cohort | None, findings: Sequence[Finding], min_cell_count: int
 ) -> str:
     """Return the findings and sizes; null where the data were refused before."""
-    from fedgex.client.data.codes import Code
-
     patients: int | str | None = None
     if cohort is not None:
         patients = cohort.n_patients

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,12 @@ from fedgex.client.cli.options import (
     not_found,
     refusing,
 )
-
-if TYPE_CHECKING:
-    from fedgex.client.ledger.book import Book, Row
-    from fedgex.client.ledger.budget import Account, Use
-    from fedgex.client.settings import SiteSettings
+from fedgex.client.ledger import debit
+from fedgex.client.ledger.book import Book, Row
+from fedgex.client.ledger.budget import Account, Use
+from fedgex.client.ledger.ledger import LedgerError
+from fedgex.client.ledger.privacy_statement import statement
+from fedgex.client.settings import SiteSettings
 
 ledger = typer.Typer(
     no_args_is_help=True,
@@ -88,8 +89,6 @@ def export(
 @ledger.command("statement")
 def print_statement(site_toml: SiteToml) -> None:
     """Print what is guaranteed to a patient, as Markdown, for those who ask."""
-    from fedgex.client.ledger.privacy_statement import statement
-
     with refusing():
         page = statement(load(site_toml))
     typer.echo(page)
@@ -108,9 +107,6 @@ def verified(settings: SiteSettings) -> tuple[Book | None, int]:
     LedgerError
         If it cannot be used, or lacks one of them.
     """
-    from fedgex.client.ledger import debit
-    from fedgex.client.ledger.ledger import LedgerError
-
     found = debit.existing(settings.state_dir)
     if found is None:
         return None, 0
@@ -126,7 +122,6 @@ def verified(settings: SiteSettings) -> tuple[Book | None, int]:
 
 
 def _account(site_toml: Path) -> Account:
-    from fedgex.client.ledger.budget import Account
 
     return Account.of(load(site_toml))
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import typer
 
 from fedgex.client.cli.options import SiteToml, load, not_found, refusing
-
-if TYPE_CHECKING:
-    from fedgex.client.settings import SiteSettings
-    from fedgex.common.chain import Head
+from fedgex.client.identity import AUDIT
+from fedgex.client.settings import SiteSettings
+from fedgex.common import chain
+from fedgex.common.chain import Head
+from fedgex.common.errors import TrustError
+from fedgex.common.pki import Signed
+from fedgex.common.receipt import Part, Receipt
 
 log = typer.Typer(no_args_is_help=True, help="Look at the hospital's audit log.")
 
@@ -18,8 +19,6 @@ log = typer.Typer(no_args_is_help=True, help="Look at the hospital's audit log."
 @log.command("verify")
 def log_verify(site_toml: SiteToml) -> None:
     """Find any line of the audit log that was changed, removed, reordered or cut."""
-    from fedgex.client.identity import AUDIT
-
     with refusing():
         settings = load(site_toml)
         if not (settings.state_dir / AUDIT).exists():
@@ -48,13 +47,6 @@ def verify_log(settings: SiteSettings) -> tuple[Head, int]:
         If a line was changed, removed or reordered, or the log does not hold a head
         that the coordinator signed: then its end was cut, or a backup restored.
     """
-    from fedgex.client.identity import AUDIT
-    from fedgex.common import chain
-    from fedgex.common.chain import Head
-    from fedgex.common.errors import TrustError
-    from fedgex.common.pki import Signed
-    from fedgex.common.receipt import Part, Receipt
-
     path = settings.state_dir / AUDIT
     head = chain.verify(path)
     lines = {Head(line["n"], line["hash"]) for line in chain.read(path)}

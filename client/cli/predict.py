@@ -99,7 +99,7 @@ class _Options:
         Path | None,
         typer.Option(
             metavar="SITE_TOML",
-            help="The hospital's site.toml, for its own heads and its column names.",
+            help="The hospital's site.toml, for its column names.",
         ),
     ] = None
     authority: Authority = None
@@ -209,11 +209,8 @@ def risk(
     from fedgex.client.prediction import inference
 
     with _prepared(options, "survival", cancer_type=cancer_type) as job:
-        expression, state_dir = job.samples.expression, job.state_dir
-        table = inference.risk(
-            job.checkpoint, expression, job.clinical, state_dir=state_dir
-        )
-        job.write(table)
+        expression = job.samples.expression
+        job.write(inference.risk(job.checkpoint, expression, job.clinical))
 
 
 @_command
@@ -235,11 +232,8 @@ def classify(
         return review.possible_types(model, types)
 
     with _prepared(options, "classification", possible) as job:
-        expression, state_dir = job.samples.expression, job.state_dir
-        table = inference.classify(
-            job.checkpoint, expression, among=types, state_dir=state_dir
-        )
-        job.write(table)
+        expression = job.samples.expression
+        job.write(inference.classify(job.checkpoint, expression, among=types))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,26 +241,16 @@ class _Job:
     """One prediction: a model, and samples that passed every check."""
 
     options: _Options
-    phase: str
-    """The phase that trains what is predicted."""
     folder: Path
     """Of the checkpoint."""
     checkpoint: Checkpoint
     released: Released | None
     """None for a model that is not a bundle."""
-    site: SiteSettings | None
     data: DataSettings
     samples: Samples
     clinical: pd.DataFrame
     """One row for each checked sample."""
     findings: Sequence[Finding]
-
-    @property
-    def state_dir(self) -> Path | None:
-        """Where the hospital keeps its heads of this study."""
-        if self.site is None:
-            return None
-        return self.site.state_dir / self.checkpoint.study.hash[:16]
 
     def write(self, table: pd.DataFrame, **restored: int) -> None:
         """Write the table, one row for each sample of the file, and its card."""
@@ -299,7 +283,6 @@ class _Job:
                 "checkpoint": self.folder.name,
                 "release": self._release(),
                 "model_sha256": checkpoints.digest(self.folder / "model.safetensors"),
-                "head_of_site": self._owner_of_head(),
                 "inputs": {
                     name: {"file": path.name, "sha256": checkpoints.digest(path)}
                     for name, path in inputs.items()
@@ -328,14 +311,6 @@ class _Job:
             "released": release.released.isoformat(),
             "administrators": list(self.released.administrators),
         }
-
-    def _owner_of_head(self) -> str | None:
-        """Return the site whose own head was used, or None if heads are shared."""
-        from fedgex.client.prediction import review
-
-        if self.site and review.head_is_local(self.checkpoint.study, self.phase):
-            return self.site.name
-        return None
 
 
 @contextmanager
@@ -373,7 +348,7 @@ def _prepared(
             model = checkpoints.load(folder)
             data = _data(options, site, model.study.scale, phase)
             with _collecting(errors):
-                review.require(model, phase, has_state_dir=site is not None)
+                review.require(model, phase)
             with _collecting(errors):
                 check(model)
             with _collecting(errors):
@@ -393,11 +368,9 @@ def _prepared(
             raise DataError(found)
         yield _Job(
             options=options,
-            phase=phase,
             folder=folder,
             checkpoint=model,
             released=released,
-            site=site,
             data=data,
             samples=samples,
             clinical=clinical,

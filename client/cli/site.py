@@ -7,10 +7,11 @@ import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from fedgex.client import identity, policy
 from fedgex.client.cli.options import (
     UNREACHABLE,
     Form,
@@ -19,11 +20,14 @@ from fedgex.client.cli.options import (
     load,
     refusing,
 )
+from fedgex.client.connection import Check, Step
+from fedgex.client.identity import AUDIT, Identity, Request
+from fedgex.client.settings import SERVER_PATTERN, SiteSettings
+from fedgex.common import pki
+from fedgex.common.chain import Chain
 from fedgex.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fedgex.client.connection import Check, Step
-    from fedgex.client.settings import SiteSettings
+from fedgex.common.files import write_atomic
+from fedgex.common.study import NAME_PATTERN
 
 TEMPLATE = """\
 # The hospital's own settings. Relative paths start at the folder of this file.
@@ -51,7 +55,6 @@ scale = "log2p1"                     # CHANGE to what your numbers are: linear, 
 
 
 def _is_server(server: str) -> str:
-    from fedgex.client.settings import SERVER_PATTERN
 
     if not re.fullmatch(SERVER_PATTERN, server):
         raise typer.BadParameter(f'"{server}" must be HOST:PORT')
@@ -59,7 +62,6 @@ def _is_server(server: str) -> str:
 
 
 def _is_name(name: str) -> str:
-    from fedgex.common.study import NAME_PATTERN
 
     if not re.fullmatch(NAME_PATTERN, name):
         raise typer.BadParameter(
@@ -68,6 +70,10 @@ def _is_name(name: str) -> str:
     return name
 
 
+commands = typer.Typer()
+
+
+@commands.command()
 def init(
     site_dir: Annotated[Path, typer.Argument(help="Folder for this hospital.")],
     name: Annotated[
@@ -87,9 +93,6 @@ def init(
     ],
 ) -> None:
     """Write settings, policy, keys and a request; what exists is kept as it is."""
-    from fedgex.client import policy
-    from fedgex.client.identity import Request
-
     with refusing():
         site_toml, request = set_up(site_dir, name, server)
     typer.echo(
@@ -102,14 +105,12 @@ def init(
     typer.echo(f"When the kit comes back: fedgex-site join {site_toml} KIT", err=True)
 
 
+@commands.command()
 def join(
     site_toml: SiteToml,
     kit: Annotated[Path, typer.Argument(help="The kit from the administrator.")],
 ) -> None:
     """Take the kit that the administrator made from our request."""
-    from fedgex.client import identity
-    from fedgex.common import pki
-
     with refusing():
         joined = identity.join(load(site_toml), kit)
     until = joined.certificate.not_valid_after_utc
@@ -125,6 +126,7 @@ def join(
     )
 
 
+@commands.command()
 def check_connection(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
     """Try the way to the server step by step; says which fails, and the fix."""
     steps: list[Step] = []
@@ -140,16 +142,13 @@ def check_connection(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         raise typer.Exit(UNREACHABLE if failed[0] in ("name", "connection") else 1)
 
 
+@commands.command()
 def pause(
     site_toml: SiteToml,
     by: Annotated[str, typer.Option(help="Who pauses; stands in the log.")],
     reason: Annotated[str, typer.Option(help="Why; stands in the log.")],
 ) -> None:
     """Answer no message until `resume`; what is computed now is still sent."""
-    from fedgex.client.identity import AUDIT
-    from fedgex.common.chain import Chain
-    from fedgex.common.files import write_atomic
-
     with refusing():
         settings = load(site_toml)
         at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -160,14 +159,12 @@ def pause(
     typer.echo(f"paused by {by}")
 
 
+@commands.command()
 def resume(
     site_toml: SiteToml,
     by: Annotated[str, typer.Option(help="Who resumes; stands in the log.")],
 ) -> None:
     """Answer messages again."""
-    from fedgex.client.identity import AUDIT
-    from fedgex.common.chain import Chain
-
     with refusing():
         settings = load(site_toml)
         path = settings.state_dir / "paused"
@@ -191,9 +188,6 @@ def set_up(site_dir: Path, name: str, server: str) -> tuple[Path, Path]:
     ConfigError
         If the folder is another hospital's.
     """
-    from fedgex.client import identity, policy
-    from fedgex.common.files import write_atomic
-
     site_toml = site_dir / "site.toml"
     files = {
         site_toml: TEMPLATE.format(name=name, server=server),
@@ -218,9 +212,6 @@ def set_up(site_dir: Path, name: str, server: str) -> tuple[Path, Path]:
 
 def connection_check(settings: SiteSettings) -> Check:
     """Return the check of the way from a hospital to its server."""
-    from fedgex.client.connection import Check
-    from fedgex.client.identity import Identity
-
     joined = (settings.state_dir / "identity" / "kit.json").exists()
     found = Identity.load(settings.state_dir) if joined else None
     server = settings.server if found is None else found.server

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -22,16 +22,20 @@ from fedgex.client.cli.options import (
     refusing,
 )
 from fedgex.client.cli.study import state_of
-
-if TYPE_CHECKING:
-    from fedgex.client.decisions import Desk, Received
-    from fedgex.client.ledger.budget import Account
-    from fedgex.client.settings import SiteSettings
+from fedgex.client.decisions import Desk, Received
+from fedgex.client.identity import AUDIT, Identity
+from fedgex.client.ledger.budget import Account
+from fedgex.client.ledger.ledger import LedgerError
+from fedgex.client.settings import SiteSettings
+from fedgex.common.chain import Chain
 
 WARN_DAYS = 30
 """Days before its expiry from which a certificate is a warning."""
 
+commands = typer.Typer()
 
+
+@commands.command()
 def status(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
     """Say whether the site runs, what it may do, and what wants attention."""
     with refusing():
@@ -46,10 +50,6 @@ def status(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
 
 def status_of(settings: SiteSettings) -> dict[str, Any]:
     """Return what `status` prints, by name."""
-    from fedgex.client.decisions import Desk
-    from fedgex.client.identity import AUDIT, Identity
-    from fedgex.common.chain import Chain
-
     state_dir = settings.state_dir
     warnings: list[str] = []
     joined = (state_dir / "identity" / "kit.json").exists()
@@ -97,8 +97,6 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
 
 
 def _account(settings: SiteSettings, warnings: list[str]) -> Account | None:
-    from fedgex.client.ledger.budget import Account
-    from fedgex.client.ledger.ledger import LedgerError
 
     try:
         return Account.of(settings)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,11 +19,10 @@ from fedgex.client.cli.options import (
     not_found,
     refusing,
 )
+from fedgex.client.decisions import Decision, Desk, Received, objections
+from fedgex.client.ledger.budget import Account
+from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fedgex.client.decisions import Decision, Desk, Received
-    from fedgex.client.settings import SiteSettings
 
 study = typer.Typer(
     no_args_is_help=True,
@@ -85,8 +84,6 @@ def approve(
     ],
 ) -> None:
     """Let a study run here until a day, within the policy."""
-    from fedgex.client.decisions import objections
-
     with refusing():
         settings, desk = _open(site_toml)
         full = _find(desk, hash)
@@ -147,7 +144,6 @@ def state_of(received: Received, decision: Decision | None) -> str:
 
 
 def _open(site_toml: Path) -> tuple[SiteSettings, Desk]:
-    from fedgex.client.decisions import Desk
 
     settings = load(site_toml)
     return settings, Desk.of(settings)
@@ -179,7 +175,6 @@ def _summary(desk: Desk, received: Received) -> dict[str, Any]:
 
 
 def _facts(desk: Desk, received: Received, settings: SiteSettings) -> dict[str, Any]:
-    from fedgex.client.decisions import objections
 
     policy = settings.policy
     contract, decision = received.contract, desk.decision(received.hash)
@@ -233,8 +228,6 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
 
 def _cost(received: Received, settings: SiteSettings) -> dict[str, float] | None:
     """Return what a study under patient-level privacy costs; None for another."""
-    from fedgex.client.ledger.budget import Account
-
     study = received.contract.study
     if study.privacy.patient is None:
         return None

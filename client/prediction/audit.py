@@ -22,10 +22,8 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients, to_patients
-from fedgex.common.model import GexBert
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING
-from fedgex.common.tasks import BACKBONE
 
 NOTES = (
     "members are the patients that site.toml names now; one who came after the "
@@ -135,17 +133,15 @@ def _refuse_few(n: int, least: int, side: str) -> None:
 def _losses(model: Checkpoint, patients: Patients) -> dict[Task, np.ndarray]:
     """Return each patient's loss in each task that the model brings a head for."""
     study, n_genes = model.study, len(model.vocabulary)
-    backbone = tasks.load(study, n_genes, PRETRAINING, model.parameters)[BACKBONE]
-    assert isinstance(backbone, GexBert)
+    backbone = tasks.load_backbone(study, n_genes, model.parameters)
     seed = derive(study.seed, "audit", "masks")
     losses: dict[Task, np.ndarray] = {
         "restoration": attacks.restoration_losses(backbone, patients, seed)
     }
-    has_head = CLASSIFICATION in review.trained_phases(model)
-    if has_head and not review.head_is_local(study, CLASSIFICATION):
-        modules = tasks.load(study, n_genes, CLASSIFICATION, model.parameters)
-        classes = study.classification.classes
+    if CLASSIFICATION in review.trained_phases(model):
         losses["classification"] = attacks.classification_losses(
-            modules, patients, classes
+            tasks.load_classifier(study, n_genes, model.parameters),
+            patients,
+            study.classification.classes,
         )
     return losses

@@ -9,17 +9,14 @@ N samples, G genes of the frame, V genes of the vocabulary, D width, K intervals
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedgex.client import state
 from fedgex.client.data.findings import Findings
 from fedgex.client.prediction.review import (
-    head_is_local,
     possible_types,
     require,
     review,
@@ -32,10 +29,8 @@ from fedgex.common.cohort import Cohort
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.model import GexBert
 from fedgex.common.objectives import ModelImputer, embed_all
-from fedgex.common.parameters import load_parameters
 from fedgex.common.scale import Scale, convert, floor
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
-from fedgex.common.tasks import BACKBONE, Modules
 from fedgex.common.uncertainty import restore_with_spread
 
 BATCH_SIZE = 16
@@ -223,7 +218,6 @@ def risk(
     clinical: pd.DataFrame,
     *,
     scale: Scale | None = None,
-    state_dir: Path | None = None,
 ) -> pd.DataFrame:
     """Return the log-hazard of each sample's patient and, if modelled, survival.
 
@@ -238,8 +232,6 @@ def risk(
     clinical
         One row a sample, in the order of the frame: cancer_type as the study spells it,
         and age (years) and sex ("female" or "male") if the study uses them.
-    state_dir
-        Where this hospital keeps its heads of this study, if they stay local.
 
     Returns
     -------
@@ -251,14 +243,16 @@ def risk(
     Raises
     ------
     CheckpointError
-        If the model has no survival head, or the hospital has none.
+        If the model has not been trained for survival.
     ConfigError
         If no formula leads from `scale` to the study's.
     DataError
         As for `impute`, or if no cancer type is in the study.
     """
     study = checkpoint.study
-    modules = _modules(checkpoint, SURVIVAL, state_dir)
+    require(checkpoint, SURVIVAL)
+    n_genes = len(checkpoint.vocabulary)
+    model = tasks.load_survival(study, n_genes, checkpoint.parameters)
     Findings(found=[*review_clinical(study, clinical)]).refuse_errors()
     patients = _patients(checkpoint, frame, scale, clinical)
     known = patients.type_index(study.survival.cancer_types) >= 0
@@ -269,8 +263,8 @@ def risk(
     numbers = np.empty((0, len(names)), dtype=np.float32)
     if predicted.any():
         some = patients.take(_places(predicted))
-        log_hazard = predictions.log_hazard(study, modules, some)
-        survival = predictions.survival(study, modules, some, log_hazard)
+        log_hazard = predictions.log_hazard(study, model, some)
+        survival = predictions.survival(study, model, some, log_hazard)
         both = torch.cat([log_hazard[:, None], survival], dim=1)  # (N, 1 + K)
         numbers = both.numpy()[:, : len(names)]
     return _over_all(frame.index, predicted, numbers, names)
@@ -282,7 +276,6 @@ def classify(
     *,
     scale: Scale | None = None,
     among: Sequence[str] | None = None,
-    state_dir: Path | None = None,
 ) -> pd.DataFrame:
     """Return the probability of each cancer type, and the most probable one.
 
@@ -294,8 +287,6 @@ def classify(
         As for `impute`.
     among
         Cancer types that are possible; None: all of the study. The others get 0.
-    state_dir
-        As for `risk`.
 
     Returns
     -------
@@ -309,12 +300,14 @@ def classify(
         As for `risk`.
     """
     classes = checkpoint.study.classification.classes
-    modules = _modules(checkpoint, CLASSIFICATION, state_dir)
+    require(checkpoint, CLASSIFICATION)
+    n_genes = len(checkpoint.vocabulary)
+    model = tasks.load_classifier(checkpoint.study, n_genes, checkpoint.parameters)
     patients = _patients(checkpoint, frame, scale)
     seen = patients.measured.any(dim=1)
     some = patients.take(_places(seen))
     possible = torch.from_numpy(possible_types(checkpoint, among))
-    probabilities = predictions.class_probabilities(modules, some, possible).numpy()
+    probabilities = predictions.class_probabilities(model, some, possible).numpy()
     names = [f"probability_{name}" for name in classes]
     table = _over_all(frame.index, seen, probabilities, names)
     best = np.full(len(frame), None, dtype=object)
@@ -323,24 +316,10 @@ def classify(
     return table
 
 
-def _modules(checkpoint: Checkpoint, phase: str, state_dir: Path | None) -> Modules:
-    """Return a phase's modules, with the hospital's own head if heads stay local."""
-    require(checkpoint, phase, has_state_dir=state_dir is not None)
-    study, state_dict = checkpoint.study, checkpoint.parameters
-    n_genes = len(checkpoint.vocabulary)
-    if state_dir is None or not head_is_local(study, phase):
-        return tasks.load(study, n_genes, phase, state_dict)
-    modules = tasks.build(study, n_genes, phase)
-    encoder, head = f"{phase}.encoder", f"{phase}.head"
-    load_parameters({encoder: modules[encoder]}, tasks.sent(study, phase, state_dict))
-    state.latest_head({head: modules[head]}, state_dir, phase)
-    return modules
-
-
 def _backbone(checkpoint: Checkpoint) -> GexBert:
-    backbone = _modules(checkpoint, PRETRAINING, None)[BACKBONE]
-    assert isinstance(backbone, GexBert)
-    return backbone
+    require(checkpoint, PRETRAINING)
+    n_genes = len(checkpoint.vocabulary)
+    return tasks.load_backbone(checkpoint.study, n_genes, checkpoint.parameters)
 
 
 def _patients(

@@ -14,29 +14,23 @@ from numpy.typing import NDArray
 
 from fedgex.client.data.codes import Code
 from fedgex.client.data.findings import Findings
-from fedgex.common import tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.errors import CheckpointError, ConfigError, Finding
 from fedgex.common.scale import LOGARITHMIC, Scale, convert
 from fedgex.common.statistics import foreign_scale
-from fedgex.common.study import PRETRAINING, Study
+from fedgex.common.study import Study
 
 FEW_GENES = 0.1
 """Measured share of the vocabulary below which a warning is given."""
 
 
-def require(checkpoint: Checkpoint, phase: str, *, has_state_dir: bool = False) -> None:
+def require(checkpoint: Checkpoint, phase: str) -> None:
     """Refuse a model that cannot predict what a phase trains.
-
-    Parameters
-    ----------
-    has_state_dir
-        Whether a head that stays local could be taken from the hospital's state.
 
     Raises
     ------
     CheckpointError
-        If the phase has not been trained, or its head is not at hand.
+        If the phase has not been trained.
     """
     trained = trained_phases(checkpoint)
     has = f"This model has been trained for: {', '.join(trained) or 'nothing yet'}."
@@ -45,12 +39,6 @@ def require(checkpoint: Checkpoint, phase: str, *, has_state_dir: bool = False) 
             f"the model has not been trained for {phase}, which this prediction needs. "
             f"{has} Choose a later checkpoint, or a model of another study."
         )
-    if head_is_local(checkpoint.study, phase) and not has_state_dir:
-        raise CheckpointError(
-            f"the model has no {phase} head, because this study keeps that head at "
-            f"each hospital. {has} Name the site.toml of a hospital that took part "
-            "with --site; it has a head of its own."
-        )
 
 
 def trained_phases(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -58,13 +46,6 @@ def trained_phases(checkpoint: Checkpoint) -> tuple[str, ...]:
     order = tuple(checkpoint.study.phases)
     at = order.index(checkpoint.phase)
     return order[: at + 1] if checkpoint.round else order[:at]
-
-
-def head_is_local(study: Study, phase: str) -> bool:
-    """Return whether a phase's head stays at each hospital."""
-    return phase != PRETRAINING and f"{phase}.head" not in tasks.travelling(
-        study, phase
-    )
 
 
 def wanted_genes(

@@ -264,8 +264,8 @@ def test_each_restored_value_has_a_spread_and_no_other(tmp_path: Path) -> None:
     given = as_frame().reindex(columns=GENES)
     assert ((out == "").to_numpy() == given.notna().to_numpy()).all()
     standardised = torch.tensor((given.to_numpy() - 4.0) / 1.5, dtype=torch.float32)
-    backbone = tasks.load(trained.study, 6, "pretraining", trained.parameters)
-    _, sd = restore_with_spread(backbone["backbone"], standardised)  # type: ignore[arg-type]
+    backbone = tasks.load_backbone(trained.study, 6, trained.parameters)
+    _, sd = restore_with_spread(backbone, standardised)
     for gene in ("DDD4", "EEE5"):
         expected = 1.5 * sd[:, GENES.index(gene)].numpy()
         assert out[gene].astype(float).to_numpy() == pytest.approx(expected, rel=1e-4)

@@ -9,14 +9,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import torch
 from cryptography import x509
 from typer.testing import CliRunner
 
-from fedgex.client import state
 from fedgex.client.cli import app
 from fedgex.client.prediction import inference
-from fedgex.common import pki, tasks
+from fedgex.common import pki
 from fedgex.common.scale import Scale
 
 from .predicting import (
@@ -66,22 +64,17 @@ def test_a_model_not_trained_for_the_task_says_for_what_it_is(tmp_path: Path) ->
     )
 
 
-def test_a_hospital_names_its_settings_for_its_own_head(tmp_path: Path) -> None:
-    trained = model(tmp_path / "model", head="local", backbone="tuned")
+def test_a_hospital_names_its_settings_for_the_names_of_its_columns(
+    tmp_path: Path,
+) -> None:
+    trained = model(tmp_path / "model")
     sheet(tmp_path)
     (tmp_path / "c.csv").write_text("case,tumour\nS1,KIRC\nS2,BRCA\n007,KIRC\n")
-    site = write_site(tmp_path)
-    own = tmp_path / "state" / trained.study.hash[:16]
-    head: Any = tasks.build(trained.study, 6, "survival")["survival.head"]
-    torch.nn.init.normal_(head.own.weight, generator=torch.manual_seed(3))
-    state.save_head({"survival.head": head}, own, "survival", 1)
 
-    without = predict("risk", tmp_path, "--cancer-type", "KIRC")
-    result = predict("risk", tmp_path, clinical=tmp_path / "c.csv", site=site)
+    result = predict(
+        "risk", tmp_path, clinical=tmp_path / "c.csv", site=write_site(tmp_path)
+    )
 
-    assert without.exit_code == 1
-    assert "no survival head" in without.stderr
-    assert "--site" in without.stderr
     assert result.exit_code == 0, result.output
     covariates = pd.DataFrame({"cancer_type": ["KIRC", "BRCA", "KIRC"]})
     truth = inference.risk(
@@ -89,11 +82,9 @@ def test_a_hospital_names_its_settings_for_its_own_head(tmp_path: Path) -> None:
         as_frame(),
         covariates.set_axis(as_frame().index),
         scale=Scale.LOG10P1,  # as site.toml declares
-        state_dir=own,
     )
     out = table(tmp_path / "out.csv").astype(float)
     assert out.to_numpy() == pytest.approx(truth.to_numpy(), abs=1e-4)
-    assert card(tmp_path)["prediction"]["head_of_site"] == "north"
 
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
@@ -215,7 +206,6 @@ def test_the_card_says_where_a_prediction_comes_from(tmp_path: Path) -> None:
     assert (how["genes_added"], how["cells_restored"]) == (2, 8)
     assert how["scale_of_input"] == "log2p1"
     assert how["scale_converted"] is False
-    assert how["head_of_site"] is None
     assert not any("FX-PREDICT" in warning for warning in how["warnings"])
 
 

@@ -74,7 +74,7 @@ def audit(site: Path, *more: object, model: Path | None = None) -> Result:
 def auc(members: pd.DataFrame, others: pd.DataFrame) -> float:
     """Return the AUC of the untrained model's losses, counted pair by pair."""
     study = Study.read({"name": "test", "pretraining": {"rounds": 1}}, "test")
-    backbone = tasks.build(study, len(GENES), "pretraining")["backbone"]
+    backbone = tasks.new_backbone(study, len(GENES))
     assert isinstance(backbone, GexBert)
     scale = Standardisation(mean=np.full(6, 4.0), sd=np.full(6, 1.5))
     losses = []

@@ -1,7 +1,6 @@
 """What a finished model says of own samples, from Python."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedgex.client import state
 from fedgex.client.prediction import inference
 from fedgex.client.prediction.review import review
 from fedgex.common import tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.errors import CheckpointError, ConfigError, DataError
-from fedgex.common.model import GexBert
 from fedgex.common.objectives import ModelImputer, embed
-from fedgex.common.parameters import parameters
 from fedgex.common.scale import Scale
 from fedgex.common.statistics import Standardisation
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
@@ -90,19 +86,14 @@ def standardised(frame: pd.DataFrame) -> NDArray[np.float32]:
 
 def imputed(trained: Checkpoint, frame: pd.DataFrame) -> NDArray[np.float64]:
     """Restore with the backbone by hand, on log2(x + 1)."""
-    modules = tasks.load(trained.study, 12, PRETRAINING, trained.parameters)
-    backbone = modules[tasks.BACKBONE]
-    assert isinstance(backbone, GexBert)
+    backbone = tasks.load_backbone(trained.study, 12, trained.parameters)
     filled = ModelImputer(backbone).impute(standardised(frame))
     return np.maximum(filled * SD + MEAN, 0)
 
 
 def embedded(trained: Checkpoint, phase: str, frame: pd.DataFrame) -> torch.Tensor:
     """Embed each sample by itself."""
-    modules = tasks.load(trained.study, 12, phase, trained.parameters)
-    name = "backbone" if phase == PRETRAINING else f"{phase}.encoder"
-    encoder: Any = modules[name]
-    encoder = encoder.encoder if phase == PRETRAINING else encoder
+    encoder = tasks.load(trained.study, 12, phase, trained.parameters).encoder
     rows = torch.from_numpy(standardised(frame)).split(1)
     with torch.no_grad():
         return torch.cat([embed(encoder, row, ~row.isnan()) for row in rows])
@@ -236,9 +227,7 @@ def test_risk_and_survival_are_those_of_the_head() -> None:
 
     table = inference.risk(trained, frame, clinical())
 
-    head: Any = tasks.load(trained.study, 12, SURVIVAL, trained.parameters)[
-        "survival.head"
-    ]
+    head = tasks.load_survival(trained.study, 12, trained.parameters).head
     assert list(table.columns) == [
         "log_hazard",
         "survival_365_days",
@@ -308,9 +297,7 @@ def test_class_probabilities_are_those_of_the_head() -> None:
 
     table = inference.classify(trained, frame)
 
-    head: Any = tasks.load(trained.study, 12, CLASSIFICATION, trained.parameters)[
-        "classification.head"
-    ]
+    head = tasks.load_classifier(trained.study, 12, trained.parameters).head
     logits = head(embedded(trained, CLASSIFICATION, frame)).detach().numpy()
     odds = np.exp(logits)
     numbers = table[["probability_BRCA", "probability_KIRC"]].to_numpy()
@@ -336,40 +323,6 @@ def test_a_phase_that_has_not_begun_is_missing_though_its_head_exists() -> None:
 def test_a_model_before_its_first_round_can_do_nothing() -> None:
     with pytest.raises(CheckpointError, match="trained for: nothing yet"):
         inference.embed(model(phase="pretraining", round=0), samples())
-
-
-def local_survival() -> Study:
-    survival = {"cancer_types": TYPES, "backbone": "tuned", "head": "local"}
-    return study(pretraining={"rounds": 1}, survival={"rounds": 1} | survival)
-
-
-def test_a_head_that_stayed_at_the_hospitals_is_asked_for() -> None:
-    with pytest.raises(CheckpointError, match=r"no survival head.*--site"):
-        inference.risk(model(local_survival()), samples(), clinical())
-
-
-def test_a_hospital_uses_its_own_head(tmp_path: Path) -> None:
-    trained = model(local_survival())
-    head: Any = tasks.build(trained.study, 12, SURVIVAL)["survival.head"]
-    torch.nn.init.normal_(head.own.weight, generator=torch.manual_seed(3))
-    state.save_head({"survival.head": head}, tmp_path, SURVIVAL, 1)
-
-    table = inference.risk(trained, samples(), clinical(), state_dir=tmp_path)
-
-    shared = study(
-        pretraining={"rounds": 1},
-        survival={"rounds": 1, "cancer_types": TYPES, "backbone": "tuned"},
-    )
-    whole = dict(trained.parameters) | parameters({"survival.head": head})
-    same = replace(trained, study=shared, parameters=whole)
-    pd.testing.assert_frame_equal(table, inference.risk(same, samples(), clinical()))
-
-
-def test_a_hospital_that_took_no_part_has_no_head(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="did not take part"):
-        inference.risk(
-            model(local_survival()), samples(), clinical(), state_dir=tmp_path
-        )
 
 
 # ---- what the genes must be ----

@@ -27,7 +27,6 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 
 from fedgex.client import local_training, secure_rounds, state
-from fedgex.client.data.codes import Code
 from fedgex.client.data.cohort import assay, load_cohort
 from fedgex.client.ledger import debit
 from fedgex.client.ledger.ledger import LedgerError
@@ -35,6 +34,7 @@ from fedgex.client.policy import Policy
 from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
+from fedgex.common.codes import Code
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError, DataError
 from fedgex.common.files import disk_full
@@ -58,9 +58,6 @@ GOVERNED_BY = {
 }
 """Numbers that a metric of the policy with another name covers."""
 
-FAILED, REFUSED_STUDY = "FX-SITE-001", "FX-SITE-002"
-OUT_OF_MEMORY, NO_DEVICE, DISK_FULL = "FX-SITE-006", "FX-SITE-008", "FX-SITE-009"
-
 app = ClientApp()
 Handler = Callable[[Message, SiteSettings, Study], RecordDict]
 
@@ -79,7 +76,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
             content = _refusal(code)
         except ConfigError as error:
             logger.error("refused: %s", error)
-            content = _refusal(REFUSED_STUDY)
+            content = _refusal(Code.STUDY_REFUSED)
         except (LedgerError, ExchangeError) as error:
             logger.error("refused: %s", error)
             content = _refusal(error.code)
@@ -197,7 +194,6 @@ def cross_products(
 def secagg_keys(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     """Make keys for a round of secure aggregation, if this site can take part in it."""
     phase = text(message.content.config_records[keys.ROUND], keys.PHASE)
-    _refuse_phase(phase, settings.policy)
     cohort, vocabulary = _cohort(settings, study), _vocabulary(message)
     _refuse_drift(settings, study, cohort)
     raw = Standardisation(mean=np.zeros(len(vocabulary)), sd=np.ones(len(vocabulary)))
@@ -240,7 +236,6 @@ def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     started = time.monotonic()
     order = message.content.config_records[keys.ROUND]
     phase, number = text(order, keys.PHASE), int(str(order[keys.NUMBER]))
-    _refuse_phase(phase, settings.policy)
     cohort = _cohort(settings, study)
     _refuse_drift(settings, study, cohort)
     local_training.refuse_large_delta(study, cohort.n_patients)
@@ -331,7 +326,7 @@ def _study(message: Message, settings: SiteSettings) -> Study:
     if text(record, keys.HASH) != study.hash:
         raise ConfigError("the study sent differs from its hash; ask the coordinator.")
     _refuse_other_version(message)
-    _refuse_unpermitted(study, settings.policy)
+    _refuse_unpermitted(message, study, settings.policy)
     torch.set_num_threads(settings.policy.threads)
     return study
 
@@ -348,27 +343,12 @@ def _refuse_other_version(message: Message) -> None:
         )
 
 
-def _refuse_unpermitted(study: Study, policy: Policy) -> None:
-    """Refuse a study that asks for what the hospital's policy never gives."""
-    if policy.demand_privacy and study.privacy.patient is None:
-        raise ConfigError(
-            "policy.toml demands differential privacy, and the study offers none; "
-            "decline the study, or set demand_privacy = false."
-        )
-    by = study.strategy.weights
-    if by in keys.WEIGHTED_BY and keys.NUM_PATIENTS not in policy.metrics:
-        raise ConfigError(
-            f'the study weights updates by "{by}", and metrics in policy.toml lacks '
-            '"num-patients"; add it, or ask for a study with other weights.'
-        )
-
-
-def _refuse_phase(phase: str, policy: Policy) -> None:
-    if phase not in policy.tasks:
-        permitted = ", ".join(policy.tasks)
-        raise ConfigError(
-            f'the study asks for "{phase}"; policy.toml permits tasks {permitted}.'
-        )
+def _refuse_unpermitted(message: Message, study: Study, policy: Policy) -> None:
+    """Refuse what the policy refuses of a study, and of the phase that is to train."""
+    order = message.content.config_records.get(keys.ROUND)
+    phases = () if order is None else (text(order, keys.PHASE),)
+    if against := policy.objections(study, phases):
+        raise ConfigError(" ".join(against))
 
 
 def _vocabulary(message: Message) -> Vocabulary:
@@ -395,15 +375,16 @@ def _floor(settings: SiteSettings, study: Study) -> int:
     return max(settings.policy.minimum_cohort, study.minimum_cohort)
 
 
-def _failure(error: Exception) -> str:
+def _failure(error: Exception) -> Code:
     """Return the code of something unforeseen."""
     # On a CPU, torch tells of exhausted memory by the text alone.
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
-        return OUT_OF_MEMORY
+        return Code.OUT_OF_MEMORY
     if disk_full(error):
-        return DISK_FULL
-    return NO_DEVICE if isinstance(error, torch.AcceleratorError) else FAILED
+        return Code.DISK_FULL
+    lost = isinstance(error, torch.AcceleratorError)
+    return Code.DEVICE_LOST if lost else Code.FAILED
 
 
 def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:

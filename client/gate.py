@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedgex.client.decisions import DIFFERS, UNTRUSTED, Desk, Refusal
+from fedgex.client.decisions import Desk, Refusal
 from fedgex.client.identity import Identity
 from fedgex.client.ledger import debit
 from fedgex.client.ledger.ledger import LedgerError
@@ -28,6 +28,7 @@ from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
 from fedgex.common import bundle, chain, failpoints, keys, pki
 from fedgex.common.chain import Chain, Head
+from fedgex.common.codes import Code
 from fedgex.common.contract import Contract
 from fedgex.common.errors import TrustError, UpdateError
 from fedgex.common.files import disk_full, write_atomic
@@ -39,11 +40,6 @@ from fedgex.common.study import NAME_PATTERN
 logger = logging.getLogger(__name__)
 
 App = Callable[[Message, Context], Message]
-
-FAILED, PAUSED, CLOSED = "FX-SITE-001", "FX-SITE-004", "FX-SITE-005"
-DISK_FULL = "FX-SITE-009"
-UNKNOWN_RUN, ANSWERED, RESTORED = "FX-RUN-001", "FX-RUN-002", "FX-RUN-003"
-NOT_RELEASED = "FX-RUN-004"
 
 STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN, *keys.SECURE)
 """Answered once. `prepare` says what is so now, and may say it again."""
@@ -125,7 +121,7 @@ class Gate:
         try:
             stored = replies.find(question, request) if kind in STORED else None
         except AnotherRequestError as error:
-            raise Refusal(ANSWERED, str(error)) from error
+            raise Refusal(Code.ANSWERED_ALREADY, str(error)) from error
         if stored is not None:
             self.audit.append("replayed", **about)
             self._end()  # of a process that died once it had stored the reply
@@ -152,7 +148,7 @@ class Gate:
         for line in chain.read(self.audit.path):
             if line["event"] == KEPT and about.items() <= line.items():
                 raise Refusal(
-                    ANSWERED,
+                    Code.ANSWERED_ALREADY,
                     f"the reply of {line['time'][:10]} to this is no longer there, and "
                     "it may have left; another one would spend privacy that was not "
                     "debited. Restore the folder replies/ if it was lost.",
@@ -180,7 +176,7 @@ class Gate:
         try:
             signed = Signed.from_json(text(record, keys.JSON), "the contract sent")
         except TrustError as error:
-            raise Refusal(UNTRUSTED, str(error)) from error
+            raise Refusal(Code.UNTRUSTED, str(error)) from error
         received = desk.receive(signed)
         desk.admitted(received.hash)  # so what is sent now is an approval
         decision = self.state_dir / "decisions" / f"{received.hash}.json"
@@ -199,9 +195,11 @@ class Gate:
                 arrived.write_bytes(sent)
                 release = bundle.verify(arrived, self.identity.authority).release
         except (TrustError, UpdateError) as error:
-            raise Refusal(NOT_RELEASED, str(error)) from error
+            raise Refusal(Code.RELEASE_UNVERIFIED, str(error)) from error
         if (release.contract, release.run) != (contract, run):
-            raise Refusal(NOT_RELEASED, "the model sent is that of another run.")
+            raise Refusal(
+                Code.RELEASE_UNVERIFIED, "the model sent is that of another run."
+            )
         folder = self.state_dir / "models"
         folder.mkdir(exist_ok=True, mode=0o700)
         write_atomic(folder / name, sent, point="release")
@@ -217,7 +215,7 @@ class Gate:
         index, _, digest = known.partition(":")
         if not self.audit.contains(Head(int(index), digest)):
             raise Refusal(
-                RESTORED,
+                Code.LOG_RESTORED,
                 f"the server holds our signature over line {index} of the audit log, "
                 "and our log does not have that line: it was cut, or restored from a "
                 "backup. Nothing is answered. See docs/hospital-operation.md.",
@@ -237,16 +235,16 @@ class Gate:
             ):
                 raise TrustError("the receipt sent bears no signature.")
         except TrustError as error:
-            raise Refusal(UNTRUSTED, str(error)) from error
+            raise Refusal(Code.UNTRUSTED, str(error)) from error
         if (receipt.contract, receipt.run) != (contract, run):
-            raise Refusal(DIFFERS, "the receipt sent is of another run.")
+            raise Refusal(Code.OUTSIDE_CONTRACT, "the receipt sent is of another run.")
         path = self.state_dir / "receipts" / run / f"{receipt.index:05d}.json"
         if path.exists():
             held = Signed.from_json(path.read_text(), path.name)
             if held.content == signed.content:
                 return
             raise Refusal(
-                UNTRUSTED,
+                Code.UNTRUSTED,
                 f"the coordinator signed two different receipts {receipt.index} of "
                 f"{run}: it told hospitals different things. Keep {path} and the log.",
             )
@@ -256,9 +254,11 @@ class Gate:
 
     def _open_now(self, settings: SiteSettings) -> None:
         if (self.state_dir / "paused").exists():
-            raise Refusal(PAUSED, "the operator paused this site.")
+            raise Refusal(Code.PAUSED, "the operator paused this site.")
         if not settings.policy.open_at(datetime.now()):
-            raise Refusal(CLOSED, f"policy.toml answers {settings.policy.hours} only.")
+            raise Refusal(
+                Code.OUTSIDE_HOURS, f"policy.toml answers {settings.policy.hours} only."
+            )
 
     def _logged(self, reply: RecordDict, about: dict[str, object]) -> RecordDict:
         """Write down that this goes out, and sign it with the log's head beside it."""
@@ -316,7 +316,9 @@ class Gate:
             deaths = int(str(before["deaths"])) + 1
         if deaths >= MAX_DEATHS:
             path.unlink()
-            raise Refusal(FAILED, f"the process died {deaths} times over this request.")
+            raise Refusal(
+                Code.FAILED, f"the process died {deaths} times over this request."
+            )
         now = {
             "request": request,
             "deaths": deaths,
@@ -329,9 +331,9 @@ class Gate:
         (self.state_dir / WORKING).unlink(missing_ok=True)
 
 
-def code(error: Exception) -> str:
+def code(error: Exception) -> Code:
     """Return the code of something unforeseen, which says nothing of its text."""
-    return DISK_FULL if disk_full(error) else FAILED
+    return Code.DISK_FULL if disk_full(error) else Code.FAILED
 
 
 def read_working(state_dir: Path) -> dict[str, object] | None:
@@ -346,7 +348,7 @@ def read_working(state_dir: Path) -> dict[str, object] | None:
     return found
 
 
-def stop_working(state_dir: Path, code: str) -> None:
+def stop_working(state_dir: Path, code: Code) -> None:
     """Have the present request refused with a code when it is asked again."""
     found = read_working(state_dir)
     if found is not None:
@@ -359,14 +361,14 @@ def _run(kind: str, content: RecordDict) -> tuple[str, str]:
     record = content.config_records.get(keys.RUN)
     if record is None:
         raise Refusal(
-            UNKNOWN_RUN,
+            Code.UNKNOWN_RUN,
             "the message names no run and no contract; it does not come from "
             "fedgex-admin run launch.",
         )
     run = text(record, keys.RUN_NAME)
     published = kind == keys.CONTRACT and not run
     if not published and not re.fullmatch(NAME_PATTERN, run):
-        raise Refusal(UNKNOWN_RUN, "the run's name cannot name a file.")
+        raise Refusal(Code.UNKNOWN_RUN, "the run's name cannot name a file.")
     return run, text(record, keys.CONTRACT_HASH)
 
 
@@ -374,7 +376,10 @@ def _same(kind: str, content: RecordDict, contract: Contract) -> None:
     """Refuse a message whose study, round or vocabulary is not the contract's."""
     study = text(content.config_records[keys.STUDY], keys.JSON)
     if study != contract.study.to_json():
-        raise Refusal(DIFFERS, "the study of the message is not the contract's.")
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT,
+            "the study of the message is not the contract's.",
+        )
     phase, number = _round(content)
     training = contract.study.phases.get(phase)
     if kind in (keys.TRAIN, *keys.SECURE):
@@ -384,16 +389,23 @@ def _same(kind: str, content: RecordDict, contract: Contract) -> None:
     else:  # asked once in a run, whatever a number would make of it
         planned = (phase, number) == ("", 0)
     if not planned:
-        raise Refusal(DIFFERS, f"the contract has no {kind} {phase} {number}.")
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT, f"the contract has no {kind} {phase} {number}."
+        )
     participants = content.config_records.get(keys.PUBLIC_KEYS, ConfigRecord())
     if strange := set(participants) - set(contract.sites):
-        raise Refusal(DIFFERS, f"the contract does not name {sorted(strange)}.")
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT, f"the contract does not name {sorted(strange)}."
+        )
     vocabulary = content.config_records.get(keys.VOCABULARY)
     if vocabulary is None:
         return
     genes = vocabulary[keys.GENES]
     if sorted(contract.study.vocabulary.genes) != genes:
-        raise Refusal(DIFFERS, "the genes of the message are not the contract's.")
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT,
+            "the genes of the message are not the contract's.",
+        )
 
 
 def _round(content: RecordDict) -> tuple[str, int]:

@@ -110,7 +110,7 @@ class Identity:
 
 
 def create(settings: SiteSettings) -> Path:
-    """Make both private keys and write the request beside them.
+    """Make both private keys and write the request for their certificates.
 
     The folder of the keys appears in one step, so that a call that was cut off can be
     repeated.

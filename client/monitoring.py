@@ -1,4 +1,4 @@
-"""What a hospital's daemon tells Prometheus on its own machine.
+"""Metrics of a hospital's daemon for Prometheus, on its own machine.
 
 Whether it runs, is paused and has a certificate, what it was asked and how it answered.
 No number of patients, and nothing about a study but how many are approved.
@@ -85,11 +85,11 @@ class SiteCollector(Collector):
             "Times that SuperNode or worker was started again, since the start.",
         )
         try:
-            told = json.loads((self._state_dir / "status.json").read_text())
+            status = json.loads((self._state_dir / "status.json").read_text())
         except FileNotFoundError:
             return [running, restarts]
-        running.add_metric((), float(told["supernode"] and told["worker"]))
-        restarts.add_metric((), told["restarts"])
+        running.add_metric((), float(status["supernode"] and status["worker"]))
+        restarts.add_metric((), status["restarts"])
         return [running, restarts]
 
     def _of_messages(self) -> Metric:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedgex.common import keys
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Settings
+from fedgex.common.study import Settings, Study
 
 FILE = "policy.toml"
-"""Name of the file, which lies beside site.toml."""
+"""Name of the file, in the folder of site.toml."""
 
 TEMPLATE = """\
 # What this hospital permits. No key has a default, so that each was decided by somebody.
-minimum_cohort = 10                  # with fewer patients we take no part; smaller counts are not told
+minimum_cohort = 10                  # with fewer patients we do not participate; smaller counts are not reported
 tasks = ["pretraining", "classification", "survival"]   # phases that we train
 demand_privacy = false               # true: only studies with differential privacy, at patient level
 privacy_epsilon = 8.0                # most that a patient may be exposed to, over all studies, for ever (epsilon)
@@ -43,7 +44,8 @@ class Policy(Settings):
     """One hospital's `policy.toml`. No key has a default."""
 
     minimum_cohort: int = Field(ge=1)
-    """With fewer patients the site takes no part, and smaller counts are not told."""
+    """Smallest number of patients with which the site participates, and the smallest
+    count that it reports."""
     tasks: tuple[Task, ...] = Field(min_length=1)
     """Tasks that the hospital permits."""
     demand_privacy: bool
@@ -52,12 +54,12 @@ class Policy(Settings):
     """Budget of each patient, over all studies, for ever; a round that would exceed it
     is declined. Studies without patient-level privacy are not counted."""
     privacy_delta: float = Field(gt=0, lt=1)
-    """Probability that the budget's epsilon does not bound what is told of a patient;
-    far below 1 / patients."""
+    """Probability that the budget's epsilon does not bound what is revealed of a
+    patient; far below 1 / patients."""
     share_cross_products: bool
     """Permit sums of products of genes to leave, for the linear references."""
     metrics: tuple[Metric, ...]
-    """Numbers that may leave beside an update; `num-patients` covers terms of the loss
+    """Numbers that may leave with an update; `num-patients` covers terms of the loss
     too, and without it only studies that do not weight by them are possible."""
     hours: str = Field(pattern=rf"^{_TIME}-({_TIME}|24:00)$")
     """When the site answers, local time; the end is not included."""
@@ -110,8 +112,8 @@ class Policy(Settings):
         """
         if not path.exists():
             raise ConfigError(
-                f"{path}: is not there; expected the hospital's policy beside "
-                f"site.toml. `fedgex-site init` would write:\n{TEMPLATE}"
+                f"{path}: is not there; expected the hospital's policy in the "
+                f"folder of site.toml. `fedgex-site init` would write:\n{TEMPLATE}"
             )
         return cls.read(read_toml(path), path.name)
 
@@ -119,6 +121,37 @@ class Policy(Settings):
     def proposed(cls, **changes: Any) -> Self:
         """Return the policy that `fedgex-site init` writes, but for some keys."""
         return cls.model_validate(_proposal() | changes)
+
+    def objections(
+        self, study: Study, phases: Collection[str] | None = None
+    ) -> list[str]:
+        """Return what the policy refuses of a study, one sentence each.
+
+        The minimum cohort is not among them: of policy and study, the stricter counts.
+
+        Parameters
+        ----------
+        phases
+            Phases that are about to be trained; None: all that the study has.
+        """
+        found = [
+            f"The study trains {phase}; policy.toml permits {', '.join(self.tasks)}."
+            for phase in (study.phases if phases is None else phases)
+            if phase not in self.tasks
+        ]
+        if self.demand_privacy and study.privacy.patient is None:
+            found.append(
+                "The study trains without differential privacy; policy.toml has "
+                "demand_privacy = true."
+            )
+        weights = study.strategy.weights
+        if weights in keys.WEIGHTED_BY and keys.NUM_PATIENTS not in self.metrics:
+            found.append(
+                f'The study weights updates by "{weights}"; policy.toml does not let '
+                "num-patients leave. Weights that tell nothing are equal or fixed in "
+                "the contract."
+            )
+        return found
 
     def open_at(self, at: datetime) -> bool:
         """Return whether `at` is within the hours; without a time zone it is local."""

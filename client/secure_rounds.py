@@ -4,7 +4,7 @@ One file for each run, `secagg/RUN/exchange.json`, holds the present round's pri
 keys, the shares of others, and every list that the coordinator committed itself to;
 beside it lies the round's own update. Both are replaced when the next round's keys are
 made. With them a site answers the same when it is asked the same, after a restart too,
-and refuses, with FX-RUN-005,
+and refuses, with `Code.EXCHANGE_REFUSED`,
 
 - keys that their owners have not signed, and a list without its own keys unchanged,
 - fewer than three participants, or than the quorum,
@@ -38,6 +38,7 @@ from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
 from fedgex.common import exchange, keys
 from fedgex.common import secure_aggregation as protocol
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError, TrustError, UpdateError
 from fedgex.common.files import write_atomic
 from fedgex.common.receipt import reply_digest, request_digest, verify_part
@@ -58,7 +59,6 @@ from fedgex.common.study import (
 )
 
 FILE = "exchange.json"
-UNFIT = "FX-RUN-005"
 
 Handler = Callable[[Message, SiteSettings, Study], RecordDict]
 
@@ -66,7 +66,7 @@ Handler = Callable[[Message, SiteSettings, Study], RecordDict]
 class ExchangeError(FedgexError):
     """The coordinator asks for what secure aggregation never gives."""
 
-    code = UNFIT
+    code = Code.EXCHANGE_REFUSED
 
 
 def advertise(

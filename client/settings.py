@@ -68,7 +68,7 @@ class DataSettings(Settings):
 
 
 class SiteSettings(Settings):
-    """One hospital's `site.toml`, and the `policy.toml` beside it."""
+    """One hospital's `site.toml`, and the `policy.toml` in its folder."""
 
     name: str = Field(pattern=NAME_PATTERN)
     """Lower-case letters, digits and hyphens."""
@@ -86,7 +86,7 @@ class SiteSettings(Settings):
     server_authority: Path | None = None
     """The hospital's own CA certificates in PEM, where its proxy opens TLS."""
     health_port: int = Field(default=0, ge=0, le=65535)
-    """Loopback port that tells whether the site is well; 0: none."""
+    """Loopback port of the health check; 0: none."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Loopback port with numbers for monitoring; 0: none."""
     data: DataSettings

@@ -15,7 +15,7 @@ PANEL = "panel.json"
 
 @dataclass(frozen=True)
 class Panel:
-    """What a site measures, and what of it the server was told."""
+    """Genes and scale of a site's data, and the genes that the site reported."""
 
     scale: str
     genes: tuple[str, ...]
@@ -25,7 +25,7 @@ class Panel:
     """Name of the run; empty in a simulation, which has none."""
 
     def holds(self, scale: str, genes: Collection[str]) -> bool:
-        """Return whether the data still are what the server was told of.
+        """Return whether the data still are what the site reported.
 
         A gene of few patients may go: its last one may have opted out.
         """

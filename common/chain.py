@@ -6,10 +6,10 @@ A line is one JSON object in canonical form (keys sorted, no spaces, ASCII):
 
 `n` counts from 1, `time` is UTC in ISO 8601, `previous` is the hash of the line before
 (64 zeros for the first), and `hash` is the SHA-256 of the canonical form of all the
-rest. Whoever knows the head, number and hash of the last line, can tell later whether
-anything up to it was changed, removed or reordered. Whoever does not cannot tell a log
-that was cut at its end, or written anew from some line on, from one that is whole: so
-heads are given away, inside signed receipts and replies.
+rest. With a known head, number and hash of the last line, any change, removal or
+reordering of the lines up to it is detected. Without one, a log that was cut at its
+end, or written anew from some line on, looks complete: so heads leave the machine,
+inside signed receipts and replies.
 
 A line counts once its newline is on the disk. What follows the last newline was torn
 off by a crash; readers pass over it and the next writer cuts it away.
@@ -17,16 +17,15 @@ off by a crash; readers pass over it and the next writer cuts it away.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from fedgex.common import failpoints, files
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError
 
 RESERVED = frozenset({"n", "time", "event", "previous", "hash"})
@@ -60,8 +59,7 @@ class Chain:
             If the last line is no line of an audit log.
         """
         try:
-            with FileIO(self.path) as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
+            with files.shared_lock(self.path) as file:
                 last, _ = files.last_line(file)
         except FileNotFoundError:
             return EMPTY
@@ -84,14 +82,16 @@ class Chain:
             If the line cannot be written; then none of it is there.
         """
         assert not RESERVED & fields.keys(), "the log itself sets these"
-        said = json.loads(_canonical({"event": event} | fields))  # as it is read back
+        written = json.loads(
+            _canonical({"event": event} | fields)
+        )  # as it is read back
         new = EMPTY
 
         def line_after(last: bytes) -> bytes:
             nonlocal new
             head = _head(last, self.path)
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            entry = said | {"n": head.index + 1, "time": now, "previous": head.hash}
+            entry = written | {"n": head.index + 1, "time": now, "previous": head.hash}
             new = Head(head.index + 1, _hash(entry))
             return _canonical(entry | {"hash": new.hash}) + b"\n"
 
@@ -103,7 +103,7 @@ class Chain:
     def contains(self, head: Head) -> bool:
         """Whether this log once had that head, and so goes on from it.
 
-        It looks at one line only; `verify` tells whether the lines before were changed.
+        Only one line is compared; `verify` checks the lines before it.
         """
         if head.index == 0:
             return head == EMPTY
@@ -114,7 +114,7 @@ class Chain:
 
 
 def verify(path: Path) -> Head:
-    """Follow the whole chain, and return its head for comparison with a known one.
+    """Verify every line, and return the head for comparison with a known one.
 
     Raises
     ------
@@ -131,13 +131,13 @@ def verify(path: Path) -> Head:
                 f"expected line {number} after {head.hash[:12]}: lines were removed, "
                 "added or reordered",
             )
-        said = entry.pop("hash")
-        if said != _hash(entry):
+        carried = entry.pop("hash")
+        if carried != _hash(entry):
             raise _broken(
                 f"{path}: line {number}",
                 "its content does not have the hash that it carries: it was changed",
             )
-        head = Head(number, said)
+        head = Head(number, carried)
     return head
 
 
@@ -158,8 +158,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[bytes]:
     """Return the finished lines, each with its newline; none if there is no file."""
     try:
-        with FileIO(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with files.shared_lock(path) as file:
             content = file.readall()
     except FileNotFoundError:
         return []
@@ -201,8 +200,7 @@ def _broken(where: str, why: str) -> TrustError:
 
 
 def _canonical(content: Any) -> bytes:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii")
+    return canonical_json(content, allow_nan=False).encode()
 
 
 def _hash(entry: dict[str, Any]) -> str:

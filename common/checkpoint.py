@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors plus a JSON manifest, written whole or not at all.
+"""Checkpoints: safetensors plus a JSON manifest, written completely or not at all.
 
 The format stands in docs/checkpoint.md. A checkpoint is a folder:
 
@@ -61,7 +61,7 @@ class Checkpoint:
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     """Sites and number of patients, for the model card."""
     receipt: str | None = None
-    """JSON text of the signed receipt that was found beside the parameters."""
+    """JSON text of the signed receipt in the checkpoint's folder."""
 
     @property
     def card(self) -> dict[str, Any]:

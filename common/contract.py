@@ -21,7 +21,7 @@ from fedgex.common.vocabulary import Vocabulary
 
 
 class ReleaseRule(Settings):
-    """What it takes to release the model."""
+    """Conditions for the release of the model."""
 
     administrators: int = Field(default=2, ge=1)
     """How many of them must order it, each with a key of their own."""

@@ -72,14 +72,14 @@ def names(record: ConfigRecord, key: str) -> tuple[str, ...]:
 
 
 def introduced(record: ConfigRecord) -> dict[str, dict[str, str]]:
-    """Return what the server tells of each participant: keys, and who signed them.
+    """Return the keys of each participant as the server sent them, and their signer.
 
     Raises
     ------
     TrustError
         If it is no such thing.
     """
-    told: dict[str, dict[str, str]] = {}
+    participants: dict[str, dict[str, str]] = {}
     for name in record:
         try:
             values = json.loads(text(record, name))
@@ -87,8 +87,8 @@ def introduced(record: ConfigRecord) -> dict[str, dict[str, str]]:
             raise TrustError(f"the keys of {name} are no JSON.") from error
         if not isinstance(values, dict):
             raise TrustError(f"the keys of {name} are no JSON object.")
-        told[name] = {key: str(value) for key, value in values.items()}
-    return told
+        participants[name] = {key: str(value) for key, value in values.items()}
+    return participants
 
 
 def _bytes(content: str) -> bytes:

@@ -25,7 +25,7 @@ POINTS = frozenset(
     {
         # a line of an audit log
         "audit.before",  # nothing of it is written
-        "audit.appended",  # it is on the disk; nobody was told
+        "audit.appended",  # it is on the disk; nothing was sent
         # a checkpoint's folder
         "checkpoint.written",  # all files are on the disk, under the partial name
         "checkpoint.renamed",  # under the final name; the rename may yet be lost
@@ -36,7 +36,7 @@ POINTS = frozenset(
         # a line of a run's journal
         "journal.before",  # nothing of it is written
         "journal.written",  # it is on the disk
-        # a file that is replaced as a whole: `written` under its partial name,
+        # a file that is replaced atomically: `written` under its partial name,
         # `renamed` under its final name, where the rename may yet be lost
         "reply.written",  # a site's signed reply, before it is sent
         "reply.renamed",
@@ -87,7 +87,7 @@ def _read(setting: str) -> tuple[str, int, Path]:
     if name not in POINTS or not is_number or not folder or not Path(folder).is_dir():
         raise ConfigError(
             f'{VARIABLE}="{setting}" is not NAME:NTH:FOLDER with a known point, a '
-            "number from 1 and a folder that exists. It is for tests alone: unset it."
+            "number from 1 and a folder that exists. It is for tests only: unset it."
         )
     return name, int(nth), Path(folder)
 

@@ -117,7 +117,7 @@ def fit_at_once(
 ) -> float:
     """Train in place for many epochs with one optimiser; return the last one's loss.
 
-    For whoever need not wait for others. The learning rate falls over the epochs as it
+    For training outside a federation. The learning rate falls over the epochs as it
     does over the rounds; see `fit` for the parameters.
     """
     trained = list(parameters)

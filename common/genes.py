@@ -94,7 +94,7 @@ class GeneNames:
     ambiguous: tuple[str, ...]
     """Labels that several genes had or have."""
     unmapped: tuple[str, ...]
-    """Labels that name no gene, or whose gene nothing here tells."""
+    """Labels that name no gene, or one that the table does not list."""
 
 
 def current_symbols(labels: Sequence[str], table: GeneTable | None) -> GeneNames:

@@ -22,8 +22,8 @@ from fedgex.common.statistics import CrossProducts, GeneMoments, pool
 Float = TypeVar("Float", bound=np.floating[Any])
 
 RIDGE = 0.05
-"""Added to the variance of each standardised gene: the part that no other gene tells,
-and what keeps a covariance of few patients invertible."""
+"""Added to the variance of each standardised gene: the part that no other gene
+explains; it keeps a covariance of few patients invertible."""
 
 
 class Imputer(Protocol):
@@ -34,7 +34,7 @@ class Imputer(Protocol):
 
 
 class MeanImputer:
-    """Each gene's mean, whoever the patient is: what any other imputer must beat."""
+    """Imputation by each gene's mean: the baseline of every other imputer."""
 
     def __init__(self, mean: NDArray[np.float64] | float = 0.0) -> None:
         self.mean = mean
@@ -250,7 +250,7 @@ def fit_mixture(
     ----------
     standardised
         Training patients, shape (N, V), NaN where missing. A gene that no patient of a
-        type has gets mean 0 and variance from the shared half alone.
+        type has gets mean 0 and its variance from the shared half.
     labels
         Cancer type of each patient, length N.
 

@@ -1,8 +1,8 @@
-"""Which measured cells to hide: at random, whole genes, or low expression first.
+"""Masking patterns for expression: single cells, all of a gene, or low values first.
 
 Each function returns what is hidden, a subset of what was measured. A patient with two
 or more measured genes has at least one of them hidden and at least one left; a patient
-with fewer has none hidden. The generator alone decides: equal seeds hide equal cells.
+with fewer has none hidden. Equal seeds of the generator hide equal cells.
 
 A pattern of pretraining is a function here, its entry in `PATTERNS`, and its weight in
 `study.MaskingRule`.
@@ -23,8 +23,8 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.study import MaskingRule
 
 Pattern = Literal["mcar", "panel", "mnar"]
-"""Completely at random, whole genes, or low expression drops out (missing not at
-random)."""
+"""Missing completely at random; the genes outside a panel; low expression drops out
+(missing not at random)."""
 
 SLOPE = 2.0
 """How much the log-odds of dropping out rise when a gene falls by one SD."""

@@ -1,4 +1,4 @@
-"""How much memory this process holds, and held at most; and that it keeps it."""
+"""Resident memory of a process, and an allocator that reuses what was freed."""
 
 import ctypes
 import math
@@ -19,7 +19,7 @@ def resident_mb(
     for text in status.read_text().splitlines():
         if text.startswith(line):
             return int(text.split()[1]) / 1024
-    raise AssertionError(f"Linux tells {line}")
+    raise AssertionError(f"/proc has no {line}")
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -28,9 +28,9 @@ MOST = 2**31 - 1
 
 
 def keep_freed() -> None:
-    """Have this process reuse what it freed, instead of asking the kernel again.
+    """Make this process's allocator reuse freed memory instead of returning it.
 
-    A training step takes and frees the same large arrays (of a linear start, K R^2
+    A training step allocates and frees the same large arrays (of a linear start, K R^2
     numbers a patient), and by default glibc has the kernel map and clear each of them
     anew. Without glibc nothing changes.
     """

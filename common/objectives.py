@@ -87,7 +87,7 @@ patients of 90,000 genes took 2 GB at once."""
 
 
 class ModelImputer:
-    """A backbone as an imputer, beside those of `imputers`."""
+    """A backbone as an imputer, with the interface of `imputers.Imputer`."""
 
     def __init__(self, backbone: GexBert, batch_size: int = 64) -> None:
         self.backbone = backbone.eval()

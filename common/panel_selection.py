@@ -1,9 +1,9 @@
-"""The smallest gene panel that tells cancer types apart, from sums that add up.
+"""Selection of the smallest gene panel that separates cancer types, from pooled sums.
 
 The sites send what they send for the linear start, cross-products by cancer type (see
-`statistics.by_type`), and no more; the server pools them and chooses genes. Which
-number of genes is enough, the sites tell by counting their own patients that a panel
-tells right. V genes, K types, N patients, P pairs of types.
+`statistics.by_type`), and no more; the server pools them and chooses genes. To find the
+number of genes that is enough, each site counts its own patients whom a panel
+classifies correctly. V genes, K types, N patients, P pairs of types.
 
 Types are taken as normal, each with a mean of its own and all with one covariance. Two
 types k and l at Mahalanobis distance D_kl are then confused, at most, as often as the
@@ -38,7 +38,7 @@ from fedgex.common.statistics import CrossProducts
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Types:
-    """What the pooled sums say of the cancer types."""
+    """Distribution of the genes in each cancer type, estimated from pooled sums."""
 
     names: tuple[str, ...]
     """K of them."""
@@ -53,14 +53,14 @@ class Types:
 
     @classmethod
     def of(cls, groups: Mapping[str, CrossProducts], types: Sequence[str]) -> Self:
-        """Return what the sums of each type's patients say.
+        """Estimate the types from the sums over each type's patients.
 
         Parameters
         ----------
         groups
             Pooled over the sites, see `statistics.pool_types`.
         types
-            To tell apart; one that is not in `groups` is left out.
+            To separate; one that is not in `groups` is left out.
 
         Raises
         ------
@@ -96,13 +96,13 @@ class Selection:
     genes: NDArray[np.intp]
     """Positions in the vocabulary, shape (size,)."""
     bound: NDArray[np.float64]
-    """On the share of patients told wrong, with each gene and all before, (size,)."""
+    """Largest share of patients misclassified by the first n genes, shape (size,)."""
 
 
 def select(types: Types, size: int) -> Selection:
-    """Choose genes that tell the types apart, the best next gene first.
+    """Choose genes that separate the types, greedily.
 
-    Takes V (P + size) operations a gene.
+    Costs V (P + size) operations a gene.
 
     Raises
     ------
@@ -166,30 +166,30 @@ def n_right(
     standardised: NDArray[np.floating[Any]],
     cancer_type: Sequence[str | None],
 ) -> int:
-    """Count a site's patients that a panel tells right: these counts add up."""
+    """Count a site's patients whom a panel classifies correctly."""
     names = np.array(types.names)
     truth = np.array([name or "" for name in cancer_type])
     return int((names[told(types, panel, standardised)] == truth).sum())
 
 
 def enough(right: Mapping[int, float], share: float) -> int:
-    """Return the smallest panel that tells a share of what the largest tells.
+    """Return the smallest panel that classifies nearly as well as the largest.
 
     Parameters
     ----------
     right
-        Patients told right over all sites, or their share, by number of genes.
+        Patients classified correctly over all sites, or their share, by panel size.
     share
-        Of those whom the most genes tell right, above 0 and up to 1.
+        Of the largest panel's correct patients that suffices, above 0 and up to 1.
     """
     return min(size for size in right if right[size] >= share * right[max(right)])
 
 
 def _positive(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return a covariance without negative eigenvalues that matter beside the ridge.
+    """Return a covariance without eigenvalues so negative that the ridge is too small.
 
-    A pairwise one has them where panels differ. Most have none, and to see that takes a
-    tenth of the time.
+    A pairwise one has them where panels differ. Most have none, which a Cholesky
+    factorisation shows in a tenth of the time.
     """
     try:
         np.linalg.cholesky(covariance + RIDGE / 2 * np.eye(len(covariance)))

@@ -27,8 +27,8 @@ def load_parameters(modules: Mapping[str, nn.Module], arrays: Arrays) -> None:
     Raises
     ------
     UpdateError
-        If a parameter is missing or of another shape. Names of other modules are left
-        alone, so that a phase can take what it needs from a whole model.
+        If a parameter is missing or of another shape. Names of other modules are
+        ignored, so that a phase can load what it needs from all of a model.
     """
     for prefix, module in modules.items():
         state: dict[str, Tensor] = module.state_dict()

@@ -73,9 +73,9 @@ def classification_loss(
     Patients must be of the phase's classes; for the panel see `objectives.draw_panel`.
 
     Logits are shifted by the log share of each class at this site, so that a class is
-    only told from others that the site has, and a site of one cancer does not teach
-    the head to say nothing else (logit adjustment, Menon et al. 2021; for label skew in
-    federations, Zhang et al. 2022, FedLC).
+    only separated from others that the site has, and a site of one cancer does not
+    teach the head to predict nothing else (logit adjustment, Menon et al. 2021; for
+    label skew in federations, Zhang et al. 2022, FedLC).
     """
     device = next(encoder.parameters()).device
     measured = patients.measured

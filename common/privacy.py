@@ -192,7 +192,7 @@ def _solved(study_json: str) -> float:
             f"{least:.3g} are spent whatever the noise; set a larger epsilon or delta, "
             "or, with classification, a larger label_noise."
         )
-    # RDP is quick and never below PRV, so it tells where to look.
+    # RDP is quick and never below PRV, so it bounds the search.
     found = float(brentq(too_much, low, high, args=("rdp",), xtol=SLACK / 10))
     if privacy.accountant == "prv":
         low = found

@@ -20,7 +20,7 @@ OFFLINE = {
 """Flower asks nobody on the internet and installs nothing."""
 
 PARENT_VARIABLE = "FEDGEX_PARENT"
-"""Process number of whoever starts a child: it may be gone before the child looks."""
+"""Process number of the parent, which may be gone before the child looks."""
 
 MAX_PAUSE_S = 30.0
 CALM_S = 60.0
@@ -53,7 +53,7 @@ def end_with_parent(parent: int | None = None) -> None:
     Parameters
     ----------
     parent
-        Its process number; None: as `child_environment` tells it.
+        Its process number; None: as `child_environment` set it.
     """
     if parent is None:
         parent = int(os.environ[PARENT_VARIABLE])

@@ -1,4 +1,4 @@
-"""What a study protects patients and hospitals with, in sentences for people."""
+"""Sentences that describe how a study protects patients and hospitals."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _sentences(study: Study) -> Iterator[str]:
     if study.privacy.site is not None:
         yield _site(study, study.privacy.site)
     if study.secure_aggregation is not None:
-        yield "Secure aggregation: the server sees the sum of the updates alone."
+        yield "Secure aggregation: the server sees only the sum of the updates."
     if study.public.statistics:
         yield (
             "Public statistics: means, standard deviations and the linear start come "
-            "from the server's public cohort; no hospital tells its own."
+            "from the server's public cohort; no hospital sends its own."
         )
 
 

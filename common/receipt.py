@@ -37,10 +37,6 @@ Patients = Annotated[int, Field(ge=0)] | Literal["suppressed"]
 class _Canonical(Settings):
     """Base of what is signed: one text for one content."""
 
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        return _canonical(self.model_dump(mode="json"))
-
     @classmethod
     def from_json(cls, text: str, source: str) -> Self:
         """Read the canonical form; signatures over it are not verified.
@@ -188,7 +184,7 @@ def verify_part(
 ) -> Part:
     """Return a part once certificate and signature are verified.
 
-    Not verified: that it fits the request, the reply and the receipt beside it.
+    Not verified: that it fits the request, the reply and the receipt.
 
     Parameters
     ----------
@@ -219,7 +215,7 @@ def verify_part(
 
 
 def verify_chain(receipts: Sequence[Signed], authority: x509.Certificate) -> None:
-    """Refuse receipts that are not one run's, whole from its first to the last given.
+    """Refuse receipts that are not one run's, without a gap from its first to the last.
 
     Verified: the coordinator's signature under each receipt; that each names the one
     before, begins with the parameters that the one before ended with, and counts each
@@ -310,7 +306,3 @@ def _compare(what: str, found: Part | Receipt, expected: dict[str, Any]) -> None
             f"{what} was changed, or does not belong here: {'; '.join(wrong)}. Fetch "
             "the run's receipts again, and compare them with those of a hospital."
         )
-
-
-def _canonical(values: Any) -> str:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"))

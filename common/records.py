@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from fedgex.common.arrays import Arrays
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import UpdateError
 
 PACKED = "safetensors"
@@ -25,7 +26,7 @@ def to_record(arrays: Arrays) -> ArrayRecord:
 
     Flower moves every array by itself, in several requests, and a model of sixty small
     ones takes longer to announce than to send. It also puts each array together from
-    its parts in a copy, so one array of a whole great model would double it.
+    its parts in a copy, so one array of a large model would double its memory.
     """
     content = save({name: np.asarray(arrays[name], order="C") for name in arrays})
     starts = range(0, len(content), PIECE_BYTES)
@@ -67,7 +68,7 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.generic]]:
     content = packed(record)
     try:
         arrays: dict[str, NDArray[np.generic]] = load(content)
-    except Exception as error:  # whatever bytes came, they stop their sender alone
+    except Exception as error:  # whatever bytes came, only their sender fails
         raise UpdateError("the arrays cannot be read") from error
     return arrays
 
@@ -131,8 +132,13 @@ def digest(content: RecordDict, *, without: Collection[str] = ()) -> str:
                 add(json.dumps(described).encode())
                 add(array.data)
         else:
-            add(_canonical(dict(record)))
+            add(canonical_json(dict(record), default=_bytes).encode())
     return hashed.hexdigest()
+
+
+def _bytes(value: bytes) -> dict[str, str]:
+    """Return bytes as an object, which no record can hold itself."""
+    return {"bytes": value.hex()}
 
 
 def _name(number: int) -> str:
@@ -142,13 +148,3 @@ def _name(number: int) -> str:
 
 def _piece(content: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(content),), stype=PACKED, data=content)
-
-
-def _canonical(values: Mapping[str, object]) -> bytes:
-    """Return sorted JSON; bytes become an object, which no record can hold itself."""
-    return json.dumps(
-        values,
-        sort_keys=True,
-        separators=(",", ":"),
-        default=lambda value: {"bytes": value.hex()},
-    ).encode()

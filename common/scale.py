@@ -53,7 +53,8 @@ LARGE_PANEL = 100
 """Genes from which on a panel without one abundant gene is not credible."""
 
 _TELLING_PANEL = 20
-"""Genes from which on the spread of values tells logarithms from faint genes."""
+"""Fewest genes for which the spread of values distinguishes logarithms from faint
+genes."""
 
 _LN_BASE = {Scale.LOG2P1: np.log(2.0), Scale.LN1P: 1.0, Scale.LOG10P1: np.log(10.0)}
 """Natural logarithm of the base of each scale log(x + 1)."""
@@ -63,7 +64,7 @@ _ROUNDING = 1e-4
 
 
 def is_convertible(source: Scale, target: Scale) -> bool:
-    """Return whether values alone lead from one scale to the other."""
+    """Return whether a formula leads from one scale to the other."""
     return source == target or {source, target} <= CONVERTIBLE
 
 

@@ -2,7 +2,7 @@
 
 N patients (rows), V genes. A value that was not measured is NaN.
 
-The score test asks whether a gene's coefficient in a Cox model of that gene alone is 0.
+The score test asks whether a gene's coefficient in a Cox model of one gene is 0.
 At 0 all hazards are equal, so that score and information need no fit, only, at each
 death, the mean and the variance of the gene among those then at risk,
 
@@ -42,7 +42,7 @@ class CoxScore:
     score: NDArray[np.float64]
     """U of each gene, shape (V,); above 0 where those with more of it die earlier."""
     information: NDArray[np.float64]
-    """I of each gene, shape (V,); 0 where no death tells anything."""
+    """I of each gene, shape (V,); 0 where no death is informative."""
 
     def __post_init__(self) -> None:
         """Refuse what no site can have summed."""
@@ -80,7 +80,7 @@ class CoxScore:
         event
             1 died, 0 censored, shape (N,).
         floor
-            Fewest patients with a gene of which anything is told.
+            Smallest number of patients with a gene whose sums are reported.
         """
         time, died = np.asarray(duration, float), np.asarray(event, bool)
         order = np.argsort(-time, kind="stable")  # risk sets are the first rows
@@ -97,10 +97,10 @@ class CoxScore:
             deaths = known[dead].sum(0)
             score += x[dead].sum(0) - deaths * mean
             information += deaths * (off**2).sum(0) / n
-        told = known.sum(0) >= floor
+        reported = known.sum(0) >= floor
         return cls(
-            score=np.where(told, score, 0.0),
-            information=np.where(told, information, 0.0),
+            score=np.where(reported, score, 0.0),
+            information=np.where(reported, information, 0.0),
         )
 
     def __add__(self, other: Self) -> Self:

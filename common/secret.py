@@ -1,4 +1,4 @@
-"""Randomness that nobody can predict or repeat, for what must be secret.
+"""Cryptographically secure randomness for privacy noise and patient sampling.
 
 The server knows the study's seed, so noise and samples that hide a patient must not
 come from it; nor from PyTorch's or NumPy's generators, whose state can be worked out.
@@ -27,7 +27,7 @@ class SecretRandom:
     """The keystream of ChaCha20 under a key of the operating system.
 
     Each draw ends the life of its key: the first bytes of the keystream are the next
-    one, so that a state found later tells of nothing drawn before.
+    one, so that a state found later reveals nothing drawn before.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ from fedgex.common.statistics import CrossProducts, pool, pool_types
 OWN_FROM = 12
 """Patients of a type at which its variance along the factor of largest spread over
 genes is half its own, half that within all types; along a factor of a tenth of that
-spread it takes ten times as many. Chosen on validation institutions, as those below."""
+spread ten times as many are needed. Chosen on validation institutions, as below."""
 NOISE_FACTOR = 2.0
 """The noise of unseen patients over that of those whom the factors were fitted to."""
 COMPLETIONS = 8
@@ -154,13 +154,13 @@ def fit(
     n_steps
         Of the factor analysis.
     """
-    whole = pool(groups.values()).covariance()
+    total = pool(groups.values()).covariance()
     loadings, noise = (
-        a.astype(np.float64) for a in factor_analysis(whole, rank, n_steps)
+        a.astype(np.float64) for a in factor_analysis(total, rank, n_steps)
     )
     known = [n for n in types if n in groups and groups[n].counts.max() > 0]
     K = max(len(types), 1)
-    means = np.zeros((K, len(whole)))
+    means = np.zeros((K, len(total)))
     precisions = np.tile(np.eye(rank), (K, 1, 1))
     log_shares = np.full(K, NEVER if types else 0.0)
     if known:

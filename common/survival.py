@@ -69,13 +69,13 @@ def cox_loss(
 def intervals(
     duration: Tensor, event: Tensor, ends: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Cut follow-up into intervals, and tell who was at risk and who died in each.
+    """Cut follow-up into intervals, and mark who was at risk and who died in each.
 
     The first interval starts on day 0 and each includes its end, so that surviving
     interval k means living longer than `ends[k]` days. A death counts in the interval
     it falls into. A censored patient has survived the intervals that were followed for
     at least half, and is not at risk in the others (Gensheimer and Narasimhan 2019).
-    Whoever lives past the last end has survived all intervals, dead later or not.
+    A patient who lives past the last end has survived all intervals, dead later or not.
 
     Parameters
     ----------

@@ -55,8 +55,8 @@ def stratified_c_index(
 ) -> float:
     """Return Harrell's C over the pairs whose patients share a stratum.
 
-    With cancer types as `strata` (N,), of any type that compares, what the cancer type
-    alone predicts does not count. All else is as in `c_index`.
+    With cancer types as `strata` (N,), of any type that compares, differences
+    between cancer types do not count. All else is as in `c_index`.
     """
     return c_index_with_se(duration, event, risk, strata)[0]
 
@@ -200,7 +200,7 @@ def logrank_p(duration: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
     if not died.any():
         return float("nan")
     first = time[died].min()
-    there = time >= first  # who left before the first death tells nothing
+    there = time >= first  # who left before the first death is not informative
     time, died, names = time[there], died[there], np.asarray(group)[there]
     if len(np.unique(names)) < 2 or (died & (time == first)).all():
         return float("nan")

@@ -52,14 +52,14 @@ def restore_with_spread(
     Returns
     -------
     mean : Tensor
-        Shape (B, V): as given where measured, else restored by the whole backbone.
+        Shape (B, V): as given where measured, else restored by the backbone.
     sd : Tensor
         Shape (B, V): 0 where measured.
 
     Raises
     ------
     ConfigError
-        If the backbone has no linear start, which alone knows how sure it is.
+        If the backbone has no linear start, from which the standard deviation comes.
     """
     linear = backbone.encoder.linear
     if linear is None:

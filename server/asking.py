@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedgex.common import failpoints, keys
+from fedgex.common import codes, failpoints, keys
 from fedgex.common.errors import TrustError, UpdateError
 from fedgex.common.receipt import Part, request_digest
 from fedgex.common.records import let_go
@@ -167,7 +167,7 @@ def ask(
     request: Request,
     *,
     deadline_s: float,
-    temporary: Collection[str] = keys.TEMPORARY,
+    temporary: Collection[str] = codes.TEMPORARY,
 ) -> Iterator[Answer]:
     """Ask all sites the same and yield each one's answer as it comes, each once.
 

@@ -28,7 +28,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedgex.common import checkpoint, keys
+from fedgex.common import checkpoint, codes, keys
 from fedgex.common.contract import Contract
 from fedgex.common.errors import ConfigError, FederationError, TrustError
 from fedgex.common.files import write_atomic
@@ -309,7 +309,7 @@ def deliver(grid: Grid, settings: ServerSettings) -> None:
         request,
         folder / f"{settings.run}.delivered.json",
         deadline_s=settings.start_deadline_s,
-        temporary=keys.TEMPORARY,
+        temporary=codes.TEMPORARY,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus: runs, restarts, and how long certificates last.
+"""Metrics of the server for Prometheus: runs, restarts, life of certificates.
 
 Names and numbers of rounds, hospitals and seconds; nothing that a hospital sent.
 """

@@ -25,7 +25,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from fedgex.common import keys, start, tasks
+from fedgex.common import codes, keys, start, tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import FederationError, UpdateError
@@ -199,7 +199,7 @@ class Opening:
         self.line = self._line(deployment)
         rule = self.study.rounds
         answers = deployment.offer(
-            self.line, self.settings.start_deadline_s, keys.TEMPORARY
+            self.line, self.settings.start_deadline_s, codes.TEMPORARY
         )
         for site, answer in answers.items():
             if answer["state"] != "contributed":

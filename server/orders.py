@@ -4,7 +4,7 @@
     orders/done/TOKEN.json      the same order, whether it was accepted, and why not
 
 The token makes an order idempotent: submitted again it is the same order, and a token
-that is done is never carried out again, whoever copies its file back.
+that is done is never carried out again, even if its file is copied back.
 """
 
 from __future__ import annotations
@@ -174,16 +174,16 @@ def finish(consortium: Consortium, order: Order, *, refused: str | None = None) 
     path = _pending(consortium) / f"{order.token}.json"
     if not path.exists():
         return  # finished before
-    said = {
+    facts = {
         "token": order.token,
         "kind": order.kind,
         "subject": order.subject,
         "administrator": order.administrator,
     }
     if refused is None:
-        consortium.audit.append("order-accepted", **said)
+        consortium.audit.append("order-accepted", **facts)
     else:
-        consortium.audit.append("order-refused", **said, reason=refused)
+        consortium.audit.append("order-refused", **facts, reason=refused)
     state: Literal["accepted", "refused"] = "refused" if refused else "accepted"
     _close(consortium, path, path.read_text(), state, refused or "")
 
@@ -296,16 +296,16 @@ def _same(order: Order, earlier: Outcome) -> Order:
     before = Order.model_validate_json(
         Signed.from_json(earlier.signed, f"the order {order.token}").content
     )
-    told = f"the token {order.token} was used on {before.at:%Y-%m-%d %H:%M} UTC"
+    used = f"the token {order.token} was used on {before.at:%Y-%m-%d %H:%M} UTC"
     asked = {"kind", "subject", "run", "model", "audit"}
     if order.model_dump(include=asked) != before.model_dump(include=asked):
         raise ConfigError(
-            f"{told} for another order ({before.kind} of {before.subject[:16]}); "
+            f"{used} for another order ({before.kind} of {before.subject[:16]}); "
             "expected the same, or a token of its own."
         )
     if earlier.state == "refused":
         raise ConfigError(
-            f"{told}, and that order was refused: {earlier.reason} Once this is "
+            f"{used}, and that order was refused: {earlier.reason} Once this is "
             "remedied, order it with another --submit-token."
         )
     return before

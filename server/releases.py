@@ -213,7 +213,7 @@ def _write(
     published: Published,
     consents: dict[str, Signed],
 ) -> None:
-    """Write the bundle under its final name, whole and verified or not at all."""
+    """Write the bundle under its final name once it is complete and verified."""
     final = path(consortium, run.name)
     partial = final.with_name(f".{final.name}.partial")
     evidence = Evidence(

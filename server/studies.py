@@ -3,7 +3,7 @@
     contracts/HASH.json           the signed contract
     contracts/HASH.answers.json   the decision that each hospital signed about it
 
-A draft is a TOML file; its signatures stand beside it in `NAME.toml.signed.json`.
+A draft is a TOML file; its signatures are in `NAME.toml.signed.json` in its folder.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def draft(
 
 
 def sign(path: Path, key: pki.Key, certificate: x509.Certificate) -> Signed:
-    """Add a signature to a draft, in the file beside it.
+    """Add a signature to a draft, in the draft's file of signatures.
 
     Raises
     ------
@@ -131,18 +131,18 @@ def sign(path: Path, key: pki.Key, certificate: x509.Certificate) -> Signed:
     """
     text = _text(path)
     Contract.from_toml(text, str(path))
-    beside, signed = signatures_path(path), Signed(text)
-    if beside.exists():
-        signed = Signed.from_json(_text(beside), str(beside))
+    kept, signed = signatures_path(path), Signed(text)
+    if kept.exists():
+        signed = Signed.from_json(_text(kept), str(kept))
         if signed.content != text:
             names = ", ".join(each.name for each in signed.signatures)
             raise TrustError(
                 f"{path} was changed after {names} signed it; expected the text that "
-                f"{beside.name} holds. Restore it, or remove {beside.name} and have "
+                f"{kept.name} holds. Restore it, or remove {kept.name} and have "
                 "the new text signed by all."
             )
     signed = signed.signed_by(key, certificate)
-    write_atomic(beside, signed.to_json().encode(), mode=0o644)
+    write_atomic(kept, signed.to_json().encode(), mode=0o644)
     return signed
 
 
@@ -294,7 +294,7 @@ def record_answer(consortium: Consortium, hash: str, signed: Signed) -> str:
     ------
     TrustError
         If it is not signed by an active hospital of the contract, is about another
-        contract, or is older than what the hospital said before.
+        contract, or is older than the hospital's last one.
     """
     signers = signed.signers(consortium.authority, "site", revoked=consortium.revoked())
     if len(signers) != 1:
@@ -325,7 +325,7 @@ def record_answer(consortium: Consortium, hash: str, signed: Signed) -> str:
 
 
 def answers(consortium: Consortium, hash: str) -> dict[str, Answer]:
-    """Return what each hospital decided, by name; who said nothing is left out."""
+    """Return the decision of each hospital that answered, by name."""
     kept = _answers(consortium, hash)
     return {site: _answer(signed, site) for site, signed in kept.items()}
 

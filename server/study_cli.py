@@ -97,7 +97,7 @@ def study_sign(
     ] = None,
     form: Format = "text",
 ) -> None:
-    """Add an administrator's signature to a contract, in a file beside it."""
+    """Add an administrator's signature to a contract, in a file of its folder."""
     with refusals():
         private = pki.load_key(key)
         signed = studies.sign(contract, private, _own(private, key, certificate, state))

@@ -9,8 +9,8 @@ from dataclasses import asdict
 import typer
 
 from fedgex.client.cli.options import Form, Format, SiteToml, load, refusing
-from fedgex.client.data.codes import Code
 from fedgex.client.data.cohort import load_cohort
+from fedgex.common.codes import Code
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.scale import Scale
@@ -71,7 +71,7 @@ def _as_json(
     patients: int | str | None = None
     if cohort is not None:
         patients = cohort.n_patients
-    elif any(finding.code == Code.TOO_FEW_PATIENTS.number for finding in findings):
+    elif any(finding.code == Code.TOO_FEW_PATIENTS for finding in findings):
         patients = f"fewer than {min_cell_count}"
     report = {
         "ok": cohort is not None,

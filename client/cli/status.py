@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from fedgex.client.ledger.budget import Account
 from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.settings import SiteSettings
 from fedgex.common.chain import Chain
+from fedgex.common.files import lock_holder
 
 WARN_DAYS = 30
 """Days before its expiry from which a certificate is a warning."""
@@ -136,14 +136,7 @@ def _contract(
 
 def is_running(state_dir: Path) -> bool:
     """Return whether a daemon holds its lock; a file that was left behind is none."""
-    try:
-        with (state_dir / "daemon.lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return lock_holder(state_dir / "daemon.lock") is not None
 
 
 def _json(path: Path, warnings: list[str]) -> Any:

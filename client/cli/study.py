@@ -19,9 +19,10 @@ from fedgex.client.cli.options import (
     not_found,
     refusing,
 )
-from fedgex.client.decisions import Decision, Desk, Received, objections
+from fedgex.client.decisions import Decision, Desk, Received
 from fedgex.client.ledger.budget import Account
 from fedgex.client.settings import SiteSettings
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError
 
 study = typer.Typer(
@@ -88,7 +89,7 @@ def approve(
         settings, desk = _open(site_toml)
         full = _find(desk, hash)
         made = desk.decide(full, "approved", by=by, expires=expires.date())
-        against = objections(desk.contract(full).contract, settings.policy)
+        against = settings.policy.objections(desk.contract(full).contract.study)
     typer.echo(f"approved {full} until {made.expires} by {made.by}")
     for each in against:
         typer.echo(f"Warning: it will be refused all the same: {each}", err=True)
@@ -178,7 +179,7 @@ def _facts(desk: Desk, received: Received, settings: SiteSettings) -> dict[str, 
 
     policy = settings.policy
     contract, decision = received.contract, desk.decision(received.hash)
-    refused = objections(contract, policy)
+    refused = policy.objections(contract.study)
     if not contract.supports(version("fedgex")):
         refused.append(
             f"The contract is for fedgex {contract.code_version}, and "
@@ -262,7 +263,10 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
             f"{cost['after']:.3g} after this study, {cost['budget']:g} permitted"
         )
         if cost["after"] > cost["budget"]:
-            yield "the budget ends this study early: FX-PRIV-002 from some round on"
+            yield (
+                f"the budget ends this study early: {Code.BUDGET_EXCEEDED} from some "
+                "round on"
+            )
     if site is not None:
         yield (
             "for this hospital as a whole, if the server is trusted to add noise "

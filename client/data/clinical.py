@@ -10,11 +10,11 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.findings import Findings
 from fedgex.client.data.readers import RawClinical
 from fedgex.client.data.tables import MISSING, parse
 from fedgex.client.settings import DataColumns
+from fedgex.common.codes import Code
 
 DAYS_PER = {"days": 1.0, "months": 30.4375, "years": 365.25}
 """Length of each unit of time, days."""

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from fedgex.client.data import clinical as clinicals
 from fedgex.client.data import expression as expressions
 from fedgex.client.data.clinical import Clinical
-from fedgex.client.data.codes import Code
 from fedgex.client.data.expression import Sheet
 from fedgex.client.data.findings import Findings
 from fedgex.client.data.readers import RawCohort, read
 from fedgex.client.data.scale import check_scale, on_scale
 from fedgex.client.settings import DataSettings, SiteSettings
 from fedgex.common import genes as gene_names
+from fedgex.common.codes import Code
 from fedgex.common.cohort import CLINICAL_COLUMNS, Cohort
 from fedgex.common.errors import Finding
 from fedgex.common.scale import Scale

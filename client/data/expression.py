@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.findings import Findings
 from fedgex.client.data.readers import RawExpression
 from fedgex.client.data.tables import to_numbers
 from fedgex.client.settings import DataSettings
 from fedgex.common import genes as gene_names
+from fedgex.common.codes import Code
 from fedgex.common.genes import GeneTable
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from fedgex.client.data.codes import Code
+from fedgex.common.codes import Code
 from fedgex.common.errors import DataError, Finding
 
 

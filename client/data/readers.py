@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.findings import Advice, Findings
 from fedgex.client.data.tables import by_position, labels_first, read_table, refuse
 from fedgex.client.settings import DataColumns, DataSettings
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, DataError
 from fedgex.common.genes import GeneTable
 

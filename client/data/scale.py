@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.expression import Sheet
 from fedgex.client.data.findings import Findings
 from fedgex.common import scale as scales
+from fedgex.common.codes import Code
 from fedgex.common.scale import CONVERTIBLE, Scale
 
 

@@ -19,8 +19,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.findings import Findings
+from fedgex.common.codes import Code
 
 MISSING = ("", "NA", "N/A", "na", "n/a", "NaN", "nan", "NULL", "null", "None")
 """Cells that mean "not known"."""

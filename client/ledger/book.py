@@ -8,13 +8,13 @@ largest of theirs. So a new patient, a new file or another study resets no spend
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Self
 
 from fedgex.common import privacy
+from fedgex.common.canonical import canonical_json
 from fedgex.common.chain import Head
 from fedgex.common.privacy import Invocation
 
@@ -157,5 +157,5 @@ def row_of(by_name: dict[str, Any]) -> Row:
 
 def content_hash(content: dict[str, str | int | float]) -> str:
     """Return the SHA-256 of a content as canonical JSON."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    text = canonical_json(content, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

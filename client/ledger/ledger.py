@@ -25,14 +25,13 @@ from typing import Self
 from fedgex.client.ledger.book import Book, Budget, Debit, Row, content_hash, row_of
 from fedgex.common import failpoints
 from fedgex.common.chain import Head
+from fedgex.common.codes import Code
 from fedgex.common.errors import FedgexError
 from fedgex.common.files import explained, sync, write_atomic
 from fedgex.common.privacy import Invocation
 
 FILE, KEY = "ledger.sqlite", "ledger.key"
 """Names of the ledger and of its key, in the state directory."""
-
-DELTA_TOO_LARGE, EXCEEDED, UNUSABLE = "FX-PRIV-001", "FX-PRIV-002", "FX-PRIV-003"
 
 FORMAT = 1
 WAIT_S = 60.0
@@ -64,19 +63,19 @@ _HMAC_BYTES = 32
 class LedgerError(FedgexError):
     """The ledger is missing, unreadable, torn, changed or rolled back."""
 
-    code = UNUSABLE
+    code = Code.LEDGER_UNUSABLE
 
 
 class BudgetError(LedgerError):
     """The budget would be exceeded."""
 
-    code = EXCEEDED
+    code = Code.BUDGET_EXCEEDED
 
 
 class DeltaError(LedgerError):
     """The budget's delta could expose a patient completely."""
 
-    code = DELTA_TOO_LARGE
+    code = Code.DELTA_TOO_LARGE
 
 
 class Ledger:

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.cohort import CheckedCohort, check
 from fedgex.client.data.findings import Advice, Findings
 from fedgex.client.data.readers import RawCohort, read
@@ -29,6 +28,7 @@ from fedgex.common import checkpoint as checkpoints
 from fedgex.common import genes as gene_names
 from fedgex.common.bundle import Released
 from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, Finding, TrustError
 from fedgex.common.genes import GeneTable
 from fedgex.common.scale import Scale, convert

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.findings import Findings
 from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.codes import Code
 from fedgex.common.errors import CheckpointError, ConfigError, Finding
 from fedgex.common.scale import LOGARITHMIC, Scale, convert
 from fedgex.common.statistics import foreign_scale

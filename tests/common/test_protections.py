@@ -33,8 +33,8 @@ def test_each_protection_has_a_line_of_its_own():
     patient, hospital, sums, statistics = told
     assert "epsilon at most 8 at delta 0.0001 for each patient" in patient
     assert "at delta 0.001 for each hospital" in hospital
-    assert "the sum of the updates alone" in sums
-    assert "no hospital tells its own" in statistics
+    assert "only the sum of the updates" in sums
+    assert "no hospital sends its own" in statistics
 
 
 def test_epsilon_follows_from_the_noise_where_that_is_given():

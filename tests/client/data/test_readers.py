@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from fedgex.client.data.codes import Code
 from fedgex.client.data.readers import RawCohort, read
 from fedgex.client.settings import DataColumns, DataSettings
+from fedgex.common.codes import Code
 from fedgex.common.errors import DataError
 from fedgex.common.scale import Scale
 
@@ -60,7 +60,7 @@ def test_opt_outs_that_cannot_be_read_refuse_everything(
 
     codes = refused(site(expression=tmp_path / "e.csv", opt_outs=path))
 
-    assert codes == [code.number]
+    assert codes == [code]
 
 
 def refused(settings: DataSettings) -> list[str]:
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_used_is_one_finding(
     path = tmp_path / name
     path.write_bytes(content)
 
-    assert refused(site(expression=path)) == [code.number]
+    assert refused(site(expression=path)) == [code]
 
 
 def test_all_files_are_reported_at_once(tmp_path: Path) -> None:
@@ -235,9 +235,9 @@ def test_all_files_are_reported_at_once(tmp_path: Path) -> None:
     )
 
     assert refused(settings) == [
-        Code.FILE_MISSING.number,
-        Code.FILE_MISSING.number,
-        Code.GENE_TABLE_UNUSABLE.number,
+        Code.FILE_MISSING,
+        Code.FILE_MISSING,
+        Code.GENE_TABLE_UNUSABLE,
     ]
 
 

@@ -17,7 +17,6 @@ from typer.testing import CliRunner, Result
 import fedgex.client.app
 from fedgex.client import daemon
 from fedgex.client.cli import app as site_app
-from fedgex.client.decisions import objections
 from fedgex.client.ledger import debit
 from fedgex.client.ledger.budget import Account
 from fedgex.client.ledger.ledger import FILE, KEY, BudgetError, Ledger, LedgerError
@@ -249,8 +248,8 @@ def test_a_hospital_that_demands_privacy_takes_part_where_patients_have_it() -> 
 
     private, of_sites = (Contract.from_toml(each, "-") for each in (CONTRACT, text))
 
-    assert objections(private, demanding) == []
-    assert len(objections(of_sites, demanding)) == 1
+    assert demanding.objections(private.study) == []
+    assert len(demanding.objections(of_sites.study)) == 1
 
 
 def test_a_study_without_patient_privacy_needs_no_ledger(north: Hospital) -> None:

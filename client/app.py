@@ -26,12 +26,13 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 
-from fedgex.client import charging, local_training, secure_rounds, state
-from fedgex.client.ledger import LedgerError
+from fedgex.client import local_training, secure_rounds, state
+from fedgex.client.data.cohort import assay, load_cohort
+from fedgex.client.ledger import debit
+from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.policy import Policy
 from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import assay, load_cohort
 from fedgex.common import keys
 from fedgex.common.codes import Code
 from fedgex.common.cohort import Cohort
@@ -238,7 +239,7 @@ def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
     cohort = _cohort(settings, study)
     _refuse_drift(settings, study, cohort)
     local_training.refuse_large_delta(study, cohort.n_patients)
-    charging.charge(message, settings, study, phase, number, cohort.patients)
+    debit.charge(message, settings, study, phase, number, cohort.patients)
     patients = to_patients(cohort, _vocabulary(message), _standardisation(message))
     result = local_training.train_round(
         study,

@@ -7,7 +7,6 @@ Nothing at the server changes by it.
 
 from __future__ import annotations
 
-import base64
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -25,19 +24,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.proto.fleet_pb2 import ActivateNodeRequest
-from flwr.supercore.constant import (
-    FLEET_HTTP_PUBLIC_KEY_HEADER,
-    FLEET_HTTP_SIGNATURE_HEADER,
-)
-from flwr.supercore.date import now as flower_now
-from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
 from fedgex.client.identity import Identity
+from fedgex.client.service import flower
 from fedgex.common import pki
 from fedgex.common.errors import ConfigError, FedgexError
 
@@ -373,15 +362,15 @@ class Check:
     def _version(self) -> str:
         code = self._probe()
         installed = f"Flower {version('flwr')} and fedgex {version('fedgex')}"
-        if code == ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE:
+        if code == flower.OTHER_RELEASE:
             raise _FailedError(
                 f"the server refuses {installed}",
                 "the release that the server runs",
                 "Ask the consortium which release of fedgex it runs, and install it.",
             )
         if code not in (
-            ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL,
-            ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED,
+            flower.WRONG_INTERVAL,
+            flower.NOT_ACTIVATED,
             httpx.codes.UNAUTHORIZED,
         ):
             raise _FailedError(
@@ -394,7 +383,7 @@ class Check:
 
     def _key(self) -> str:
         code = self._probe()
-        if code == ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL:
+        if code == flower.WRONG_INTERVAL:
             return "the server knows this hospital's node key"
         raise _FailedError(
             f"the server does not accept this hospital's node key ({code})",
@@ -404,40 +393,14 @@ class Check:
         )
 
     def _probe(self) -> int:
-        """Sign a request in the node's name that the server cannot carry out.
-
-        It asks to activate the node with a heartbeat every zero seconds: Flower looks
-        at version, signature and key, in this order, then refuses the interval, so
-        that nothing comes of it.
-
-        Returns
-        -------
-        int
-            Flower's code of the error, or the HTTP status if there is none.
-        """
+        """Return the code that a signed request is refused with, see `flower.probe`."""
         assert self.identity is not None
-        key = _node_key(self.identity.node_key_path)
-        public = public_key_to_bytes(key.public_key())
-        timestamp = flower_now().isoformat()
-        signature = sign_message(key, timestamp.encode("ascii"))
-        about = RuntimeVersionMetadata.from_local_component("SuperNode")
-        request = ActivateNodeRequest(public_key=public, heartbeat_interval=0)
-        headers = {
-            "content-type": PROTOBUF_MEDIA_TYPE,
-            "accept": PROTOBUF_MEDIA_TYPE,
-            FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public).decode(),
-            FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signature).decode(),
-            TIMESTAMP_HEADER: timestamp,
-            **dict(about.as_metadata()),
-        }
+        content, headers = flower.probe(_node_key(self.identity.node_key_path))
         with self._client() as client:
             response = client.post(
-                "/v1/fleet/activate-node",
-                content=request.SerializeToString(),
-                headers=headers,
+                flower.ACTIVATE_PATH, content=content, headers=headers
             )
-        error = FlowerError.from_json(response.text)
-        return response.status_code if error is None else error.code
+        return flower.error_code(response)
 
 
 _NOT_YET_VALID, _EXPIRED, _WRONG_PURPOSE, _HOST_MISMATCH, _IP_MISMATCH = (

@@ -20,9 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from fedgex.client import charging, monitoring, supernode
+from fedgex.client import monitoring, supernode
 from fedgex.client.gate import read_working, stop_working
 from fedgex.client.identity import Identity
+from fedgex.client.ledger import debit
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain
 from fedgex.common.codes import Code
@@ -63,7 +64,7 @@ def run(site_toml: Path) -> None:
         audit = settings.state_dir / "audit.jsonl"
         if audit.exists():
             chain.verify(audit)
-            charging.existing(settings.state_dir)
+            debit.existing(settings.state_dir)
         chain.Chain(audit).append("daemon-started", pid=os.getpid())
         monitoring.serve(settings)
         _Daemon(site_toml, settings).serve()

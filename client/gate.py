@@ -20,10 +20,10 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedgex.client import charging
 from fedgex.client.decisions import Desk, Refusal
 from fedgex.client.identity import Identity
-from fedgex.client.ledger import LedgerError
+from fedgex.client.ledger import debit
+from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
 from fedgex.common import bundle, chain, failpoints, keys, pki
@@ -115,7 +115,7 @@ class Gate:
         self._open_now(settings)
         private = contract.study.privacy.patient is not None
         if private:
-            charging.ready(self.state_dir)
+            debit.ready(self.state_dir)
         question = f"{kind.removeprefix('query.')}-{phase}-{_count(content, number)}"
         replies = Replies(self.state_dir / "replies" / run)
         try:

@@ -1,4 +1,4 @@
-"""One round at one hospital: load the phase's modules, judge, train, say what changed.
+"""One round at one hospital: load the phase's model, judge, train, return the update.
 
 Shared by the ClientApp and by whoever trains without a federation for comparison.
 """
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgex.client import state
 from fedgex.common import memory, privacy, tasks
 from fedgex.common.codes import Code
 from fedgex.common.errors import DataError, Finding
@@ -22,15 +21,15 @@ from fedgex.common.parameters import load_parameters, parameters
 from fedgex.common.phases import phase_loss, take_part, trained_parameters
 from fedgex.common.seeds import derive
 from fedgex.common.study import SURVIVAL, Study
-from fedgex.common.tasks import Modules, Parameters
+from fedgex.common.tasks import Parameters, PhaseModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundResult:
     """What a site answers to a round."""
 
-    update: dict[str, NDArray[np.generic]]
-    """What travels up: parameters or their change, in the study's precision."""
+    update: dict[str, NDArray[np.float32]]
+    """What travels up: parameters or their change."""
     report: FitReport | None
     """None under patient-level privacy: every number of it tells of patients."""
     judged_loss: float | None
@@ -49,7 +48,7 @@ def train_round(
     floor: int,
     state_dir: Path,
 ) -> RoundResult:
-    """Judge and train a phase's modules for one round; privately, if the study says so.
+    """Judge and train a phase's model for one round; privately, if the study says so.
 
     Parameters
     ----------
@@ -60,7 +59,7 @@ def train_round(
     floor
         Fewest patients that may take part in anything that leaves the site.
     state_dir
-        Where a local head is kept between rounds.
+        Where noised class counts are kept between rounds.
 
     Raises
     ------
@@ -72,24 +71,19 @@ def train_round(
     memory.keep_freed()
     settings = study.phases[phase]
     fitting = enough(study, phase, patients, floor)
-    modules = tasks.build(study, patients.values.shape[1], phase)
-    travelling = tasks.travelling(study, phase)
-    head = f"{phase}.head"
-    local = {head: modules[head]} if head in modules and head not in travelling else {}
-    load_parameters({k: m for k, m in modules.items() if k not in local}, incoming)
-    state.load_head(local, state_dir, phase, number - 1)
+    model = tasks.build(study, patients.values.shape[1], phase)
+    load_parameters(tasks.named(phase, model), incoming)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for module in modules.values():
-        module.to(device)
+    model.to(device)
     report, judged = None, None
     if study.privacy.patient is not None:
-        _train_privately(study, phase, number, modules, fitting, state_dir)
+        _train_privately(study, phase, number, model, fitting, state_dir)
     else:
-        loss = phase_loss(study, phase, modules, fitting)
+        loss = phase_loss(study, model, fitting)
         seed = derive(study.seed, site, phase, number)
         judged = judge(loss, len(fitting), settings.batch_size, seed)
         report = fit(
-            trained_parameters(study, phase, modules),
+            trained_parameters(study, phase, model),
             loss,
             len(fitting),
             settings,
@@ -97,8 +91,7 @@ def train_round(
             proximal_mu=study.strategy.proximal_mu,
             seed=seed,
         )
-    state.save_head(local, state_dir, phase, number)
-    trained = tasks.updated(study, phase, parameters(modules))
+    trained = tasks.updated(study, phase, parameters(tasks.named(phase, model)))
     return RoundResult(
         update=_travel_form(study, trained, incoming),
         report=report,
@@ -152,7 +145,7 @@ def _train_privately(
     study: Study,
     phase: str,
     number: int,
-    modules: Modules,
+    model: PhaseModel,
     patients: Patients,
     state_dir: Path,
 ) -> None:
@@ -161,13 +154,12 @@ def _train_privately(
 
     rule, settings = study.privacy.patient, study.phases[phase]
     assert rule is not None
-    learnt = {id(p) for p in trained_parameters(study, phase, modules)}
-    for module in modules.values():
-        for parameter in module.parameters():
-            parameter.requires_grad_(id(parameter) in learnt)
+    model.requires_grad_(False)
+    for parameter in trained_parameters(study, phase, model):
+        parameter.requires_grad_(True)
     private_training.fit_privately(
         private_training.phase_loss(
-            study, phase, number, modules, patients, state_dir=state_dir
+            study, number, model, patients, state_dir=state_dir
         ),
         len(patients),
         settings,
@@ -180,14 +172,14 @@ def _train_privately(
 
 def _travel_form(
     study: Study, trained: Parameters, incoming: Parameters
-) -> dict[str, NDArray[np.generic]]:
-    rule, site = study.strategy, study.privacy.site
+) -> dict[str, NDArray[np.float32]]:
+    site = study.privacy.site
     form = dict(trained)
-    if rule.update == "delta":
+    if study.strategy.update == "delta":
         form = {name: array - incoming[name] for name, array in trained.items()}
     if site is not None:
         form = clipped(form, site.clip)
-    return {k: np.asarray(v, dtype=rule.precision) for k, v in form.items()}
+    return form
 
 
 def _unit_count(study: Study, phase: str, patients: Patients) -> int:

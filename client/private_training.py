@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from fedgex.common import files, privacy, survival
 from fedgex.common.fitting import new_optimizer
 from fedgex.common.harmonise import Patients
+from fedgex.common.masking import draw_hidden
 from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.objectives import (
-    draw_hidden,
     draw_panel,
     embed,
     embed_all,
@@ -39,8 +39,6 @@ from fedgex.common.objectives import (
 )
 from fedgex.common.secret import SecretRandom
 from fedgex.common.study import (
-    CLASSIFICATION,
-    PRETRAINING,
     Classification,
     LocalTraining,
     PatientPrivacy,
@@ -48,7 +46,7 @@ from fedgex.common.study import (
     Study,
     Survival,
 )
-from fedgex.common.tasks import BACKBONE, Modules
+from fedgex.common.tasks import Classifier, PhaseModel
 
 COUNTS = "class-counts.json"
 """File with the noised numbers of patients of each class."""
@@ -179,9 +177,8 @@ class SurvivalLoss(nn.Module):
 
 def phase_loss(
     study: Study,
-    phase: str,
     number: int,
-    modules: Modules,
+    model: PhaseModel,
     patients: Patients,
     *,
     state_dir: Path,
@@ -195,20 +192,14 @@ def phase_loss(
     state_dir
         Where the noised class counts are kept between rounds.
     """
-    if phase == PRETRAINING:
-        backbone = modules[BACKBONE]
-        assert isinstance(backbone, GexBert)
-        return RestorationLoss(backbone, patients, study.pretraining)
-    encoder, head = modules[f"{phase}.encoder"], modules[f"{phase}.head"]
-    assert isinstance(encoder, Encoder)
-    if phase == CLASSIFICATION:
-        assert isinstance(head, ClassificationHead)
+    if isinstance(model, GexBert):
+        return RestorationLoss(model, patients, study.pretraining)
+    if isinstance(model, Classifier):
         rule, settings = study.privacy.patient, study.classification
         assert rule is not None
         share = noised_log_share(patients, settings.classes, rule, state_dir, number)
-        return ClassificationLoss(encoder, head, patients, settings, share)
-    assert isinstance(head, SurvivalHead)
-    return SurvivalLoss(encoder, head, patients, study.survival)
+        return ClassificationLoss(model.encoder, model.head, patients, settings, share)
+    return SurvivalLoss(model.encoder, model.head, patients, study.survival)
 
 
 def fit_privately(

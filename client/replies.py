@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from flwr.app import RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from fedgex.common.errors import FedgexError
 from fedgex.common.files import write_atomic
+from fedgex.common.transport.flower import from_bytes, to_bytes
 
 KEPT_ROUNDS = 2
 """A server that lost its last checkpoint asks for the round before, no earlier one."""
@@ -55,14 +54,13 @@ class Replies:
                 f"{question} was answered for request {answered.decode()[:16]}, and "
                 f"this is request {request[:16]}."
             )
-        return recorddict_from_proto(RecordDictProto.FromString(content))
+        return from_bytes(content)
 
     def store(self, question: str, request: str, reply: RecordDict) -> None:
         """Put a reply on the disk; of earlier rounds, only what was asked stays."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        content = recorddict_to_proto(reply).SerializeToString(deterministic=True)
         path = self._path(question)
-        write_atomic(path, request.encode() + b"\n" + content, point="reply")
+        write_atomic(path, request.encode() + b"\n" + to_bytes(reply), point="reply")
         group = question.rsplit("-", 1)[0]
         for old in sorted(self.folder.glob(f"{group}-*.reply"))[:-KEPT_ROUNDS]:
             with old.open("rb") as file:

@@ -16,26 +16,22 @@ from pathlib import Path
 
 import httpx
 import torch
-from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode, SubStatus
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supernode.runtime.run_clientapp import (
-    pull_task_input,
-    push_message,
-    push_task_output,
-)
 
 from fedgex.client.app import app
 from fedgex.client.gate import Gate, code
+from fedgex.client.service.flower import SiteTask
 from fedgex.client.settings import SiteSettings
-from fedgex.client.supernode import SECRET_VARIABLE
-from fedgex.common import runtime
+from fedgex.client.supernode import ARRIVED_FILE, SECRET_VARIABLE
 from fedgex.common.processes import begin
 from fedgex.common.records import let_go
+from fedgex.common.transport.flower import CLIENT_APP, acquire, executor
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+"""Between two looks whether a message arrived."""
+ASK_S = 10.0
+"""Between two questions to the SuperNode, where no arrival was noted."""
 
 
 def work(site_toml: Path, port: int, secret: str) -> None:
@@ -46,48 +42,60 @@ def work(site_toml: Path, port: int, secret: str) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(settings.policy.threads)
     gate = Gate(site_toml, app)
-    client = runtime.executor(port, secret)
+    client = executor(port, secret)
     bundles: set[str] = set()
+    arrived = settings.state_dir / ARRIVED_FILE
     while True:
+        seen = _changed(arrived)
         try:
-            task = runtime.acquire(client, runtime.CLIENT_APP)
+            task = acquire(client, CLIENT_APP)
         except httpx.TransportError:  # the SuperNode is being started again
             task = None
         if task is None:
-            time.sleep(POLL_S)
+            _wait(arrived, seen)
             continue
         token, _ = task
         _answer(gate, port, token, bundles)
 
 
+def _changed(arrived: Path) -> int | None:
+    """Return when the SuperNode last noted an arrival, None if never."""
+    try:
+        return arrived.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _wait(arrived: Path, seen: int | None) -> None:
+    """Wait for the next arrival, or for the next question to the SuperNode anyway."""
+    end = time.monotonic() + ASK_S
+    while _changed(arrived) == seen and time.monotonic() < end:
+        time.sleep(POLL_S)
+
+
 def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
     """Take one message from the SuperNode, and hand it the reply."""
-    client = runtime.holder(port, token, "flwr-clientapp")
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    heartbeat.start()
     try:
-        try:
-            message, context, _, fab = pull_task_input(client)
-        except Exception as lost:  # such as a run that ended meanwhile
-            logger.warning("a message could not be fetched: %s", lost)
-            return
-        if fab.hash_str not in bundles:
-            bundles.add(fab.hash_str)
-            gate.audit.append("bundle", digest=fab.hash_str, bytes=len(fab.content))
-        try:
-            reply = gate(message, context)
-        except Exception as error:  # such as a full disk; its text must not travel
-            logger.exception("failed")
-            failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, code(error))
-            reply = Message(failed, reply_to=message)
-        let_go(message.content)
-        push_message(client, reply, context)
-        push_task_output(client, context, SubStatus.COMPLETED, "")
+        with SiteTask.held(port, token) as fetch:
+            try:
+                task = fetch()
+            except Exception as lost:  # such as a run that ended meanwhile
+                logger.warning("a message could not be fetched: %s", lost)
+                return
+            if task.bundle_digest not in bundles:
+                bundles.add(task.bundle_digest)
+                gate.audit.append(
+                    "bundle", digest=task.bundle_digest, bytes=task.bundle_bytes
+                )
+            try:
+                reply = gate(task.message, task.context)
+            except Exception as error:  # such as a full disk; its text must not travel
+                logger.exception("failed")
+                reply = task.failure(code(error))
+            let_go(task.message.content)
+            task.answer(reply)
     except httpx.HTTPError as error:
         logger.warning("the SuperNode went away: %s", error)
-    finally:
-        heartbeat.stop()
-        client.close()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from fedgex.common.model import GexBert
 from fedgex.common.objectives import restoration_loss, restore
 from fedgex.common.seeds import generator
 from fedgex.common.study import CLASSIFICATION
-from fedgex.common.tasks import Modules
+from fedgex.common.tasks import Classifier
 
 NEEDED = {0.1: 10, 0.01: 100, 0.001: 10_000}
 """False positive rates at which an attack is judged, and how many non-members each
@@ -130,11 +130,11 @@ def restoration_losses(backbone: GexBert, patients: Patients, seed: int) -> Floa
 
 
 def classification_losses(
-    modules: Modules, patients: Patients, classes: tuple[str, ...]
+    model: Classifier, patients: Patients, classes: tuple[str, ...]
 ) -> Floats:
     """Return each patient's cross-entropy, shape (N,); NaN for a type of no class."""
     types = patients.type_index(classes)
-    probability = predictions.class_probabilities(modules, patients).double()  # (N, C)
+    probability = predictions.class_probabilities(model, patients).double()  # (N, C)
     own = probability.gather(1, types.clamp(min=0)[:, None]).squeeze(1)
     losses = -own.clamp(min=1e-12).log()
     return torch.where(types >= 0, losses, torch.nan).numpy()

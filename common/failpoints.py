@@ -38,8 +38,6 @@ POINTS = frozenset(
         "journal.written",  # it is on the disk
         # a file that is replaced atomically: `written` under its partial name,
         # `renamed` under its final name, where the rename may yet be lost
-        "head.written",  # a local head, after training
-        "head.renamed",
         "reply.written",  # a site's signed reply, before it is sent
         "reply.renamed",
         "decision.written",  # a site's decision on a contract

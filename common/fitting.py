@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fedgex.common.harmonise import Patients
+from fedgex.common.masking import draw_hidden
 from fedgex.common.model import GexBert
-from fedgex.common.objectives import draw_hidden, mixed_precision, restoration_loss
+from fedgex.common.objectives import mixed_precision, restoration_loss
 from fedgex.common.seeds import derive, generator, seeded
 from fedgex.common.study import LocalTraining, Pretraining
 

@@ -4,18 +4,23 @@ Each function returns what is hidden, a subset of what was measured. A patient w
 or more measured genes has at least one of them hidden and at least one left; a patient
 with fewer has none hidden. Equal seeds of the generator hide equal cells.
 
+A pattern of pretraining is a function here, its entry in `PATTERNS`, and its weight in
+`study.MaskingRule`.
+
 Shapes: B patients, V genes of the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedgex.common.errors import ConfigError
+from fedgex.common.study import MaskingRule
 
 Pattern = Literal["mcar", "panel", "mnar"]
 """Missing completely at random; the genes outside a panel; low expression drops out
@@ -26,6 +31,30 @@ SLOPE = 2.0
 
 BISECTIONS = 40
 """Halvings of the bracket around the intercept: more than float32 can tell apart."""
+
+
+def draw_hidden(
+    values: Tensor, measured: Tensor, rule: MaskingRule, generator: torch.Generator
+) -> Tensor:
+    """Draw one pattern by its weight, and one rate, and hide cells by them.
+
+    Parameters
+    ----------
+    values
+        Standardised expression, shape (B, V); NaN where not measured.
+    measured
+        Cells with a value, boolean, shape (B, V).
+
+    Returns
+    -------
+    Tensor
+        Hidden cells, boolean, shape (B, V).
+    """
+    weights = torch.tensor([getattr(rule, name) for name in PATTERNS])
+    pattern = int(torch.multinomial(weights, 1, generator=generator))
+    share = float(torch.rand((), generator=generator))
+    rate = rule.min_rate + (rule.max_rate - rule.min_rate) * share
+    return list(PATTERNS.values())[pattern](values, measured, rate, generator)
 
 
 def mcar(measured: Tensor, rate: float, generator: torch.Generator) -> Tensor:
@@ -90,6 +119,15 @@ def low_expression(
     probability = _dropout(values, measured, rate)
     draw = _uniform(measured.shape, measured, generator)
     return _some_but_not_all(draw - probability, measured)
+
+
+PATTERNS: dict[str, Callable[[Tensor, Tensor, float, torch.Generator], Tensor]] = {
+    "mcar": lambda values, measured, rate, rng: mcar(measured, rate, rng),
+    "panel": lambda values, measured, rate, rng: whole_gene(measured, rate, rng),
+    "mnar": low_expression,
+}
+"""Patterns of pretraining by the name of their weight in `study.MaskingRule`, each of
+values, measured cells, rate and generator."""
 
 
 def panel(measured: Tensor, n_genes: int, generator: torch.Generator) -> Tensor:

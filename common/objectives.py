@@ -15,11 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedgex.common import masking
 from fedgex.common.harmonise import Patients
 from fedgex.common.imputers import Float
 from fedgex.common.model import Encoder, GexBert, select
-from fedgex.common.study import MaskingRule
 
 REMEMBERED = 64
 """Sets of patients whose vectors are kept: a simulation's sites and its hold-out."""
@@ -131,32 +129,6 @@ def restoration_loss(
     error = torch.where(hidden, restored - values, 0.0)
     n_terms = int(hidden.sum())
     return error.square().sum() / max(n_terms, 1), n_terms
-
-
-def draw_hidden(
-    values: Tensor, measured: Tensor, rule: MaskingRule, generator: torch.Generator
-) -> Tensor:
-    """Draw one missingness pattern and one rate, and hide cells by them.
-
-    Parameters
-    ----------
-    values, measured
-        As in `restoration_loss`, shape (B, V).
-
-    Returns
-    -------
-    Tensor
-        Hidden cells, all of them measured, shape (B, V), bool.
-    """
-    weights = torch.tensor([rule.mcar, rule.panel, rule.mnar])
-    pattern = int(torch.multinomial(weights, 1, generator=generator))
-    share = float(torch.rand((), generator=generator))
-    rate = rule.min_rate + (rule.max_rate - rule.min_rate) * share
-    if pattern == 0:
-        return masking.mcar(measured, rate, generator)
-    if pattern == 1:
-        return masking.whole_gene(measured, rate, generator)
-    return masking.low_expression(values, measured, rate, generator)
 
 
 def draw_panel(measured: Tensor, min_genes: int, generator: torch.Generator) -> Tensor:

@@ -19,12 +19,11 @@ from fedgex.common.objectives import draw_panel, embed, embed_all, mixed_precisi
 from fedgex.common.study import (
     CLASSIFICATION,
     PRETRAINING,
-    SURVIVAL,
     Classification,
     Study,
     Survival,
 )
-from fedgex.common.tasks import BACKBONE, Modules
+from fedgex.common.tasks import Classifier, PhaseModel, is_tuned
 
 
 def take_part(study: Study, phase: str, patients: Patients) -> Patients:
@@ -43,36 +42,24 @@ def take_part(study: Study, phase: str, patients: Patients) -> Patients:
     return patients.take(fit_for.nonzero().squeeze(1))
 
 
-def phase_loss(study: Study, phase: str, modules: Modules, patients: Patients) -> Loss:
+def phase_loss(study: Study, model: PhaseModel, patients: Patients) -> Loss:
     """Return the loss of a phase for patients that take part in it."""
-    if phase == PRETRAINING:
-        backbone = modules[BACKBONE]
-        assert isinstance(backbone, GexBert)
-        return pretraining_loss(backbone, patients, study.pretraining)
-    encoder, head = modules[f"{phase}.encoder"], modules[f"{phase}.head"]
-    assert isinstance(encoder, Encoder)
-    if phase == CLASSIFICATION:
-        assert isinstance(head, ClassificationHead)
-        return classification_loss(encoder, head, patients, study.classification)
-    assert isinstance(head, SurvivalHead)
-    return survival_loss(encoder, head, patients, study.survival)
+    if isinstance(model, GexBert):
+        return pretraining_loss(model, patients, study.pretraining)
+    if isinstance(model, Classifier):
+        return classification_loss(
+            model.encoder, model.head, patients, study.classification
+        )
+    return survival_loss(model.encoder, model.head, patients, study.survival)
 
 
 def trained_parameters(
-    study: Study, phase: str, modules: Modules
+    study: Study, phase: str, model: PhaseModel
 ) -> list[nn.Parameter]:
     """Return what a phase trains: the backbone, or the head and a tuned encoder."""
-    settings = {
-        CLASSIFICATION: study.classification.backbone,
-        SURVIVAL: study.survival.backbone,
-    }
-    frozen = settings.get(phase) == "frozen"
-    return [
-        parameter
-        for name, module in modules.items()
-        if not (frozen and name.endswith(".encoder"))
-        for parameter in module.parameters()
-    ]
+    if isinstance(model, GexBert) or is_tuned(study, phase):
+        return list(model.parameters())
+    return list(model.head.parameters())
 
 
 def classification_loss(

@@ -66,6 +66,30 @@ def end_with_parent(parent: int | None = None) -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
+class IdlePause:
+    """A pause between two looks for work, longer the longer there was none.
+
+    It is a twentieth of the time since the last work, within bounds: what comes after a
+    minute without work waits for 3 s more at most, and what follows on other work for
+    the shortest pause.
+    """
+
+    def __init__(self, shortest_s: float, longest_s: float) -> None:
+        self._bounds = shortest_s, longest_s
+        self.worked()
+
+    def worked(self) -> None:
+        """Note that there was work."""
+        self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The next pause."""
+        shortest, longest = self._bounds
+        idle = time.monotonic() - self._last
+        return min(max(idle / 20, shortest), longest)
+
+
 class Child:
     """A Python module of ours, run as a process that is kept alive.
 

@@ -11,7 +11,15 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import ConfigError
@@ -25,12 +33,48 @@ PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "surviv
 FEWEST_SUMMED = 3
 """Fewest updates in any secure sum: of two, each site sees the other's."""
 
+MEANS = ("fedavg", "fedprox", "fedadam")
+"""Aggregation rules that need no more than the mean of the updates."""
+ROBUST = ("trimmed-mean", "median")
+"""Aggregation rules that need every update by itself, and know no weights."""
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """Of studies and sites, since both name files: lower-case letters, digits, hyphens."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Symbol = Annotated[str, Field(pattern=r"^\S+$")]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _retired(value: str, instead: str) -> BeforeValidator:
+    """Refuse a value that earlier releases knew, and say what to do instead.
+
+    The key stays with the one value that is left: it is part of every study's hash.
+    """
+
+    def refuse(found: object) -> object:
+        if found == value:
+            raise ValueError(f'"{value}" was retired; {instead}')
+        return found
+
+    return BeforeValidator(refuse)
+
+
+Head = Annotated[
+    Literal["shared"],
+    _retired(
+        "local",
+        'set head = "shared", or leave it out. A model with local heads needs the '
+        "release of fedgex that trained it",
+    ),
+]
+
+
+def _aggregation_rule(name: str) -> str:
+    known = (*MEANS, *ROBUST)
+    if name not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return name
 
 
 class Settings(BaseModel):
@@ -137,14 +181,6 @@ def _named_once(types: tuple[str, ...], key: str) -> None:
         raise ValueError(f"{key} must be distinct; one is named more than once")
 
 
-def _something_travels(backbone: str, head: str) -> None:
-    if backbone == "frozen" and head == "local":
-        raise ValueError(
-            "a frozen backbone and a local head leave nothing to learn together; "
-            'set backbone = "tuned" or head = "shared"'
-        )
-
-
 class Classification(LocalTraining):
     """Cancer type from expression."""
 
@@ -155,9 +191,8 @@ class Classification(LocalTraining):
     backbone: Literal["frozen", "tuned"] = "tuned"
     """`tuned`: a copy of the encoder learns the task and travels. `frozen`: the head
     learns alone, over the pretrained backbone."""
-    head: Literal["shared", "local"] = "shared"
-    """`shared`: the head travels, so that a hospital that never trained can predict.
-    `local`: it stays at its site, and only the backbone travels."""
+    head: Head = "shared"
+    """The head travels, so that a hospital that never trained can predict."""
     min_genes: int = Field(default=8, ge=1)
     """Each batch shows a random panel of at least this many genes."""
 
@@ -166,7 +201,6 @@ class Classification(LocalTraining):
         _named_once(self.classes, "classes")
         if self.rounds and len(self.classes) < 2:
             raise ValueError("classification needs two or more distinct classes")
-        _something_travels(self.backbone, self.head)
         return self
 
 
@@ -185,7 +219,7 @@ class Survival(LocalTraining):
     later counts as alive at the last end. Fixed here, so no site reveals its times."""
     backbone: Literal["frozen", "tuned"] = "frozen"
     """As for classification."""
-    head: Literal["shared", "local"] = "shared"
+    head: Head = "shared"
     """As for classification."""
     clinical: bool = False
     """Whether age and sex stand beside the expression."""
@@ -195,7 +229,6 @@ class Survival(LocalTraining):
         _named_once(self.cancer_types, "cancer_types")
         if self.rounds and not self.cancer_types:
             raise ValueError("survival needs one or more cancer_types")
-        _something_travels(self.backbone, self.head)
         ends = self.interval_ends
         if not ends or ends[0] <= 0 or list(ends) != sorted(set(ends)):
             raise ValueError("interval_ends must be positive and rising")
@@ -205,8 +238,12 @@ class Survival(LocalTraining):
 class StrategyRule(Settings):
     """How updates become one model."""
 
-    name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "trimmed-mean", "median"]
-    """Aggregation strategy."""
+    name: Annotated[
+        str,
+        AfterValidator(_aggregation_rule),
+        _retired("fedyogi", 'set strategy.name = "fedadam", its nearest relative'),
+    ]
+    """Aggregation rule: one of `MEANS` or `ROBUST`."""
     weights: Literal["patients", "loss-terms", "equal", "fixed"] = "patients"
     """What a site's update counts by; `fixed`: by `site_weights`, so that the model
     tells nothing of how many patients a site has. Order statistics know only
@@ -218,23 +255,26 @@ class StrategyRule(Settings):
     proximal_mu: float = Field(default=0.0, ge=0)
     """FedProx: pull towards the incoming model (Li et al. 2020, eq. 2)."""
     server_learning_rate: float = Field(default=0.01, gt=0)
-    """FedAdam and FedYogi: eta of Reddi et al. 2021, algorithm 2."""
+    """FedAdam: eta of Reddi et al. 2021, algorithm 2."""
     beta_1: float = Field(default=0.9, ge=0, lt=1)
-    """FedAdam and FedYogi: first moment."""
+    """FedAdam: first moment."""
     beta_2: float = Field(default=0.99, ge=0, lt=1)
-    """FedAdam and FedYogi: second moment."""
+    """FedAdam: second moment."""
     tau: float = Field(default=1e-3, gt=0)
-    """FedAdam and FedYogi: degree of adaptivity."""
+    """FedAdam: degree of adaptivity."""
     trim_share: float = Field(default=0.2, ge=0, lt=0.5)
     """Trimmed mean: share of the sites cut off at either end, for each number."""
     update: Literal["parameters", "delta"] = "parameters"
     """What travels up: the trained parameters, or their change."""
-    precision: Literal["float32", "float16"] = "float32"
+    precision: Annotated[
+        Literal["float32"],
+        _retired("float16", 'set strategy.precision = "float32", or leave it out'),
+    ] = "float32"
     """Number format of what travels up."""
 
     @model_validator(mode="after")
     def _weights_and_pull_fit_the_name(self) -> Self:
-        if self.name in ("trimmed-mean", "median") and self.weights != "equal":
+        if self.name in ROBUST and self.weights != "equal":
             raise ValueError(
                 f'{self.name} takes no weights; set weights = "equal" and say so'
             )
@@ -449,7 +489,7 @@ class Study(Settings):
         for name, chosen in named.items():
             if chosen is None:
                 continue
-            if rule.name in ("trimmed-mean", "median"):
+            if rule.name in ROBUST:
                 yield f"{name}: {rule.name} needs every update by itself; use a mean"
             if rule.update != "delta":
                 yield f'{name}: set strategy.update = "delta"'

@@ -6,7 +6,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgex.server import deployment
-from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 
 app = ServerApp()
@@ -17,9 +16,11 @@ def main(grid: Grid, context: Context) -> None:
     """Do the job of the file that the run config names, or of the environment."""
     named = context.run_config.get("settings")
     settings = ServerSettings.load(Path(str(named)) if named else None)
-    jobs = {
-        "conduct": conduct,
-        "publish": deployment.publish,
-        "deliver": deployment.deliver,
-    }
-    jobs[settings.job](grid, settings)
+    if settings.job == "publish":
+        deployment.publish(grid, settings)
+    elif settings.job == "deliver":
+        deployment.deliver(grid, settings)
+    else:
+        from fedgex.server.run import conduct  # torch, which the others do without
+
+        conduct(grid, settings)

@@ -6,22 +6,37 @@ import logging
 
 import typer
 
-from fedgex.server.consortium_cli import administrator, consortium, site
-from fedgex.server.model_cli import model
-from fedgex.server.run_cli import run
-from fedgex.server.server_cli import server
-from fedgex.server.study_cli import study
+from fedgex.common.lazy_commands import lazy_group
+
+_SERVER = "fedgex.server."
+COMMANDS = {
+    name: (_SERVER + place, line)
+    for name, place, line in (
+        (
+            "consortium",
+            "consortium_cli:consortium",
+            "Found a consortium; see how it is.",
+        ),
+        (
+            "administrator",
+            "consortium_cli:administrator",
+            "Who signs contracts and orders.",
+        ),
+        ("site", "consortium_cli:site", "Hospitals: admit, renew, rotate, revoke."),
+        ("server", "server_cli:server", "The service: SuperLink and runs."),
+        ("study", "study_cli:study", "Contracts: draft, sign, publish, read."),
+        ("run", "run_cli:run", "Launch, watch, stop and resume runs."),
+        ("model", "model_cli:model", "Look at models and release them."),
+    )
+}
+"""Where each group of commands is, and its line of help."""
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+    cls=lazy_group(COMMANDS),
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
-app.add_typer(consortium, name="consortium")
-app.add_typer(administrator, name="administrator")
-app.add_typer(site, name="site")
-app.add_typer(server, name="server")
-app.add_typer(study, name="study")
-app.add_typer(run, name="run")
-app.add_typer(model, name="model")
 
 
 @app.callback()

@@ -20,18 +20,16 @@ from fedgex.common.harmonise import Patients
 from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer, ppca
 from fedgex.common.masking import Pattern
 from fedgex.common.metrics import RestorationScore, restoration
-from fedgex.common.model import ClassificationHead, Encoder, GexBert
 from fedgex.common.objectives import ModelImputer, embed
 from fedgex.common.seeds import generator
 from fedgex.common.study import (
     CLASSIFICATION,
     PRETRAINING,
-    SURVIVAL,
     Evaluation,
     Study,
 )
 from fedgex.common.survival_metrics import c_index_with_se
-from fedgex.common.tasks import BACKBONE, Parameters
+from fedgex.common.tasks import Parameters
 
 Scores = dict[str, dict[str, RestorationScore]]
 """Pattern, then key (the rate as "0.1", or the number of measured genes), to score."""
@@ -107,7 +105,7 @@ def judge_round(
 
     Pretraining: error of imputation at every rate and panel, on the first patients of a
     fixed shuffle. Classification: accuracy from all genes. Survival: C-index within
-    each cancer type. Empty where the head stays at the sites.
+    each cancer type.
     """
     if phase == PRETRAINING:
         chosen = torch.randperm(len(patients), generator=generator(study.seed, "judge"))
@@ -120,8 +118,6 @@ def judge_round(
             ("mcar", "panel"),
         )
         return as_numbers(scores)
-    if f"{phase}.head" not in tasks.travelling(study, phase):
-        return {}
     if phase == CLASSIFICATION:
         everything = torch.ones(patients.values.shape[1], dtype=torch.bool)
         return {"accuracy": judge_classes(study, whole, patients, everything)[0]}
@@ -130,9 +126,7 @@ def judge_round(
 
 def model_imputer(study: Study, whole: Parameters, n_genes: int) -> ModelImputer:
     """Return the model's backbone as an imputer."""
-    backbone = tasks.load(study, n_genes, PRETRAINING, whole)[BACKBONE]
-    assert isinstance(backbone, GexBert)
-    return ModelImputer(backbone)
+    return ModelImputer(tasks.load_backbone(study, n_genes, whole))
 
 
 @torch.no_grad()
@@ -152,15 +146,12 @@ def judge_classes(
     if len(known) == 0:
         return math.nan, math.nan
     some, target = patients.take(known), target[known]
-    modules = tasks.load(study, patients.values.shape[1], CLASSIFICATION, whole)
-    encoder, head = (
-        modules[f"{CLASSIFICATION}.{part}"] for part in ("encoder", "head")
-    )
-    assert isinstance(encoder, Encoder)
-    assert isinstance(head, ClassificationHead)
+    model = tasks.load_classifier(study, patients.values.shape[1], whole)
     predicted = torch.cat(
         [
-            head(embed(encoder, values, ~values.isnan() & panel)).argmax(dim=1)
+            model.head(embed(model.encoder, values, ~values.isnan() & panel)).argmax(
+                dim=1
+            )
             for values in some.values.split(64)
         ]
     )
@@ -179,8 +170,8 @@ def predict_risk(
     study: Study, whole: Parameters, patients: Patients
 ) -> NDArray[np.float32]:
     """Return each patient's log-hazard, shape (N,); NaN for types not in the study."""
-    modules = tasks.load(study, patients.values.shape[1], SURVIVAL, whole)
-    return predictions.log_hazard(study, modules, patients).numpy()
+    model = tasks.load_survival(study, patients.values.shape[1], whole)
+    return predictions.log_hazard(study, model, patients).numpy()
 
 
 def judge_survival(

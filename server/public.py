@@ -6,12 +6,15 @@ What is computed from it is in server/public_start.py.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedgex.common.cohort import Cohort, load_cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Study
+
+if TYPE_CHECKING:
+    from fedgex.common.cohort import Cohort
 
 FOLDER = "public"
 """Folder of the consortium's state directory with the public cohort."""
@@ -50,6 +53,8 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
     ConfigError
         If there is none, or it has too few patients.
     """
+    from fedgex.common.cohort import load_cohort  # pandas, which most need not load
+
     require(study, folder)
     if not is_wanted(study) or folder is None:
         return None

@@ -93,8 +93,7 @@ def fit_phase(
 
     As at a site, with the phase's own settings; the learning rate falls over the epochs
     as it does over the rounds. Everything follows from the study's seed. The model
-    stays as it is where too few public patients can take part, or the head of the phase
-    stays at the sites.
+    stays as it is where too few public patients can take part.
 
     Parameters
     ----------
@@ -104,17 +103,13 @@ def fit_phase(
         Every parameter of the model as the phase begins, see `tasks.begin`.
     """
     patients = phases.take_part(study, phase, patients)
-    local = phase != PRETRAINING and f"{phase}.head" not in tasks.travelling(
-        study, phase
-    )
-    if local or len(patients) < cohorts.MIN_PATIENTS:
+    if len(patients) < cohorts.MIN_PATIENTS:
         return dict(whole)
-    modules = tasks.load(study, patients.values.shape[1], phase, whole)
-    for module in modules.values():
-        module.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = tasks.load(study, patients.values.shape[1], phase, whole)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     final_loss = fitting.fit_at_once(
-        phases.trained_parameters(study, phase, modules),
-        phases.phase_loss(study, phase, modules, patients),
+        phases.trained_parameters(study, phase, model),
+        phases.phase_loss(study, model, patients),
         len(patients),
         study.phases.get(phase, study.pretraining),
         epochs=study.public.epochs,
@@ -127,4 +122,5 @@ def fit_phase(
         study.public.epochs,
         final_loss,
     )
-    return {**whole, **tasks.updated(study, phase, parameters(modules))}
+    trained = parameters(tasks.named(phase, model))
+    return {**whole, **tasks.updated(study, phase, trained)}

@@ -1,30 +1,34 @@
-"""From a round's accepted updates to the next model.
+"""Aggregation of a round's accepted updates into the next global parameters.
 
-Means and order statistics are ours (per gene, streamed from disk, in order of site
-name); the adaptive server optimisers are Flower's own.
+A rule is a class that follows `Strategy`, its entry in `STRATEGIES`, and its name in
+`study.MEANS` or `study.ORDER_STATISTICS`. Arrays are streamed from disk, in order of
+site name, so that the order of arrival changes no bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import Array as FlowerArray
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedYogi
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from fedgex.common import keys
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import UpdateError
 from fedgex.common.model import PER_GENE
 from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server import aggregation
-from fedgex.server.aggregation import Array
+from fedgex.server.aggregation import Array, Weight
 from fedgex.server.privacy import noised
+
+Parameters = Mapping[str, Array]
+"""Exactly the parameters that travel, by name."""
+Aggregated = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
+"""The next parameters, and the state for the next round; empty for most rules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,81 +92,212 @@ class Spooled(Mapping[str, Array]):
         return len(self._names)
 
 
+class Strategy(Protocol):
+    """An aggregation rule."""
+
+    def aggregate(
+        self,
+        incoming: Parameters,
+        updates: Sequence[Update],
+        server_round: int,
+        state: Arrays,
+    ) -> Aggregated:
+        """Aggregate a round's updates into the next parameters.
+
+        Parameters
+        ----------
+        incoming
+            Parameters that the round began with.
+        updates
+            Accepted updates, one or more, in order of site name.
+        server_round
+            Number of the round in its phase, from 1.
+        state
+            What the round before returned beside its parameters; empty at first. It is
+            kept in the checkpoint, and begins anew with each phase.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Weighted mean of the updates (McMahan et al. 2017).
+
+    FedProx too (Li et al. 2020), whose proximal term is in the sites' loss.
+    """
+
+    rule: StrategyRule
+    site_privacy: SitePrivacy | None = None
+    """Adds noise to the mean, before a server optimiser sees it."""
+
+    def aggregate(
+        self,
+        incoming: Parameters,
+        updates: Sequence[Update],
+        server_round: int,
+        state: Arrays,
+    ) -> Aggregated:
+        """Average the updates, then proceed as `from_mean`."""
+        mean = _each(self.rule, incoming, updates, aggregation.weighted_mean)
+        return self.from_mean(incoming, mean, len(updates), server_round, state)
+
+    def from_mean(
+        self,
+        incoming: Parameters,
+        mean: Parameters,
+        n_sites: int,
+        server_round: int,
+        state: Arrays,
+    ) -> Aggregated:
+        """Return the next parameters, given the mean over `n_sites` sites."""
+        if self.site_privacy is not None:
+            mean = noised(mean, self.site_privacy, n_sites)
+        return self.step(incoming, mean, server_round, state)
+
+    def step(
+        self, incoming: Parameters, mean: Parameters, server_round: int, state: Arrays
+    ) -> Aggregated:
+        """Take the mean as the next parameters."""
+        return dict(mean), {}
+
+
+class FedAdam(FedAvg):
+    """A step of Adam towards the mean (Reddi et al. 2021, algorithm 2).
+
+    The learning rate is bias-corrected as by Kingma & Ba (2014), for a count of rounds
+    that begins at 2, as Flower does it.
+    """
+
+    def step(
+        self, incoming: Parameters, mean: Parameters, server_round: int, state: Arrays
+    ) -> Aggregated:
+        """Move the parameters along the first moment, scaled by the second."""
+        beta_1, beta_2 = self.rule.beta_1, self.rule.beta_2
+        rate = self.rule.server_learning_rate * np.sqrt(
+            1 - np.power(beta_2, server_round + 1.0)
+        )
+        rate /= 1 - np.power(beta_1, server_round + 1.0)
+        new: dict[str, Array] = {}
+        moments: dict[str, NDArray[np.generic]] = {}
+        for name, x in incoming.items():
+            delta = mean[name] - x
+            first: Any = state.get(f"first/{name}", np.zeros_like(x))
+            second: Any = state.get(f"second/{name}", np.zeros_like(x))
+            m = beta_1 * first + (1 - beta_1) * delta
+            v = beta_2 * second + (1 - beta_2) * delta**2
+            moved = x + rate * m / (np.sqrt(v) + self.rule.tau)
+            new[name] = moved.astype(x.dtype)  # `rate` made it float64
+            moments |= {f"first/{name}": m, f"second/{name}": v}
+        return new, moments
+
+
+@dataclass(frozen=True)
+class TrimmedMean:
+    """Mean over the sites without a share at either end (Yin et al. 2018)."""
+
+    rule: StrategyRule
+
+    def aggregate(
+        self,
+        incoming: Parameters,
+        updates: Sequence[Update],
+        server_round: int,
+        state: Arrays,
+    ) -> Aggregated:
+        """Trim and average each number by itself."""
+        trimmed = partial(aggregation.trimmed_mean, trim_share=self.rule.trim_share)
+        return _each(self.rule, incoming, updates, trimmed), {}
+
+
+@dataclass(frozen=True)
+class Median:
+    """Median over the sites (Yin et al. 2018)."""
+
+    rule: StrategyRule
+
+    def aggregate(
+        self,
+        incoming: Parameters,
+        updates: Sequence[Update],
+        server_round: int,
+        state: Arrays,
+    ) -> Aggregated:
+        """Return the median of each number by itself."""
+        return _each(self.rule, incoming, updates, aggregation.median), {}
+
+
+MEANS = {"fedavg": FedAvg, "fedprox": FedAvg, "fedadam": FedAdam}
+ROBUST: dict[str, Callable[[StrategyRule], Strategy]] = {
+    "trimmed-mean": TrimmedMean,
+    "median": Median,
+}
+"""The rules by name; `study` lists the same names."""
+
+
 def combine(
     rule: StrategyRule,
-    incoming: Mapping[str, Array],
-    updates: list[Update],
+    incoming: Parameters,
+    updates: Sequence[Update],
     server_round: int,
-    server_state: Arrays,
+    state: Arrays,
     site_privacy: SitePrivacy | None = None,
-) -> tuple[dict[str, Array], dict[str, NDArray[np.generic]]]:
-    """Return the next parameters and the server optimiser's next state.
+) -> Aggregated:
+    """Aggregate by the rule of a study; the order of the updates does not matter.
 
-    Parameters
-    ----------
-    incoming
-        Parameters that the round began with: exactly those that travel.
-    updates
-        Accepted updates, one or more; their order does not matter.
-    server_round
-        Number of the round in its phase, from 1.
-    server_state
-        What this function returned for the round before; empty at first.
-    site_privacy
-        Puts noise on the mean, before a server optimiser sees it.
+    See `Strategy.aggregate` for the parameters.
 
     Raises
     ------
     UpdateError
         If the weights are fixed and a site has none.
     """
+    strategy: Strategy
+    if rule.name in MEANS:
+        strategy = MEANS[rule.name](rule, site_privacy)
+    else:
+        strategy = ROBUST[rule.name](rule)
     updates = sorted(updates, key=lambda update: update.site)
-    mean = {
-        name: _combine_one(rule, name, array, updates)
-        for name, array in sorted(incoming.items())
-    }
-    return step(
-        rule, incoming, mean, len(updates), server_round, server_state, site_privacy
-    )
+    return strategy.aggregate(incoming, updates, server_round, state)
 
 
 def step(
     rule: StrategyRule,
-    incoming: Mapping[str, Array],
-    mean: Mapping[str, Array],
+    incoming: Parameters,
+    mean: Parameters,
     n_sites: int,
     server_round: int,
-    server_state: Arrays,
+    state: Arrays,
     site_privacy: SitePrivacy | None,
-) -> tuple[dict[str, Array], dict[str, NDArray[np.generic]]]:
-    """Return what `combine` does, given the mean over `n_sites` sites."""
-    mean = dict(mean)
-    if site_privacy is not None:
-        mean = noised(mean, site_privacy, n_sites)
-    if rule.name in ("fedadam", "fedyogi"):
-        return _adapt(rule, incoming, mean, server_round, server_state)
-    return mean, {}
+) -> Aggregated:
+    """Do what `combine` does, given the mean over `n_sites` sites."""
+    strategy = MEANS[rule.name](rule, site_privacy)
+    return strategy.from_mean(incoming, mean, n_sites, server_round, state)
 
 
-def _combine_one(
-    rule: StrategyRule, name: str, incoming: Array, updates: list[Update]
-) -> Array:
-    by_gene = rule.per_gene and name.endswith(PER_GENE)
-    weights = [
-        np.asarray(_weight(rule, update) * (update.measured if by_gene else 1.0))
-        for update in updates
-    ]
+def _each(
+    rule: StrategyRule,
+    incoming: Parameters,
+    updates: Sequence[Update],
+    statistic: Callable[[Iterator[Array], Sequence[Weight], Array], Array],
+) -> dict[str, Array]:
+    """Apply a statistic over the sites to each parameter."""
 
-    def arrays() -> Iterator[Array]:
+    def arrays(name: str) -> Iterator[Array]:
         for update in updates:
             array = update.read(name)
-            yield incoming + array if rule.update == "delta" else array
+            yield incoming[name] + array if rule.update == "delta" else array
 
-    if rule.name == "median":
-        return aggregation.median(arrays(), weights, incoming)
-    if rule.name == "trimmed-mean":
-        return aggregation.trimmed_mean(arrays(), weights, incoming, rule.trim_share)
-    return aggregation.weighted_mean(arrays(), weights, incoming)
+    def weights(name: str) -> list[Weight]:
+        by_gene = rule.per_gene and name.endswith(PER_GENE)
+        return [
+            np.asarray(_weight(rule, update) * (update.measured if by_gene else 1.0))
+            for update in updates
+        ]
+
+    return {
+        name: statistic(arrays(name), weights(name), array)
+        for name, array in sorted(incoming.items())
+    }
 
 
 def _weight(rule: StrategyRule, update: Update) -> float:
@@ -174,57 +309,9 @@ def _weight(rule: StrategyRule, update: Update) -> float:
                 "strategy.site_weights of the study."
             )
         return rule.site_weights[update.site]
-    told = {"patients": update.num_examples, "loss-terms": update.num_loss_terms}
-    if rule.weights not in told:
+    reported = {"patients": update.num_examples, "loss-terms": update.num_loss_terms}
+    if rule.weights not in reported:
         return 1.0
-    weight = told[rule.weights]
+    weight = reported[rule.weights]
     assert weight is not None, "a round quarantines an update without its weight"
     return float(weight)
-
-
-def _adapt(
-    rule: StrategyRule,
-    incoming: Mapping[str, Array],
-    mean: Mapping[str, Array],
-    server_round: int,
-    server_state: Arrays,
-) -> tuple[dict[str, Array], dict[str, NDArray[np.generic]]]:
-    """Take one step of FedAdam or FedYogi (Reddi et al. 2021) towards the mean.
-
-    Flower's class does the step; it is handed the mean as its only reply, and its
-    float64 result is cast back to the parameters' own type.
-    """
-    chosen = FedAdam if rule.name == "fedadam" else FedYogi
-    strategy = chosen(
-        eta=rule.server_learning_rate,
-        beta_1=rule.beta_1,
-        beta_2=rule.beta_2,
-        tau=rule.tau,
-    )
-    strategy.current_arrays = dict(incoming)
-    strategy.m_t = _part("first", server_state)
-    strategy.v_t = _part("second", server_state)
-    content = RecordDict(
-        {
-            keys.MODEL: ArrayRecord({name: FlowerArray(mean[name]) for name in mean}),
-            keys.METRICS: MetricRecord({keys.NUM_EXAMPLES: 1}),
-        }
-    )
-    reply = Message(content, dst_node_id=1, message_type=keys.TRAIN)
-    arrays, _ = strategy.aggregate_train(server_round, [reply])
-    if arrays is None or strategy.m_t is None or strategy.v_t is None:
-        raise AssertionError("Flower aggregates one valid reply")
-    new = {name: arrays[name].numpy().astype(incoming[name].dtype) for name in incoming}
-    state: dict[str, NDArray[np.generic]] = {}
-    for prefix, moments in (("first", strategy.m_t), ("second", strategy.v_t)):
-        state |= {f"{prefix}/{name}": array for name, array in moments.items()}
-    return new, state
-
-
-def _part(prefix: str, state: Arrays) -> dict[str, NDArray[np.generic]] | None:
-    part = {
-        name.removeprefix(f"{prefix}/"): array
-        for name, array in state.items()
-        if name.startswith(f"{prefix}/")
-    }
-    return part or None

@@ -24,22 +24,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from flwr.server.superlink.linkstate import LinkState
-from flwr.supercore.constant import (
-    FLEET_HTTP_PUBLIC_KEY_HEADER,
-    FLWR_IN_MEMORY_DB_NAME,
-)
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-from flwr.superlink.config_loader import (
-    SuperLinkLifespanConfig,
-    load_control_authn_plugin,
-)
-from flwr.superlink.main import create_app
-
 from fedgex.common.chain import Chain
 from fedgex.common.processes import begin
 from fedgex.common.study import Settings
+from fedgex.server.service.flower import NODE_KEY_HEADER, SECRET_HEADER, superlink_app
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +35,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+NodeOf = Callable[[bytes], int | None]
+"""Flower's number of the node with a public key."""
 
-SECRET_HEADER = "fedgex-secret"
 SECRET_VARIABLE = "FEDGEX_SUPERLINK_SECRET"
 FLEET, HEALTH = "/v1/fleet/", "/health"
 POLL, HEARTBEAT = FLEET + "pull-messages", FLEET + "send-node-heartbeat"
@@ -120,16 +109,16 @@ class Activity:
             self._idle[node_key] = time.time()
             self._changed = True
 
-    def keep_writing(self, state: LinkState) -> None:
+    def keep_writing(self, node_of: NodeOf) -> None:
         """Write the file whenever something changed, for ever."""
         while True:
             time.sleep(ACTIVITY_PERIOD_S)
             try:
-                self.write(state)
+                self.write(node_of)
             except OSError as error:  # a full disk must not end what rounds go by
                 logger.error("%s could not be written: %s", self.path, error)
 
-    def write(self, state: LinkState) -> None:
+    def write(self, node_of: NodeOf) -> None:
         """Write the file if something changed since it was last written."""
         with self._lock:
             if not self._changed:
@@ -138,7 +127,7 @@ class Activity:
             self._changed = False
         told = {}
         for key in moved.keys() | idle.keys():
-            node = state.get_node_id_by_public_key(key)
+            node = node_of(key)
             if node is not None:
                 told[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
         partial = self.path.with_suffix(".partial")
@@ -215,37 +204,16 @@ class LoopbackGuard:
 
 async def serve(settings: SuperLinkSettings, secret: str) -> None:
     """Serve both listeners until the process is told to end."""
-    config = SuperLinkLifespanConfig(
-        control_address="127.0.0.1:0",
-        health_server_address=(
-            f"127.0.0.1:{settings.health_port}" if settings.health_port else None
-        ),
-        host="127.0.0.1",
-        port=settings.control_port,
-        insecure=True,
-        certificates=None,
-        superexec_auth_secret=secret.encode(),
-        authn_plugin=load_control_authn_plugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
-        enable_supernode_auth=True,
-        fleet_api_type="grpc-rere",
-        fleet_api_address=None,
-        simulation=False,
-        ssl_ca_certfile=None,
-        ssl_certfile=None,
-        ssl_keyfile=None,
-        database=FLWR_IN_MEMORY_DB_NAME,
-        isolation="process",
-        runtime_dependency_install=False,
+    import uvicorn  # which the supervisor does without
+
+    app, node_of = superlink_app(
+        control_port=settings.control_port,
+        health_port=settings.health_port,
+        secret=secret,
     )
-    app = create_app(config, SuperLinkLifespan)
     activity = Activity(settings.state_dir / "activity.json")
-    state = app.state.linkstate_factory.state()
     threading.Thread(
-        target=activity.keep_writing, args=(state,), daemon=True, name="activity"
+        target=activity.keep_writing, args=(node_of,), daemon=True, name="activity"
     ).start()
     common: dict[str, Any] = {"log_level": "warning", "access_log": False}
     loopback = uvicorn.Config(
@@ -271,7 +239,7 @@ async def serve(settings: SuperLinkSettings, secret: str) -> None:
 
 def _node_key(scope: Scope) -> bytes:
     """Return the public key that a request claims, as Flower stores it."""
-    claimed = dict(scope["headers"]).get(FLEET_HTTP_PUBLIC_KEY_HEADER.encode(), b"")
+    claimed = dict(scope["headers"]).get(NODE_KEY_HEADER.encode(), b"")
     try:
         return b64decode(claimed, validate=True)
     except ValueError:

@@ -20,15 +20,14 @@ from types import FrameType
 from typing import Any
 
 import httpx
-from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
-from flwr.supercore.runtime import RuntimeHttpClient
 
-from fedgex.common import chain, checkpoint, runtime
+from fedgex.common import chain, checkpoint
 from fedgex.common.errors import FedgexError
 from fedgex.common.files import exclusive_lock, write_atomic
-from fedgex.common.processes import Child
+from fedgex.common.processes import Child, IdlePause
+from fedgex.common.transport import flower as runtime
+from fedgex.common.transport.flower import RuntimeHttpClient
 from fedgex.server import (
-    flower,
     monitoring,
     orders,
     releases,
@@ -39,10 +38,12 @@ from fedgex.server import (
 from fedgex.server.consortium import Consortium
 from fedgex.server.orders import Order
 from fedgex.server.runs import Run
+from fedgex.server.service.flower import Control
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.2
+LOOK_S, IDLE_LOOK_S = 0.2, 1.0
+"""Between two looks for orders and tasks: while anything runs, and otherwise."""
 MAX_CRASHES = 5
 """A run whose app crashed this often without a new checkpoint has failed."""
 START_S = 60.0
@@ -68,6 +69,11 @@ class _Job:
     task: RuntimeHttpClient | None = None
     told: float = 0.0
     """When the SuperLink last heard that the worker is alive."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it was started, and its task is not here yet."""
+        return self.flower_run is not None and self.worker is None
 
     def forget(self) -> None:
         """End the worker, if it lives, and be as one that was not started yet."""
@@ -119,11 +125,12 @@ class _Supervisor:
             [told.model_dump_json()],
             {superlink.SECRET_VARIABLE: self.secret},
         )
-        self.control = flower.Control(self.settings.control_port, self.secret)
+        self.control = Control(self.settings.control_port, self.secret)
         self.executor = runtime.executor(self.settings.control_port, self.secret)
         self.nodes: dict[str, tuple[str, int]] = {}
         """Site -> its registered public key, and Flower's number of it."""
         self.jobs: dict[str, _Job] = {}
+        self.looks = IdlePause(LOOK_S, IDLE_LOOK_S)
         self.stopping = False
         self.certificate = ""
 
@@ -139,7 +146,7 @@ class _Supervisor:
                 except httpx.HTTPError as error:
                     # The SuperLink died under us: the next look starts it again.
                     logger.warning("the SuperLink does not answer: %s", error)
-                time.sleep(LOOK_S)
+                time.sleep(self.looks.seconds)
         finally:
             for job in self.jobs.values():
                 if job.worker is not None:
@@ -158,7 +165,12 @@ class _Supervisor:
         for name, job in list(self.jobs.items()):
             self._keep_job(name, job)
             self._keep_task(job)
-        while (task := runtime.acquire(self.executor, runtime.SERVER_APP)) is not None:
+        if self.jobs:
+            self.looks.worked()
+        while any(job.waits for job in self.jobs.values()):
+            task = runtime.acquire(self.executor, runtime.SERVER_APP)
+            if task is None:
+                break
             self._start_worker(*task)
 
     # ---- SuperLink and nodes ----
@@ -292,7 +304,7 @@ class _Supervisor:
             return
         if time.monotonic() - job.told > HEARTBEAT_S:
             job.told = time.monotonic()
-            job.task.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            runtime.send_heartbeat(job.task)
 
     def _ended(
         self, name: str, job: _Job, state: runs.State, reason: str | None

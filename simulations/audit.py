@@ -38,20 +38,19 @@ from fedgex.common.audit import (
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients, to_patients
+from fedgex.common.masking import draw_hidden
 from fedgex.common.model import GexBert
-from fedgex.common.objectives import draw_hidden
 from fedgex.common.seeds import derive, generator
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Privacy, Study
-from fedgex.common.tasks import BACKBONE
 from fedgex.common.vocabulary import Vocabulary
 from fedgex.simulations import in_process
+from fedgex.simulations.effort import CANARIES, SHADOWS
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import PUBLIC, Split, split
 
 RESTORATION = "restoration"
 DELTA = 1e-5
 """Of the canaries' bound where the study names none."""
-SHADOWS, CANARIES = 16, 200
 QUICK_ROUNDS, QUICK_SHADOWS, QUICK_CANARIES = 2, 4, 40
 """Of --quick: enough to see that it works, too little to believe."""
 
@@ -372,9 +371,8 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
         return attacks.restoration_losses(backbone, patients, seed)
 
     losses = {RESTORATION: restored(whole, everybody)}
-    shared = study.classification.head == "shared"
-    if CLASSIFICATION in study.phases and shared:
-        modules = tasks.load(study, len(ground.genes), CLASSIFICATION, whole)
+    if CLASSIFICATION in study.phases:
+        modules = tasks.load_classifier(study, len(ground.genes), whole)
         classes = study.classification.classes
         found = attacks.classification_losses(modules, everybody, classes)
         losses[CLASSIFICATION] = found
@@ -412,9 +410,7 @@ def _canaries(ground: _Ground, n: int) -> list[tuple[str, Patients]]:
 
 
 def _backbone(study: Study, genes: Vocabulary, whole: tasks.Parameters) -> GexBert:
-    backbone = tasks.load(study, len(genes), PRETRAINING, whole)[BACKBONE]
-    assert isinstance(backbone, GexBert)
-    return backbone
+    return tasks.load_backbone(study, len(genes), whole)
 
 
 # ---- attacks ----

@@ -25,15 +25,15 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import model, tasks
 from fedgex.common.cohort import save_cohort
 from fedgex.common.fitting import fit, pretraining_loss
 from fedgex.common.harmonise import Patients
+from fedgex.common.masking import draw_hidden
 from fedgex.common.memory import resident_mb
 from fedgex.common.model import GexBert, n_parameters, select
-from fedgex.common.objectives import draw_hidden
 from fedgex.common.parameters import parameters
 from fedgex.common.secret import SecretRandom
 from fedgex.common.seeds import generator, seeded

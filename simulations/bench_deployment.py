@@ -198,7 +198,7 @@ def _scenario(size: Size) -> dict[str, Any]:
 def _rest_mb() -> float:
     """Return the memory of the server app with its libraries and no model, MiB."""
     code = (
-        "import fedgex.server.worker; from fedgex.common.memory import resident_mb; "
+        "import fedgex.server.run; from fedgex.common.memory import resident_mb; "
         'print(resident_mb("VmHWM"))'
     )
     done = subprocess.run(

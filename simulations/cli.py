@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich import box
@@ -16,17 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fedgex.common.errors import FedgexError
-from fedgex.simulations import audit as auditing
-from fedgex.simulations import bench as benchmark
-from fedgex.simulations import (
-    bench_deployment,
-    bench_secure,
-    cohorts,
-    rehearsal,
-    scenario,
-)
-from fedgex.simulations import run as simulation
-from fedgex.simulations import utility as usefulness
+from fedgex.simulations import effort, scenario
+
+if TYPE_CHECKING:
+    from fedgex.simulations import bench as benchmark
+
+# What a command needs is imported by its function: all of it takes seconds.
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -71,6 +66,8 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the run; a run goes on in it.")],
 ) -> None:
     """Run a scenario to its report; a run that was stopped goes on."""
+    from fedgex.simulations import run as simulation
+
     try:
         lines = simulation.run(scenario.find(name), data, out, errors)
     except FedgexError as error:
@@ -90,6 +87,8 @@ def new_data(
     cancer_types: Annotated[int, typer.Option(help="Cancer types.")] = 4,
 ) -> None:
     """Write a synthetic consortium with known truth."""
+    from fedgex.simulations import cohorts
+
     try:
         cohorts.new_data(
             out,
@@ -120,6 +119,8 @@ def rehearse(
 
     Real processes, TLS, keys and approvals; everything is ended when it is over.
     """
+    from fedgex.simulations import rehearsal
+
     started = time.monotonic()
 
     def told(line: str) -> None:
@@ -140,21 +141,23 @@ def audit(
     ],
     shadows: Annotated[
         int, typer.Option(help="Shadow models: even, 4 or more.")
-    ] = auditing.SHADOWS,
+    ] = effort.SHADOWS,
     canaries: Annotated[
         int, typer.Option(help="Made-up patients, half of whom train.")
-    ] = auditing.CANARIES,
+    ] = effort.CANARIES,
     quick: Annotated[
         bool, typer.Option("--quick", help="A small audit, to see that it works.")
     ] = False,
     form: Form = Format.TEXT,
 ) -> None:
     """Attack a scenario's model, with and without privacy (docs/audit.md)."""
+    from fedgex.simulations import audit as auditing
+
     try:
-        effort = auditing.Effort(shadows=shadows, canaries=canaries)
+        asked = auditing.Effort(shadows=shadows, canaries=canaries)
         if quick:
-            effort = auditing.QUICK
-        report = auditing.audit(scenario.find(name), data, out, errors, effort)
+            asked = auditing.QUICK
+        report = auditing.audit(scenario.find(name), data, out, errors, asked)
     except FedgexError as error:
         _refuse(error)
     if form is Format.JSON:
@@ -173,16 +176,18 @@ def utility(
     ],
     epsilons: Annotated[
         str, typer.Option(help="Epsilons to compare, with commas between.")
-    ] = ",".join(f"{each:g}" for each in usefulness.EPSILONS),
+    ] = ",".join(f"{each:g}" for each in effort.EPSILONS),
     seeds: Annotated[
         int, typer.Option(help="Seeds, from the study's on.", min=1)
-    ] = usefulness.SEEDS,
+    ] = effort.SEEDS,
     quick: Annotated[
         bool, typer.Option("--quick", help="A small run, to see that it works.")
     ] = False,
     form: Form = Format.TEXT,
 ) -> None:
     """Measure what privacy costs a scenario's model (docs/results/privacy.md)."""
+    from fedgex.simulations import utility as usefulness
+
     try:
         values = tuple(float(each) for each in epsilons.split(","))
     except ValueError as error:
@@ -265,6 +270,9 @@ def bench(
     ] = Format.TEXT,
 ) -> None:
     """Measure what fedgex costs here, as ratios within one run (docs/benchmarks.md)."""
+    from fedgex.simulations import bench as benchmark
+    from fedgex.simulations import bench_deployment, bench_secure
+
     sizes = benchmark.QUICK if quick else benchmark.FULL
     try:
         if deployment:

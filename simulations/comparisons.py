@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import tasks
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.fitting import fit, round_learning_rate
@@ -160,18 +160,19 @@ def train(
         if len(rows) == 0:
             continue
         whole = public_start.begin(study, phase, whole, public)
-        modules = tasks.load(study, n_genes, phase, whole)
-        loss = phase_loss(study, phase, modules, rows)
+        model = tasks.load(study, n_genes, phase, whole)
+        loss = phase_loss(study, model, rows)
         for number in range(1, training.rounds + 1):
             fit(
-                trained_parameters(study, phase, modules),
+                trained_parameters(study, phase, model),
                 loss,
                 len(rows),
                 training,
                 learning_rate=round_learning_rate(training, number),
                 seed=derive(study.seed, name, phase, number),
             )
-        whole |= {k: v for k, v in parameters(modules).items() if k in whole}
+        trained = parameters(tasks.named(phase, model))
+        whole |= {k: v for k, v in trained.items() if k in whole}
     return whole
 
 
@@ -201,14 +202,12 @@ def survival(
     study, holdout, pooled = federation.study, federation.holdout, federation.pooled
     if SURVIVAL not in study.phases:
         return {}, {}
-    shared = f"{SURVIVAL}.head" in tasks.travelling(study, SURVIVAL)
     risks = {
         name: evaluation.predict_risk(study, m, holdout) for name, m in models.items()
     }
-    if shared:
-        risks["federated"] = evaluation.predict_risk(
-            study, federation.final.parameters, holdout
-        )
+    risks["federated"] = evaluation.predict_risk(
+        study, federation.final.parameters, holdout
+    )
     table: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     types = study.survival.cancer_types
@@ -222,8 +221,7 @@ def survival(
         judged["alone"] = _mean_alone(federation, cohort, risks)
         judged |= _cox(pooled, holdout, cohort, study.seed)
         table[cohort] = judged
-        if shared:
-            curves |= _curves(holdout, cohort, risks["federated"])
+        curves |= _curves(holdout, cohort, risks["federated"])
     told("reference survival models", len(types), len(types))
     return table, curves
 
@@ -238,8 +236,7 @@ def classification(
     sizes = [size for size in PANEL_SIZES if size < len(genes)] + [len(genes)]
     panels = references.panels(genes, sizes, study.seed)
     named = dict(models)
-    if f"{CLASSIFICATION}.head" in tasks.travelling(study, CLASSIFICATION):
-        named["federated"] = federation.final.parameters
+    named["federated"] = federation.final.parameters
     table: dict[str, Any] = {}
     for done, (size, panel) in enumerate(panels.items()):
         told("reference classifiers", done, len(panels))

@@ -9,7 +9,6 @@ patients as a split left them, and processes side by side.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import multiprocessing
 import os
 import tempfile
@@ -25,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import memory, tasks
 from fedgex.common import start as linear_start
 from fedgex.common.cohort import Cohort
@@ -277,8 +276,6 @@ def processes(workers: int) -> ProcessPoolExecutor:
 
 def _begin(parent: int) -> None:
     end_with_parent(parent)
-    # Its FedAdam and FedYogi would tell of every round.
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     memory.keep_freed()
 

@@ -20,8 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from fedgex.client.data.cohort import load_cohort as check_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort as check_cohort
 from fedgex.common import checkpoint
 from fedgex.common.cohort import load_cohort, save_cohort
 from fedgex.common.errors import CheckpointError, ConfigError, FederationError

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fedgex.client.local_training import refuse_large_delta
-from fedgex.common import privacy, tasks
+from fedgex.common import privacy
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients, to_patients
@@ -34,6 +34,7 @@ from fedgex.common.statistics import Standardisation
 from fedgex.common.study import (
     CLASSIFICATION,
     PRETRAINING,
+    ROBUST,
     SURVIVAL,
     Evaluation,
     Privacy,
@@ -45,11 +46,10 @@ from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary
 from fedgex.server import evaluation, public, public_start
 from fedgex.simulations import in_process, references
+from fedgex.simulations.effort import EPSILONS, SEEDS
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import HOLDOUT, PUBLIC, split
 
-EPSILONS = (1.0, 3.0, 8.0)
-SEEDS = 3
 QUICK_ROUNDS = 2
 """Most rounds of a phase with --quick, which also takes one seed: enough to see that it
 works, too little to believe."""
@@ -298,7 +298,7 @@ def _with_epsilon(study: Study, epsilon: float) -> Study:
 def _all_shared(study: Study, n_genes: int) -> Study:
     """Return the study that keeps nothing back: statistics of the hospitals' own."""
     weights = study.strategy.weights
-    if study.strategy.name not in ("trimmed-mean", "median"):
+    if study.strategy.name not in ROBUST:
         weights = "patients"
     strategy = study.strategy.model_dump() | {"weights": weights, "site_weights": {}}
     changes = {
@@ -405,15 +405,12 @@ def _measures(
             for pattern, of_pattern in scores.items()
             for key, score in of_pattern.items()
         }
-    shared = {
-        phase
-        for phase in study.phases
-        if f"{phase}.head" in tasks.travelling(study, phase)
-    }
-    if CLASSIFICATION in shared:
+    if CLASSIFICATION in study.phases:
         values |= _accuracies(study, whole, patients, ground.genes.genes)
-    if SURVIVAL in shared and (found := _c_index(study, whole, patients)) is not None:
-        values["c-index"] = found
+    if SURVIVAL in study.phases:
+        found = _c_index(study, whole, patients)
+        if found is not None:
+            values["c-index"] = found
     return values
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fedgex.client import cli as client
+from fedgex.common.lazy_commands import LazyCommand
+from fedgex.server import cli as server
+
 ROOT = Path(__file__).parents[1]
 SIDES = ("client", "common", "server", "simulations")
 PARTS = {
@@ -53,12 +57,45 @@ def test_a_wheel_holds_the_sides_of_its_part_and_no_others(part, tmp_path) -> No
     assert text.count("fedgex-") == 1
 
 
-@pytest.mark.parametrize("side", ["client", "server"])
-def test_a_command_starts_without_what_takes_seconds_to_import(side) -> None:
-    heavy = '{"torch", "opacus", "lifelines"} & set(sys.modules)'
-    asked = f"import sys, fedgex.{side}.cli; print(sorted({heavy}))"
+LIGHT = {
+    "fedgex.client.cli": ("torch", "pandas", "scipy", "flwr", "cryptography"),
+    "fedgex.server.cli": ("torch", "pandas", "scipy", "flwr", "cryptography"),
+    "fedgex.simulations.cli": ("torch", "pandas", "scipy", "flwr", "matplotlib"),
+    "fedgex.server.supervisor": ("torch", "pandas", "scipy", "pyarrow"),
+    "fedgex.server.app": ("torch", "pandas", "scipy", "pyarrow"),
+    "fedgex.client.cli.ledger": ("torch", "opacus", "lifelines"),
+    "fedgex.client.cli.predict": ("torch", "opacus", "lifelines"),
+    "fedgex.client.cli.site": ("torch", "opacus", "lifelines"),
+    "fedgex.server.run_cli": ("torch", "opacus", "lifelines"),
+    "fedgex.server.study_cli": ("torch", "opacus", "lifelines"),
+}
+"""What each module starts without: the help of a command, the server's supervisor, and
+its app, which publishes contracts and delivers models."""
+
+
+@pytest.mark.parametrize(("module", "heavy"), LIGHT.items(), ids=LIGHT)
+def test_what_takes_seconds_to_import_is_imported_where_it_is_used(module, heavy):
+    asked = f"import sys, {module}; print(sorted({set(heavy)} & set(sys.modules)))"
     told = subprocess.run(
         [sys.executable, "-c", asked], capture_output=True, check=True
     )
 
     assert told.stdout.decode().strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        (name, place)
+        for side in (client, server)
+        for name, place in side.COMMANDS.items()
+    ],
+    ids=str,
+)
+def test_the_help_of_a_lazy_command_is_that_of_the_command(name, place):
+    where, line = place
+
+    command = LazyCommand(name, where, line).load()
+
+    assert (command.name or name) == name
+    assert command.get_short_help_str(limit=200) == line

@@ -33,13 +33,11 @@ from sklearn.feature_selection import f_classif
 from fedgex.common import panel_selection, predictions, tasks
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import GexBert
 from fedgex.common.panel_selection import Types
 from fedgex.common.phases import take_part
 from fedgex.common.seeds import derive
 from fedgex.common.statistics import by_type, pool_types
-from fedgex.common.study import CLASSIFICATION, PRETRAINING
-from fedgex.common.tasks import BACKBONE
+from fedgex.common.study import CLASSIFICATION
 from fedgex.server.evaluation import class_scores
 from fedgex.simulations import charts, in_process, references
 from fedgex.simulations.benchmark.ground import (
@@ -505,14 +503,14 @@ def _boosting(task: Task) -> Callable[[Indices], NDArray[np.int64]]:
 
 def _by_model(task: Task, model: Model) -> Callable[[Indices], NDArray[np.int64]]:
     n_genes = task.unseen.values.shape[1]
-    modules = tasks.load(model.study, n_genes, CLASSIFICATION, model.parameters)
+    classifier = tasks.load_classifier(model.study, n_genes, model.parameters)
 
     def said(seen: Indices) -> NDArray[np.int64]:
         hidden = torch.ones(n_genes, dtype=torch.bool)
         hidden[seen] = False
         values = task.unseen.values.masked_fill(hidden, torch.nan)
         patients = dataclasses.replace(task.unseen, values=values)
-        probabilities = predictions.class_probabilities(modules, patients)
+        probabilities = predictions.class_probabilities(classifier, patients)
         told: NDArray[np.int64] = probabilities.argmax(dim=1).numpy()
         return told
 
@@ -522,8 +520,7 @@ def _by_model(task: Task, model: Model) -> Callable[[Indices], NDArray[np.int64]
 def _by_mixture(task: Task, model: Model) -> Callable[[Indices], NDArray[np.int64]]:
     """Say the type that the linear start alone finds likeliest; -1 is no class."""
     study, n_genes = model.study, task.unseen.values.shape[1]
-    backbone = tasks.load(study, n_genes, PRETRAINING, model.parameters)[BACKBONE]
-    assert isinstance(backbone, GexBert)
+    backbone = tasks.load_backbone(study, n_genes, model.parameters)
     linear = backbone.encoder.linear
     assert linear is not None
     at = np.array(

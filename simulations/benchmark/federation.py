@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import predictions, statistics, tasks
 from fedgex.common import scale as scales
 from fedgex.common.codes import Code
@@ -241,7 +241,7 @@ class _Bench:
     @cached_property
     def _chances(self) -> dict[str, torch.Tensor]:
         """The federated model's probabilities (N, C), by name of the result."""
-        if not _is_shared(self.study, CLASSIFICATION):
+        if CLASSIFICATION not in self.study.phases:
             return {}
         wanted = arms(self.ground, self.seed, (FEDERATED,))
         [(_, model)] = models(self.ground, wanted, self.console)
@@ -337,23 +337,22 @@ def _judge(ground: Ground, model: Model) -> dict[str, Floats]:
     found: dict[str, Floats] = {}
     if PRETRAINING in study.phases:
         found |= _squares(ground, model, patients)
-    if _is_shared(study, CLASSIFICATION):
+    if CLASSIFICATION in study.phases:
         target = patients.type_index(study.classification.classes)
         for name, chances in _chances(model, patients):
             found[name] = _hits(chances, target)
-    if _is_shared(study, SURVIVAL):
+    if SURVIVAL in study.phases:
         found["risk"] = evaluation.predict_risk(study, whole, patients)
     return found
 
 
 def _chances(model: Model, patients: Patients) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the probabilities of the classes (N, C) from each panel."""
-    parts = model.study, len(model.genes), CLASSIFICATION, model.parameters
-    modules = tasks.load(*parts)
+    classifier = tasks.load_classifier(model.study, len(model.genes), model.parameters)
     for name, panel in _seen(model).items():
         seen = torch.where(panel, patients.values, torch.nan)
         some = dataclasses.replace(patients, values=seen)
-        yield f"hit/{name}", predictions.class_probabilities(modules, some)
+        yield f"hit/{name}", predictions.class_probabilities(classifier, some)
 
 
 def _hits(chances: torch.Tensor, target: torch.Tensor) -> Floats:
@@ -398,10 +397,6 @@ def _seen(model: Model) -> dict[str, torch.Tensor]:
         name: torch.tensor([gene in panel for gene in genes])
         for name, panel in panels.items()
     }
-
-
-def _is_shared(study: Study, phase: str) -> bool:
-    return phase in study.phases and f"{phase}.head" in tasks.travelling(study, phase)
 
 
 def _values(

@@ -381,9 +381,9 @@ def _kaplan_meier(train: Patients, ends: Floats) -> Floats:
 
 def _of_model(model: SurvivalModel, patients: Patients) -> NDArray[np.float64]:
     n_genes = patients.values.shape[1]
-    modules = tasks.load(model.study, n_genes, SURVIVAL, model.parameters)
-    risk = predictions.log_hazard(model.study, modules, patients)
-    alive = predictions.survival(model.study, modules, patients, risk)
+    loaded = tasks.load_survival(model.study, n_genes, model.parameters)
+    risk = predictions.log_hazard(model.study, loaded, patients)
+    alive = predictions.survival(model.study, loaded, patients, risk)
     if model.study.survival.loss == "cox":  # which trains no baseline
         alive = torch.full_like(alive, torch.nan)
     return torch.cat([risk[:, None], alive], dim=1).double().numpy()

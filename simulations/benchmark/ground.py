@@ -21,7 +21,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
-from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 from pydantic import Field
 from rich.console import Console
@@ -320,9 +319,6 @@ def _train(genes: Vocabulary, scale: Standardisation, folder: Path, arm: Arm) ->
     """Train an arm's model into its file; return the seconds that it took."""
     started = time.monotonic()
     patients = {n: to_patients(c, genes, scale) for n, c in arm.sites.items()}
-    # Flower's FedAdam and FedYogi are handed a message, which no process outside of a
-    # Flower run may make.
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     pretrained = _file(folder, _pretraining(arm))
     if pretrained.exists():
         first = load_file(pretrained)

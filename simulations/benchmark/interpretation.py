@@ -40,9 +40,8 @@ from fedgex.common.phases import take_part
 from fedgex.common.screening import CoxScore
 from fedgex.common.seeds import generator
 from fedgex.common.statistics import GeneMoments, pool
-from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
+from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.survival_metrics import c_index_with_se
-from fedgex.common.tasks import BACKBONE
 from fedgex.simulations import in_process
 from fedgex.simulations.benchmark import exams, markers
 from fedgex.simulations.benchmark.ground import (
@@ -195,8 +194,6 @@ def _refuse_unfit(study: Study) -> None:
     lacking = [p for p in (CLASSIFICATION, SURVIVAL) if p not in study.phases]
     if not study.linear_rank:
         lacking.append("linear_rank")
-    if study.classification.head == "local":
-        lacking.append("a shared head of classification")
     if lacking:
         raise ConfigError(
             f'the study "{study.name}" has no {", ".join(lacking)}; expected all that '
@@ -381,22 +378,14 @@ def _patients(ground: Ground, model: Model) -> list[tuple[str, Patients]]:
 
 
 def _classifier(model: Model) -> tuple[Encoder, ClassificationHead]:
-    modules = tasks.load(
-        model.study, len(model.genes), CLASSIFICATION, model.parameters
-    )
-    encoder, head = (
-        modules[f"{CLASSIFICATION}.{part}"].eval() for part in ("encoder", "head")
-    )
-    assert isinstance(encoder, Encoder)
-    assert isinstance(head, ClassificationHead)
-    return encoder, head
+    loaded = tasks.load_classifier(model.study, len(model.genes), model.parameters)
+    loaded.eval()
+    return loaded.encoder, loaded.head
 
 
 def _backbone(model: Model) -> GexBert:
-    modules = tasks.load(model.study, len(model.genes), PRETRAINING, model.parameters)
-    backbone = modules[BACKBONE].eval()
-    assert isinstance(backbone, GexBert)
-    return backbone
+    backbone = tasks.load_backbone(model.study, len(model.genes), model.parameters)
+    return backbone.eval()
 
 
 def _targets(study: Study, n_genes: int) -> Tensor:

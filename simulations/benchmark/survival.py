@@ -60,15 +60,14 @@ def run(grounds: Callable[[int], Ground], console: Console) -> Outcome:
     Raises
     ------
     ConfigError
-        If the study has no survival phase whose head travels.
+        If the study has no survival phase.
     """
     first = grounds(0)
     study = first.study
-    if SURVIVAL not in study.phases or study.survival.head != "shared":
+    if SURVIVAL not in study.phases:
         raise ConfigError(
-            f'the study "{study.name}" has no survival phase with a shared head; '
-            'expected survival.rounds of 1 or more, and survival.head "shared". '
-            "Choose another scenario."
+            f'the study "{study.name}" has no survival phase; expected '
+            "survival.rounds of 1 or more. Choose another scenario."
         )
     splits = []
     for number in range(first.n_splits):

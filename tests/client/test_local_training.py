@@ -24,16 +24,12 @@ from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 
 N, V = 8, 6
 FINE_TUNING = (CLASSIFICATION, SURVIVAL)
-COMBINATIONS = {
-    ("tuned", "shared"): ("encoder", "head"),
-    ("tuned", "local"): ("encoder",),
-    ("frozen", "shared"): ("head",),
-}
-"""Parts that travel, by backbone and head."""
+PARTS = {"tuned": ("encoder", "head"), "frozen": ("head",)}
+"""Parts that travel, by backbone."""
 
 
-def study(backbone: str = "tuned", head: str = "shared", **strategy: Any) -> Study:
-    how = {"rounds": 3, "backbone": backbone, "head": head}
+def study(backbone: str = "tuned", **strategy: Any) -> Study:
+    how = {"rounds": 3, "backbone": backbone}
     types = ["BRCA", "KIRC"]
     return Study.read(
         {
@@ -116,12 +112,12 @@ def test_as_many_patients_as_the_floor_are_enough(tmp_path):
 
 
 @pytest.mark.parametrize("phase", FINE_TUNING)
-@pytest.mark.parametrize(("how", "parts"), COMBINATIONS.items())
-def test_exactly_what_is_trained_and_shared_travels(tmp_path, phase, how, parts):
-    result = trained(study(*how), phase, tmp_path)
+@pytest.mark.parametrize(("backbone", "parts"), PARTS.items())
+def test_exactly_what_is_trained_travels(tmp_path, phase, backbone, parts):
+    result = trained(study(backbone), phase, tmp_path)
 
-    modules = tasks.build(study(*how), V, phase)
-    up = {name: modules[name] for name in (f"{phase}.{part}" for part in parts)}
+    model = tasks.build(study(backbone), V, phase)
+    up = {f"{phase}.{part}": getattr(model, part) for part in parts}
     assert set(result.update) == set(parameters(up))
 
 
@@ -137,13 +133,13 @@ def test_the_whole_backbone_travels_in_pretraining(tmp_path):
 @pytest.mark.parametrize("backbone", ["frozen", "tuned"])
 def test_a_frozen_encoder_stays_bit_equal_and_a_tuned_one_moves(phase, backbone):
     a_study = study(backbone)
-    modules = tasks.build(a_study, V, phase)
-    before = parameters(copy.deepcopy(modules))
+    model = tasks.build(a_study, V, phase)
+    before = copy.deepcopy(parameters(tasks.named(phase, model)))
     fitting = take_part(a_study, phase, patients())
 
     fit(
-        trained_parameters(a_study, phase, modules),
-        phase_loss(a_study, phase, modules, fitting),
+        trained_parameters(a_study, phase, model),
+        phase_loss(a_study, model, fitting),
         len(fitting),
         a_study.phases[phase],
         learning_rate=0.01,
@@ -151,7 +147,9 @@ def test_a_frozen_encoder_stays_bit_equal_and_a_tuned_one_moves(phase, backbone)
     )
 
     moved = {
-        k for k, v in parameters(modules).items() if not np.array_equal(v, before[k])
+        k
+        for k, v in parameters(tasks.named(phase, model)).items()
+        if not np.array_equal(v, before[k])
     }
     encoder = {name for name in before if name.startswith(f"{phase}.encoder.")}
     assert bool(moved & encoder) == (backbone == "tuned")
@@ -192,10 +190,8 @@ def test_the_incoming_model_is_judged_before_training(tmp_path):
     result = trained(study(), SURVIVAL, tmp_path)
 
     whole = tasks.begin(study(), SURVIVAL, tasks.initial(study(), V))
-    modules = tasks.load(study(), V, SURVIVAL, whole)
-    loss = phase_loss(
-        study(), SURVIVAL, modules, take_part(study(), SURVIVAL, patients())
-    )
+    model = tasks.load(study(), V, SURVIVAL, whole)
+    loss = phase_loss(study(), model, take_part(study(), SURVIVAL, patients()))
     expected = judge(loss, 3, 32, derive(study().seed, "h1", SURVIVAL, 1))
     assert result.judged_loss == pytest.approx(expected)
 
@@ -238,74 +234,24 @@ def test_a_parameter_that_did_not_come_is_refused_by_name(tmp_path):
 # ---- the form in which an update travels ----
 
 
-def test_parameters_travel_in_single_precision_unless_the_study_says_otherwise(
-    tmp_path,
-):
+def test_parameters_travel_in_single_precision(tmp_path):
     update = trained(study(), PRETRAINING, tmp_path).update
 
     assert {array.dtype for array in update.values()} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_delta_is_the_change_in_the_precision_of_the_study(tmp_path, precision):
+def test_a_delta_is_the_change(tmp_path):
     whole = trained(study(), PRETRAINING, tmp_path).update
     incoming = sent(study(), PRETRAINING)
 
-    compact = study(update="delta", precision=precision)
-    update = trained(compact, PRETRAINING, tmp_path).update
+    update = trained(study(update="delta"), PRETRAINING, tmp_path).update
 
-    expected = {k: (v - incoming[k]).astype(precision) for k, v in whole.items()}
-    assert {array.dtype for array in update.values()} == {np.dtype(precision)}
-    assert same(update, expected)
-
-
-# ---- a head that stays at its site ----
-
-
-def heads(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*"))}
-
-
-@pytest.mark.parametrize("phase", FINE_TUNING)
-def test_a_local_head_is_kept_after_each_round_and_learns_on(tmp_path, phase):
-    local = study("tuned", "local")
-
-    for number in (1, 2):
-        trained(local, phase, tmp_path, number)
-
-    kept = heads(tmp_path)
-    names = [f"{phase}-head-0000{n}.safetensors" for n in (1, 2)]
-    assert list(kept) == names
-    assert kept[names[0]] != kept[names[1]]
-
-
-@pytest.mark.parametrize("phase", FINE_TUNING)
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_repeated_round_starts_from_the_same_local_head(tmp_path, phase, number):
-    local = study("tuned", "local")
-    for earlier in range(1, number):
-        trained(local, phase, tmp_path, earlier)
-    first, kept = trained(local, phase, tmp_path, number), heads(tmp_path)
-
-    again = trained(local, phase, tmp_path, number)
-
-    assert same(first.update, again.update)
-    assert (first.report, first.judged_loss) == (again.report, again.judged_loss)
-    assert heads(tmp_path) == kept
-
-
-def test_the_second_round_goes_on_from_the_kept_head(tmp_path):
-    local = study("tuned", "local")
-    trained(local, CLASSIFICATION, tmp_path / "both", 1)
-
-    after_first = trained(local, CLASSIFICATION, tmp_path / "both", 2)
-    afresh = trained(local, CLASSIFICATION, tmp_path / "second", 2)
-
-    assert not same(after_first.update, afresh.update)
+    assert {array.dtype for array in update.values()} == {np.dtype(np.float32)}
+    assert same(update, {k: v - incoming[k] for k, v in whole.items()})
 
 
 @pytest.mark.parametrize("phase", [PRETRAINING, *FINE_TUNING])
-def test_a_shared_head_leaves_nothing_at_the_site(tmp_path, phase):
+def test_a_round_leaves_nothing_at_the_site(tmp_path, phase):
     trained(study(), phase, tmp_path / "state")
 
     assert not (tmp_path / "state").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -18,6 +19,7 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.nodestate import InMemoryNodeState, NodeStateFactory
 
 from fedgex.client import supernode
+from fedgex.client.service import flower
 from fedgex.client.supernode import NODE_FILE
 
 RUN = 7
@@ -45,7 +47,8 @@ def test_a_message_whose_run_ends_while_it_is_fetched_is_forgotten(
     monkeypatch.setattr(
         start_client_internal, fetch, vars(start_client_internal)[fetch]
     )
-    supernode.forget_half_fetched()
+    arrived = []
+    flower.note_messages(lambda: arrived.append(RUN))
     stores = ObjectStoreFactory()
     state = NodeStateFactory(objectstore_factory=stores).state()
     state.store_run(Run.create_empty(RUN))
@@ -66,6 +69,7 @@ def test_a_message_whose_run_ends_while_it_is_fetched_is_forgotten(
         **calls | {step: ended},
     )
     assert fetched is None
+    assert arrived == []
     assert state.get_messages_legacy() == []
     assert [task.status.status for task in state.get_tasks()] == ["finished"]
 
@@ -83,7 +87,7 @@ def test_a_full_disk_costs_the_nodes_number_and_not_the_node(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(InMemoryNodeState, "set_node_id", lambda state, node: None)
-    supernode._remember_node(tmp_path)
+    flower.note_number(partial(supernode.write_number, tmp_path))
     state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
     state.set_node_id(RUN)
     before = (tmp_path / NODE_FILE).read_text()

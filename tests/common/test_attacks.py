@@ -213,9 +213,7 @@ def test_canaries_that_are_told_apart_bound_epsilon_high() -> None:
 
 def backbone(n_genes: int = 12) -> GexBert:
     study = Study.read({"name": "t", "pretraining": {"rounds": 1}}, "t")
-    made = tasks.build(study, n_genes, "pretraining")["backbone"]
-    assert isinstance(made, GexBert)
-    return made
+    return tasks.new_backbone(study, n_genes)
 
 
 def drawn(n: int, n_genes: int = 12, seed: int = 0) -> Patients:
@@ -318,7 +316,7 @@ def test_the_linear_start_is_seen_by_the_attack_and_left_as_it_was() -> None:
         },
         "t",
     )
-    model = tasks.build(study, 12, "pretraining")["backbone"]
+    model = tasks.new_backbone(study, 12)
     assert isinstance(model, GexBert)
     assert model.encoder.linear is not None
     torch.nn.init.ones_(model.encoder.linear.loadings)

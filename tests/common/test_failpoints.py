@@ -98,7 +98,7 @@ def test_a_setting_that_cannot_be_read_is_refused_and_not_ignored(
     monkeypatch.setenv(failpoints.VARIABLE, setting.format(folder=tmp_path))
 
     with pytest.raises(ConfigError, match="is not NAME:NTH:FOLDER"):
-        failpoints.reach("head.written")
+        failpoints.reach("reply.written")
 
 
 def test_every_point_that_the_code_reaches_is_listed():

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fedgex.common import objectives
 from fedgex.common.harmonise import Patients
+from fedgex.common.masking import draw_hidden
 from fedgex.common.model import GexBert, ModelConfig
 from fedgex.common.objectives import (
     ModelImputer,
-    draw_hidden,
     embed,
     embed_all,
     restoration_loss,

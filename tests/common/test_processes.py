@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from fedgex.common.processes import PARENT_VARIABLE, child_environment
+from fedgex.common import processes
+from fedgex.common.processes import PARENT_VARIABLE, IdlePause, child_environment
 
 CHILD = """
 import time
@@ -41,3 +42,18 @@ def test_a_child_of_ours_is_told_who_its_parent_is(
         monkeypatch.setenv(name, value)
 
     assert child_environment()[PARENT_VARIABLE] == str(os.getpid())
+
+
+def test_a_pause_grows_with_the_time_without_work_within_its_bounds(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    pause = IdlePause(0.5, 3.0)
+
+    found = []
+    for idle in (0, 20, 60, 3600):
+        now[0] = 100.0 + idle
+        found.append(pause.seconds)
+    pause.worked()
+
+    assert found == [0.5, 1.0, 3.0, 3.0]
+    assert pause.seconds == 0.5

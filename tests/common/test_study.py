@@ -62,6 +62,33 @@ def test_unknown_missing_and_unusable_values_are_named_at_once_with_the_source()
     assert "(found 'int8')" in message
 
 
+@pytest.mark.parametrize(
+    ("values", "place", "instead"),
+    [
+        ({"strategy": {"name": "fedyogi"}}, "strategy.name", '"fedadam"'),
+        (
+            {"strategy": {"name": "fedavg", "precision": "float16"}},
+            "strategy.precision",
+            '"float32"',
+        ),
+        ({"survival": {"head": "local"}}, "survival.head", '"shared"'),
+        ({"classification": {"head": "local"}}, "classification.head", '"shared"'),
+    ],
+)
+def test_what_was_retired_is_refused_with_what_to_do_instead(values, place, instead):
+    (line,) = refusal(name="test", **values).splitlines()
+
+    assert line.startswith(f"study.toml: {place}: ")
+    assert "was retired; set " in line
+    assert instead in line
+
+
+def test_a_study_that_never_named_what_was_retired_keeps_its_hash():
+    assert Study.read({"name": "x"}, "x").hash == (
+        "bbcdb74c04fdd2a415b3efe986fbe71732c8f7697a92feb3609516fb6889b652"
+    )
+
+
 @pytest.mark.parametrize("section", ["pretraining", "classification", "survival"])
 def test_a_misspelt_key_of_any_section_is_an_error(section):
     assert f"{section}.roundz" in refusal(**{section: {"roundz": 1}})
@@ -151,14 +178,6 @@ def test_phases_without_rounds_are_left_out_and_the_others_stay_in_order():
             "classification needs two or more distinct classes",
         ),
         ({"survival": {"rounds": 1}}, "survival needs one or more cancer_types"),
-        (
-            {"classification": {"backbone": "frozen", "head": "local"}},
-            "leave nothing to learn together",
-        ),
-        (
-            {"survival": {"backbone": "frozen", "head": "local"}},
-            "leave nothing to learn together",
-        ),
         ({"survival": {"interval_ends": []}}, "must be positive and rising"),
         ({"survival": {"interval_ends": [0, 1]}}, "must be positive and rising"),
         ({"survival": {"interval_ends": [2, 1]}}, "must be positive and rising"),

@@ -8,7 +8,6 @@ import torch
 
 from fedgex.common import tasks
 from fedgex.common.errors import UpdateError
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
 from fedgex.common.parameters import parameters
 from fedgex.common.start import NOISE_FACTOR
 from fedgex.common.statistics import OTHERS, CrossProducts
@@ -16,16 +15,12 @@ from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 
 V = 5
 FINE_TUNING = (CLASSIFICATION, SURVIVAL)
-COMBINATIONS = {
-    ("tuned", "shared"): ("encoder", "head"),
-    ("tuned", "local"): ("encoder",),
-    ("frozen", "shared"): ("head",),
-}
-"""Parts that travel, by backbone and head; neither would leave nothing to learn."""
+PARTS = {"tuned": ("encoder", "head"), "frozen": ("head",)}
+"""Parts that travel, by backbone."""
 
 
-def study(backbone: str = "tuned", head: str = "shared", seed: int = 1) -> Study:
-    how = {"rounds": 1, "backbone": backbone, "head": head}
+def study(backbone: str = "tuned", seed: int = 1) -> Study:
+    how = {"rounds": 1, "backbone": backbone}
     return Study.read(
         {
             "name": "test",
@@ -51,34 +46,36 @@ def under(prefix: str, whole: tasks.Parameters) -> tasks.Parameters:
     }
 
 
-def test_each_phase_builds_its_modules_in_the_sizes_of_the_study():
-    built = {phase: tasks.build(study(), V, phase) for phase in study().phases}
+def built(a_study: Study, phase: str) -> dict[str, np.ndarray]:
+    """Return a phase's new parameters by name."""
+    return parameters(tasks.named(phase, tasks.build(a_study, V, phase)))
 
-    assert {phase: tuple(modules) for phase, modules in built.items()} == {
-        PRETRAINING: ("backbone",),
-        CLASSIFICATION: ("classification.encoder", "classification.head"),
-        SURVIVAL: ("survival.encoder", "survival.head"),
+
+def test_each_phase_builds_its_model_in_the_sizes_of_the_study():
+    roots = {
+        phase: {".".join(name.split(".")[:2]) for name in built(study(), phase)}
+        for phase in study().phases
     }
-    assert isinstance(built[PRETRAINING]["backbone"], GexBert)
-    assert isinstance(built[SURVIVAL]["survival.encoder"], Encoder)
-    classification = built[CLASSIFICATION]["classification.head"]
-    survival = built[SURVIVAL]["survival.head"]
-    assert isinstance(classification, ClassificationHead)
-    assert isinstance(survival, SurvivalHead)
-    assert classification.linear.out_features == 3
-    assert survival.baseline.weight.shape == (2, 2)
+
+    assert roots == {
+        PRETRAINING: {"backbone.encoder", "backbone.decoder"},
+        CLASSIFICATION: {"classification.encoder", "classification.head"},
+        SURVIVAL: {"survival.encoder", "survival.head"},
+    }
+    assert tasks.new_classifier(study(), V).head.linear.out_features == 3
+    assert tasks.new_survival(study(), V).head.baseline.weight.shape == (2, 2)
 
 
 @pytest.mark.parametrize("phase", [PRETRAINING, *FINE_TUNING])
 def test_the_studys_seed_alone_decides_the_initial_model(phase):
     before = torch.random.get_rng_state()
 
-    first = parameters(tasks.build(study(), V, phase))
+    first = built(study(), phase)
     torch.rand(5)
     torch.random.set_rng_state(before)
     torch.manual_seed(99)
-    again = parameters(tasks.build(study(), V, phase))
-    other = parameters(tasks.build(study(seed=2), V, phase))
+    again = built(study(), phase)
+    other = built(study(seed=2), phase)
 
     assert same(first, again)
     assert not same(first, other)
@@ -93,9 +90,9 @@ def test_building_leaves_the_global_generator_as_it_was():
 
 
 @pytest.mark.parametrize("phase", FINE_TUNING)
-@pytest.mark.parametrize(("how", "parts"), COMBINATIONS.items())
-def test_what_travels_follows_backbone_and_head(phase, how, parts):
-    names = tasks.travelling(study(*how), phase)
+@pytest.mark.parametrize(("backbone", "parts"), PARTS.items())
+def test_what_travels_follows_the_backbone(phase, backbone, parts):
+    names = tasks.travelling(study(backbone), phase)
 
     assert names == tuple(f"{phase}.{part}" for part in parts)
 
@@ -104,12 +101,11 @@ def test_the_backbone_travels_in_pretraining():
     assert tasks.travelling(study(), PRETRAINING) == ("backbone",)
 
 
-@pytest.mark.parametrize("head", ["shared", "local"])
-def test_a_new_model_holds_the_backbone_and_the_heads_that_travel(head):
-    start = tasks.initial(study(head=head), V)
+def test_a_new_model_holds_the_backbone_and_the_heads():
+    start = tasks.initial(study(), V)
 
     kept = {".".join(name.split(".")[:2]) for name in start}
-    heads = {"classification.head", "survival.head"} if head == "shared" else set()
+    heads = {"classification.head", "survival.head"}
     assert kept == {"backbone.encoder", "backbone.decoder"} | heads
 
 
@@ -156,23 +152,21 @@ def test_a_site_is_sent_the_backbone_alone_for_pretraining():
 
 
 @pytest.mark.parametrize("phase", FINE_TUNING)
-@pytest.mark.parametrize("how", COMBINATIONS)
-def test_a_site_is_sent_its_encoder_and_a_shared_head_and_nothing_else(phase, how):
-    backbone, head = how
-    start = tasks.initial(study(*how), V)
+@pytest.mark.parametrize("backbone", PARTS)
+def test_a_site_is_sent_its_encoder_and_head_and_nothing_else(phase, backbone):
+    start = tasks.initial(study(backbone), V)
     whole = {
         name: array + 1 if name.startswith(f"{phase}.encoder.") else array
-        for name, array in tasks.begin(study(*how), phase, start).items()
+        for name, array in tasks.begin(study(backbone), phase, start).items()
     }
 
-    sent = tasks.sent(study(*how), phase, whole)
+    sent = tasks.sent(study(backbone), phase, whole)
 
     expected = {
         f"{phase}.encoder.{name}": array + (backbone == "tuned")
         for name, array in under("backbone.encoder.", start).items()
     }
-    if head == "shared":
-        expected |= {k: v for k, v in whole.items() if k.startswith(f"{phase}.head.")}
+    expected |= {k: v for k, v in whole.items() if k.startswith(f"{phase}.head.")}
     assert same(sent, expected)
 
 
@@ -181,17 +175,17 @@ def test_a_phase_is_loaded_from_a_whole_model(phase):
     begun = tasks.begin(study(), phase, tasks.initial(study(), V))
     whole = {name: array + np.float32(0.5) for name, array in begun.items()}
 
-    loaded = parameters(tasks.load(study(), V, phase, whole))
+    loaded = parameters(tasks.named(phase, tasks.load(study(), V, phase, whole)))
 
     assert same(loaded, {name: whole[name] for name in loaded})
 
 
-def test_a_head_that_stayed_at_its_site_cannot_be_loaded_from_the_model():
-    local = study(head="local")
-    whole = tasks.begin(local, SURVIVAL, tasks.initial(local, V))
+def test_a_model_without_a_head_is_not_loaded():
+    whole = tasks.begin(study(), SURVIVAL, tasks.initial(study(), V))
+    del whole["survival.head.own.weight"]
 
     with pytest.raises(UpdateError, match=r"survival\.head\.own.weight is missing"):
-        tasks.load(local, V, SURVIVAL, whole)
+        tasks.load(study(), V, SURVIVAL, whole)
 
 
 def with_factors(*types: str) -> Study:
@@ -241,15 +235,15 @@ def test_without_factors_there_is_no_linear_start():
 
 
 def test_a_head_reads_latents_factors_and_a_probability_of_each_linear_type():
-    built = tasks.build(with_factors("BRCA", "KIRC"), V, CLASSIFICATION)
+    model = tasks.new_classifier(with_factors("BRCA", "KIRC"), V)
     genes = torch.arange(V)[None]
 
-    vector = built["classification.encoder"].embed(genes, torch.ones(1, V), None)
+    vector = model.encoder.embed(genes, torch.ones(1, V), None)
 
-    plain = tasks.build(study(), V, CLASSIFICATION)["classification.encoder"]
+    plain = tasks.new_classifier(study(), V).encoder
     more = vector.shape[1] - plain.embed(genes, torch.ones(1, V), None).shape[1]
     assert more == 2 + 2
-    assert built["classification.head"](vector).shape == (1, 3)
+    assert model.head(vector).shape == (1, 3)
 
 
 @pytest.mark.parametrize("phase", [PRETRAINING, *FINE_TUNING])
@@ -263,13 +257,3 @@ def test_the_linear_start_goes_down_to_the_sites_and_never_back_up(phase):
     assert kept == {"loadings", "noise", "means", "precisions", "log_shares"}
     assert all(".encoder.linear." in name for name in set(sent) - set(up))
     assert set(up) < set(sent)
-
-
-def test_of_a_local_head_nothing_goes_up():
-    local = study(head="local")
-    arrays = parameters(tasks.build(local, V, SURVIVAL))
-
-    up = tasks.updated(local, SURVIVAL, arrays)
-
-    assert up
-    assert all(name.startswith("survival.encoder.") for name in up)

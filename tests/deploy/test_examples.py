@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.client import policy, site_cli
+from fedgex.client import policy
+from fedgex.client.cli import site
 from fedgex.client.settings import SiteSettings
 from fedgex.server import annotated_toml
 from fedgex.server.consortium import ConsortiumSettings
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 WRITTEN = {
-    "site.toml": site_cli.TEMPLATE.format(
-        name="north", server="fedgex.example.org:9092"
-    ),
+    "site.toml": site.TEMPLATE.format(name="north", server="fedgex.example.org:9092"),
     "policy.toml": policy.TEMPLATE,
     "consortium.toml": annotated_toml.render(
         ConsortiumSettings(name="oncology", host="fedgex.example.org")

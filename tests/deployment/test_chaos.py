@@ -20,7 +20,7 @@ BY_ADMINISTRATORS = ("order.", "release.", "contract.", "decision.")
 """Passed by commands and deliveries, not by a run, so that none is swept here."""
 NOT_IN_THIS_STUDY = ("head.", "ledger.")
 """Its heads travel, and it is without differential privacy; the ledger's points are in
-tests/client/test_ledger.py and test_charging.py."""
+tests/client/ledger."""
 
 
 def targets() -> list[tuple[str, str, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedgex.client import charging, ledger
+from fedgex.client.ledger import debit, ledger
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, privacy
 
@@ -115,7 +115,7 @@ def test_a_daemon_does_not_start_over_a_ledger_from_a_backup(protected):
     site = consortium.sites[0]
     consortium.kill(site, signal.SIGTERM)
     state = consortium.site_state(site)
-    assert charging.existing(state) is not None
+    assert debit.existing(state) is not None
     now, old = state / ledger.FILE, state / "backup.sqlite"
     shutil.copy(now, old)
     ledger.Ledger.open(state).debit(
@@ -128,7 +128,7 @@ def test_a_daemon_does_not_start_over_a_ledger_from_a_backup(protected):
     )
     head = ledger.Ledger.open(state).head
     audit = chain.Chain(state / "audit.jsonl")
-    audit.append(charging.DEBITED, ledger={"index": head.index, "hash": head.hash})
+    audit.append(debit.DEBITED, ledger={"index": head.index, "hash": head.hash})
     old.replace(now)
 
     consortium.reviving = False

@@ -22,9 +22,11 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from fedgex.common import chain, keys, runtime
-from fedgex.server import flower, superlink
+from fedgex.common import chain, keys
+from fedgex.common.transport import flower as runtime
+from fedgex.server import superlink
 from fedgex.server.consortium import Consortium
+from fedgex.server.service import flower
 
 pytestmark = pytest.mark.deployment
 

@@ -20,8 +20,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedgex.client.app
 from fedgex.client.app import SITES_VARIABLE
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.client.validation import load_cohort
 from fedgex.common import checkpoint, keys
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import save_cohort

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedgex.client import charging
-from fedgex.client.ledger import FILE, Ledger
+from fedgex.client.ledger import debit
+from fedgex.client.ledger.ledger import FILE, Ledger, LedgerError
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, privacy
 from fedgex.common.cohort import Cohort, load_cohort, save_cohort
@@ -183,5 +183,5 @@ def test_simulated_hospitals_keep_a_ledger_too_and_a_resumed_run_spends_once(
         state_dir = SiteSettings.load(sites / name / "site.toml").state_dir
         assert Ledger.open(state_dir).spent(None, DELTA) == after(2)
         (state_dir / FILE).unlink()
-        with pytest.raises(charging.LedgerError):
-            charging.ready(state_dir)
+        with pytest.raises(LedgerError):
+            debit.ready(state_dir)

@@ -25,7 +25,6 @@ STRATEGIES = [
     {"name": "fedavg"},
     {"name": "fedprox", "proximal_mu": 0.1},
     {"name": "fedadam"},
-    {"name": "fedyogi"},
     {"name": "trimmed-mean", "weights": "equal", "trim_share": 0.25},
     {"name": "median", "weights": "equal"},
 ]
@@ -138,27 +137,6 @@ def test_a_shared_head_travels_both_ways(finished: Finished) -> None:
     for phase in ("classification", "survival"):
         assert _heads(finished, phase, "message") > 0
         assert _heads(finished, phase, "reply") > 0
-
-
-def test_a_local_head_is_in_no_message_of_either_direction(
-    consortium: Consortium, tmp_path: Path
-) -> None:
-    phases = {
-        "classification": {"rounds": 2, "classes": ["type-1", "type-2"]},
-        "survival": {"rounds": 2, "cancer_types": ["type-1", "type-2"]},
-    }
-    local = {"head": "local", "backbone": "tuned"}
-    study = consortium.study(**{name: p | local for name, p in phases.items()})
-
-    run = consortium.conduct(study, tmp_path)
-
-    assert run.rounds == EVERY_ROUND
-    for exchange in run.exchanges:
-        for content in (exchange.message_bytes, exchange.reply_bytes):
-            assert b".head." not in content
-    assert not any(".head." in name for name in run.final.parameters)
-    kept = consortium.sites / consortium.names[0] / "state" / study.hash[:16]
-    assert len(list(kept.glob("survival-head-*"))) == 2
 
 
 def test_the_backbone_alone_travels_in_pretraining_and_the_head_alone_if_frozen(

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message
 from numpy.typing import NDArray
 
 from fedgex.client import secure_rounds
-from fedgex.client.ledger import Ledger
+from fedgex.client.ledger.ledger import Ledger
 from fedgex.common import checkpoint, keys
 from fedgex.common.errors import FederationError
 from fedgex.common.model import PER_GENE
@@ -131,7 +131,7 @@ STEP = CLIP / ((2**31 - 1) // N_SITES)
 """Of the fixed point. Each site rounds by half a step, before the mean is taken."""
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("fedavg", 1), ("fedyogi", 20)])
+@pytest.mark.parametrize(("name", "tolerance"), [("fedavg", 1), ("fedadam", 20)])
 def test_the_model_is_the_one_of_a_run_in_the_open(
     consortium: Consortium, sites: Path, tmp_path: Path, name: str, tolerance: int
 ) -> None:

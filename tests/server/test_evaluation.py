@@ -310,12 +310,3 @@ def test_a_round_is_judged_by_what_its_phase_is_about() -> None:
     }
     assert 0 <= classes["accuracy"] <= 1
     assert list(survival) == ["BRCA"]
-
-
-def test_a_head_that_stays_at_the_sites_cannot_be_judged() -> None:
-    rules = study(
-        classification={"rounds": 1, "classes": ["BRCA", "LUAD"], "head": "local"}
-    )
-    whole = tasks.begin(rules, "classification", tasks.initial(rules, N_GENES))
-
-    assert evaluation.judge_round(rules, "classification", whole, patients()) == {}

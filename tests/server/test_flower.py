@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from fedgex.server.flower import Control
+from fedgex.server.service.flower import Control
 
 
 def answering(status):

@@ -14,7 +14,6 @@ from fedgex.common.cohort import Cohort, save_cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import to_patients
 from fedgex.common.model import GexBert
-from fedgex.common.parameters import load_parameters
 from fedgex.common.statistics import OTHERS
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
@@ -176,9 +175,7 @@ def test_pretraining_lowers_the_loss_of_restoration():
     patients = to_patients(known, VOCABULARY, scale)
 
     def loss(whole: dict[str, Any]) -> float:
-        modules = tasks.build(told, len(GENES), "pretraining")
-        load_parameters(modules, whole)
-        backbone = modules["backbone"]
+        backbone = tasks.load_backbone(told, len(GENES), whole)
         assert isinstance(backbone, GexBert)
         judged = fitting.pretraining_loss(backbone, patients, told.pretraining)
         return fitting.judge(judged, N, 8, seed=3)
@@ -211,15 +208,12 @@ def test_a_head_and_a_tuned_encoder_begin_on_the_public_cohort(backbone):
     assert all(n.startswith("classification.") for n in changed)
 
 
-@pytest.mark.parametrize(
-    ("head", "n"), [("local", N), ("shared", public.MIN_PATIENTS - 2)]
-)
-def test_a_phase_begins_plainly_with_a_local_head_or_few_public_patients(head, n):
-    classes = {"rounds": 1, "classes": ["x", "y"], "head": head}
+def test_a_phase_begins_plainly_with_few_public_patients():
+    classes = {"rounds": 1, "classes": ["x", "y"]}
     values = {"name": "test", "public": {"epochs": 2}, "classification": classes}
     told = Study.read(values, "test")
     known = cohort()
-    known.clinical.loc[n:, "cancer_type"] = None
+    known.clinical.loc[public.MIN_PATIENTS - 2 :, "cancer_type"] = None
     start, begun = fine_tuned(told, known)
 
     plain = tasks.begin(told, "classification", start)

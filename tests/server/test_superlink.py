@@ -10,11 +10,9 @@ import pytest
 from fedgex.server.superlink import Activity
 
 
-class Nodes:
-    """Knows every key, as Flower's state does."""
-
-    def get_node_id_by_public_key(self, key):
-        return 7
+def node_of(key: bytes) -> int:
+    """Return a number for every key, as Flower's state does."""
+    return 7
 
 
 def test_what_moved_on_a_full_disk_is_told_once_there_is_room(tmp_path, monkeypatch):
@@ -26,9 +24,9 @@ def test_what_moved_on_a_full_disk_is_told_once_there_is_room(tmp_path, monkeypa
     with monkeypatch.context() as full:
         full.setattr(Path, "write_text", fail)
         with pytest.raises(OSError, match="No space"):
-            activity.write(Nodes())
+            activity.write(node_of)
 
-    activity.write(Nodes())
+    activity.write(node_of)
 
     assert json.loads(activity.path.read_text())["7"]["moved"] > 0
 
@@ -36,6 +34,6 @@ def test_what_moved_on_a_full_disk_is_told_once_there_is_room(tmp_path, monkeypa
 def test_nothing_is_written_while_nothing_changes(tmp_path):
     activity = Activity(tmp_path / "activity.json")
 
-    activity.write(Nodes())
+    activity.write(node_of)
 
     assert not activity.path.exists()

@@ -1,0 +1,44 @@
+"""`fedgex-site`: for a hospital's operator. One module a noun, imported when called."""
+# ruff: noqa: E501 (one line a command)
+
+from __future__ import annotations
+
+import typer
+
+from fedgex.common.lazy_commands import lazy_group
+
+# fmt: off
+_PLACES = {
+    "check-data": ("data:commands", "Check the hospital's data before a study does; nothing leaves the machine."),
+    "init": ("site:commands", "Write settings, policy, keys and a request; what exists is kept as it is."),
+    "join": ("site:commands", "Take the kit that the administrator made from our request."),
+    "check-connection": ("site:commands", "Try the way to the server step by step; says which fails, and the fix."),
+    "status": ("status:commands", "Say whether the site runs, what it may do, and what wants attention."),
+    "pause": ("site:commands", "Answer no message until `resume`; what is computed now is still sent."),
+    "resume": ("site:commands", "Answer messages again."),
+    "log": ("log:log", "Look at the hospital's audit log."),
+    "start": ("service:commands", "Serve until SIGTERM; for systemd, a container or a terminal."),
+    "stop": ("service:commands", "Stop the daemon; exit code 4 if there is none."),
+    "study": ("study:study", "Read the contracts of studies, and approve, reject or withdraw them."),
+    "ledger": ("ledger:ledger", "Look at the hospital's privacy ledger; nothing of it leaves."),
+    "predict": ("predict:predict", "Use a finished model on own samples; nothing leaves the machine."),
+    "audit": ("audit:commands", "Attack a model with own patients, members or not; only numbers come out."),
+}
+# fmt: on
+COMMANDS = {
+    name: (f"fedgex.client.cli.{place}", line)
+    for name, (place, line) in _PLACES.items()
+}
+"""Where each command is, and its line of help, in the order of their use."""
+
+app = typer.Typer(
+    cls=lazy_group(COMMANDS),
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.callback()
+def main() -> None:
+    """Serve a hospital's operator: join, decide about studies, use a finished model."""

@@ -1,0 +1,82 @@
+"""`fedgex-site check-data`: the hospital's data, before a study uses them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import typer
+
+from fedgex.client.cli.options import Form, Format, SiteToml, load, refusing
+from fedgex.client.data.cohort import load_cohort
+from fedgex.common.codes import Code
+from fedgex.common.cohort import Cohort
+from fedgex.common.errors import DataError, Finding
+from fedgex.common.scale import Scale
+
+commands = typer.Typer()
+
+
+@commands.command()
+def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
+    """Check the hospital's data before a study does; nothing leaves the machine."""
+    with refusing():
+        settings = load(site_toml)
+
+    cohort: Cohort | None = None
+    try:
+        # Studies are on log2(x + 1) by default, or on relative values throughout.
+        relative = settings.data.scale == Scale.RELATIVE
+        target = Scale.RELATIVE if relative else Scale.LOG2P1
+        cohort, findings = load_cohort(settings, target, settings.policy.tasks)
+    except DataError as error:
+        findings = error.findings
+    if form == Format.JSON:
+        typer.echo(_as_json(cohort, findings, settings.policy.minimum_cohort))
+    else:
+        typer.echo(_as_text(cohort, findings))
+    if cohort is None:
+        typer.echo(
+            "Error: the data cannot be used; correct every error and run check-data "
+            "again",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def _as_text(cohort: Cohort | None, findings: Sequence[Finding]) -> str:
+    """Return one line a finding and one for all."""
+    severities = [finding.severity for finding in findings]
+    tally = ", ".join(
+        _count(severities.count(severity), severity)
+        for severity in ("error", "warning", "note")
+    )
+    summary = f"refused: {tally}"
+    if cohort is not None:
+        patients, genes = cohort.n_patients, len(cohort.genes)
+        sizes = f"{_count(patients, 'patient')}, {_count(genes, 'gene')}"
+        summary = f"ok: {sizes}; {tally}"
+    return "\n".join([*map(str, findings), summary])
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _as_json(
+    cohort: Cohort | None, findings: Sequence[Finding], min_cell_count: int
+) -> str:
+    """Return the findings and sizes; null where the data were refused before."""
+    patients: int | str | None = None
+    if cohort is not None:
+        patients = cohort.n_patients
+    elif any(finding.code == Code.TOO_FEW_PATIENTS for finding in findings):
+        patients = f"fewer than {min_cell_count}"
+    report = {
+        "ok": cohort is not None,
+        "patients": patients,
+        "genes": None if cohort is None else len(cohort.genes),
+        "findings": [asdict(finding) for finding in findings],
+    }
+    return json.dumps(report, indent=2, ensure_ascii=False)

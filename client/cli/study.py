@@ -1,0 +1,281 @@
+"""`fedgex-site study`: what a person of the hospital decides about each contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedgex.client.cli.options import (
+    Form,
+    Format,
+    SiteToml,
+    load,
+    not_found,
+    refusing,
+)
+from fedgex.client.decisions import Decision, Desk, Received
+from fedgex.client.ledger.budget import Account
+from fedgex.client.settings import SiteSettings
+from fedgex.common.codes import Code
+from fedgex.common.errors import ConfigError
+
+study = typer.Typer(
+    no_args_is_help=True,
+    help="Read the contracts of studies, and approve, reject or withdraw them.",
+)
+
+
+Prefix = Annotated[
+    str,
+    typer.Argument(metavar="HASH", help="The contract's hash, or its first letters."),
+]
+By = Annotated[
+    str,
+    typer.Option(help="Who decides; stands in the log and in an approval sent out."),
+]
+Reason = Annotated[str, typer.Option(help="Why; stands in the log, does not leave.")]
+
+
+@study.command("list")
+def list_contracts(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
+    """List every contract that reached this hospital and what was decided about it."""
+    with refusing():
+        _, desk = _open(site_toml)
+        rows = [_summary(desk, received) for received in desk.contracts()]
+    if form == Format.JSON:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        typer.echo(f"{row['hash'][:16]}  {row['state']:<24}  {row['purpose']}")
+    if not rows:
+        typer.echo("no contract has been received yet", err=True)
+
+
+@study.command()
+def show(site_toml: SiteToml, hash: Prefix, form: Form = Format.TEXT) -> None:
+    """Print a contract: for what, with whom, its text, and what our policy refuses."""
+    with refusing():
+        settings, desk = _open(site_toml)
+        received = desk.contract(_find(desk, hash))
+        facts = _facts(desk, received, settings)
+    if form == Format.JSON:
+        text = {"text": received.text}
+        typer.echo(json.dumps(facts | text, indent=2, ensure_ascii=False))
+    else:
+        typer.echo(_as_text(facts, received.text))
+
+
+@study.command()
+def approve(
+    site_toml: SiteToml,
+    hash: Prefix,
+    by: By,
+    expires: Annotated[
+        datetime,
+        typer.Option(
+            formats=["%Y-%m-%d"],
+            help="Last day, UTC; at the latest that of the contract.",
+        ),
+    ],
+) -> None:
+    """Let a study run here until a day, within the policy."""
+    with refusing():
+        settings, desk = _open(site_toml)
+        full = _find(desk, hash)
+        made = desk.decide(full, "approved", by=by, expires=expires.date())
+        against = settings.policy.objections(desk.contract(full).contract.study)
+    typer.echo(f"approved {full} until {made.expires} by {made.by}")
+    for each in against:
+        typer.echo(f"Warning: it will be refused all the same: {each}", err=True)
+
+
+@study.command()
+def reject(site_toml: SiteToml, hash: Prefix, by: By, reason: Reason) -> None:
+    """Decline a contract; it can still be approved later."""
+    with refusing():
+        _, desk = _open(site_toml)
+        full = _find(desk, hash)
+        made = desk.decide(full, "rejected", by=by, reason=reason)
+    typer.echo(f"rejected {full} by {made.by}")
+
+
+@study.command()
+def withdraw(
+    site_toml: SiteToml,
+    hash: Prefix,
+    by: By,
+    reason: Reason,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Take an approval back for good: this contract never runs here again."""
+    with refusing():
+        _, desk = _open(site_toml)
+        full = _find(desk, hash)
+        if not yes:
+            typer.confirm(
+                f"Contract {full[:16]} will never run here again. What has left the "
+                "hospital stays in the model. Withdraw?",
+                abort=True,
+                err=True,
+            )
+        made = desk.decide(full, "withdrawn", by=by, reason=reason)
+    typer.echo(f"withdrew {full} by {made.by}")
+
+
+def state_of(received: Received, decision: Decision | None) -> str:
+    """Return where a contract stands at this hospital, in a few words."""
+    now = datetime.now(UTC)
+    if decision is not None and decision.decision == "withdrawn":
+        return "withdrawn"
+    if received.contract.expired(now):
+        return "contract expired"
+    if decision is None:
+        return "undecided"
+    if decision.expires is None:
+        return "rejected"
+    if now.date() > decision.expires:
+        return "approval expired"
+    return f"approved until {decision.expires}"
+
+
+def _open(site_toml: Path) -> tuple[SiteSettings, Desk]:
+
+    settings = load(site_toml)
+    return settings, Desk.of(settings)
+
+
+def _find(desk: Desk, prefix: str) -> str:
+    """Return the one hash that begins so, or leave: 3 for none, 1 for several."""
+    found = desk.find(prefix)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        not_found(
+            f'no contract here has a hash that begins with "{prefix}"; fedgex-site '
+            "study list shows those that do."
+        )
+    raise ConfigError(
+        f'{len(found)} contracts begin with "{prefix}"; give more letters of the hash.'
+    )
+
+
+def _summary(desk: Desk, received: Received) -> dict[str, Any]:
+    decision = desk.decision(received.hash)
+    return {
+        "hash": received.hash,
+        "state": state_of(received, decision),
+        "expires": received.contract.expires.isoformat(),
+        "purpose": _printable(received.contract.purpose),
+    }
+
+
+def _facts(desk: Desk, received: Received, settings: SiteSettings) -> dict[str, Any]:
+
+    policy = settings.policy
+    contract, decision = received.contract, desk.decision(received.hash)
+    refused = policy.objections(contract.study)
+    if not contract.supports(version("fedgex")):
+        refused.append(
+            f"The contract is for fedgex {contract.code_version}, and "
+            f"{version('fedgex')} is installed."
+        )
+    decided = None if decision is None else decision.model_dump(mode="json")
+    return _summary(desk, received) | {
+        "sites": list(contract.sites),
+        "signed_by": list(received.signers),
+        "code_version": contract.code_version,
+        "privacy": contract.study.privacy.model_dump(mode="json"),
+        "secure_aggregation": contract.study.secure_aggregation is not None,
+        "cost": _cost(received, settings),
+        "release_by": contract.release.administrators,
+        "tasks": list(contract.study.phases),
+        "minimum_cohort": max(contract.study.minimum_cohort, policy.minimum_cohort),
+        "decision": decided,
+        "refused": refused,
+    }
+
+
+def _as_text(facts: dict[str, Any], text: str) -> str:
+    decided = facts["decision"]
+    lines = [
+        f"contract     {facts['hash']}",
+        f"purpose      {facts['purpose']}",
+        f"hospitals    {', '.join(facts['sites'])}",
+        f"signed by    {', '.join(facts['signed_by'])}",
+        f"expires      {facts['expires']}",
+        f"trains       {', '.join(facts['tasks'])}",
+        *(f"privacy      {each}" for each in _privacy(facts)),
+        f"release      by {facts['release_by']} administrator(s)",
+        f"code         fedgex {facts['code_version']}",
+        f"patients     {facts['minimum_cohort']} or more here, or we take no part "
+        "(the stricter of contract and policy)",
+        f"state        {facts['state']}"
+        + (f", by {decided['by']} on {decided['at'][:10]}" if decided else ""),
+    ]
+    if facts["refused"]:
+        lines += ["our policy   refuses it:"]
+        lines += [f"  - {each}" for each in facts["refused"]]
+    else:
+        lines += ["our policy   refuses nothing of it"]
+    signed = [_printable(line) for line in text.splitlines()]
+    return "\n".join([*lines, "", "--- text that was signed", *signed])
+
+
+def _cost(received: Received, settings: SiteSettings) -> dict[str, float] | None:
+    """Return what a study under patient-level privacy costs; None for another."""
+    study = received.contract.study
+    if study.privacy.patient is None:
+        return None
+    account = Account.of(settings)
+    return {
+        "epsilon": account.study_epsilon(study),
+        "spent": account.spent,
+        "after": account.after(received.hash, study),
+        "budget": account.budget.epsilon,
+        "delta": account.budget.delta,
+    }
+
+
+def _privacy(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield one sentence for each thing that protects patients or the hospital."""
+    patient, site = facts["privacy"]["patient"], facts["privacy"]["site"]
+    if patient is None:
+        yield (
+            "no differential privacy; updates leave as they are"
+            if site is None and not facts["secure_aggregation"]
+            else "none for patients; what leaves tells of them whatever it tells"
+        )
+    else:
+        cost = facts["cost"]
+        at = f"at delta {cost['delta']:g}"
+        yield (
+            "for each patient, made here: the whole study costs epsilon "
+            f"{cost['epsilon']:.3g} {at}"
+        )
+        yield (
+            f"budget of a patient: epsilon {cost['spent']:.3g} spent, "
+            f"{cost['after']:.3g} after this study, {cost['budget']:g} permitted"
+        )
+        if cost["after"] > cost["budget"]:
+            yield (
+                f"the budget ends this study early: {Code.BUDGET_EXCEEDED} from some "
+                "round on"
+            )
+    if site is not None:
+        yield (
+            "for this hospital as a whole, if the server is trusted to add noise "
+            f"{site['noise_multiplier']:g} on updates of norm {site['clip']:g}"
+        )
+    if facts["secure_aggregation"]:
+        yield "the server sees the sum of all hospitals' updates, none by itself"
+
+
+def _printable(text: str) -> str:
+    """Return a text from elsewhere without what could steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,1 @@
+"""From a hospital's files to a checked cohort, or to the findings that refuse them."""

@@ -1,0 +1,146 @@
+"""The clinical table: columns, identifiers, and values in our own units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fedgex.client.data.findings import Findings
+from fedgex.client.data.readers import RawClinical
+from fedgex.client.data.tables import MISSING, parse
+from fedgex.client.settings import DataColumns
+from fedgex.common.codes import Code
+
+DAYS_PER = {"days": 1.0, "months": 30.4375, "years": 365.25}
+"""Length of each unit of time, days."""
+
+LONGEST_LIFE = 120
+"""Years; no age and no follow-up is longer."""
+
+SEXES = {"female": "female", "f": "female", "male": "male", "m": "male"}
+"""Accepted spellings, in any case."""
+
+_NUMERIC_COLUMNS = ("duration", "event", "age", "library_size")
+
+
+@dataclass(frozen=True)
+class Clinical:
+    """Clinical table under our own column names, text, None where missing."""
+
+    file: str
+    names: Mapping[str, str]  # our name of each column: its name in the file
+    text: pd.DataFrame
+
+    @property
+    def key(self) -> str:
+        """Our name of the column that holds the labels of the expression file."""
+        return "sample" if "sample" in self.names else "patient"
+
+    def where(self, column: str) -> str:
+        """Return file and column, as findings name them."""
+        return f'{self.file}: column "{self.names[column]}"'
+
+    def take(self, rows: NDArray[np.intp]) -> Clinical:
+        """Return some rows, in the order given."""
+        return replace(self, text=self.text.iloc[rows].reset_index(drop=True))
+
+
+def name_columns(
+    raw: RawClinical, columns: DataColumns, findings: Findings
+) -> Clinical | None:
+    """Find each column by its configured name, or by our own; None without patients."""
+    names = {}
+    for own, configured in columns.model_dump().items():
+        name = configured or own
+        occurrences = list(raw.table.columns).count(name)
+        if occurrences == 1:
+            names[own] = name
+        elif occurrences > 1:
+            findings.add(
+                Code.COLUMN_REPEATED, raw.file, name=name, occurrences=occurrences
+            )
+        elif configured or own == "patient":
+            missing = findings.advice.missing_column.format(own)
+            findings.add(Code.COLUMN_MISSING, raw.file, name=name, missing=missing)
+    if "patient" not in names:
+        return None
+    text = raw.table[list(names.values())].set_axis(list(names), axis=1)
+    text = text.apply(lambda column: column.astype("string").str.strip())
+    text = text.astype(object).mask(text.isna() | text.isin(MISSING), None)
+    text = text.dropna(how="all").reset_index(drop=True)
+    return Clinical(raw.file, names, text)
+
+
+def check_ids(clinical: Clinical, findings: Findings) -> None:
+    """Check that every row names its patient, and that no row repeats."""
+    key, patient = clinical.text[clinical.key], clinical.text["patient"]
+    where = clinical.where("patient")
+    findings.add_if(patient.isna().sum(), Code.ID_MISSING, where)
+    repeated, where = key.dropna().duplicated().sum(), clinical.where(clinical.key)
+    findings.add_if(repeated, Code.CLINICAL_ROW_REPEATED, where, key=clinical.key)
+
+
+def check_patients(clinical: Clinical, findings: Findings) -> None:
+    """Check that all samples of a patient have the same follow-up and sex."""
+    of_patient, where = clinical.text.groupby("patient"), clinical.where("patient")
+    several = int((of_patient.size() > 1).sum())
+    if not several or clinical.key == "patient":
+        return
+    findings.add(Code.SEVERAL_SAMPLES, where, n=several)
+    fixed = [c for c in ("duration", "event", "sex") if c in clinical.names]
+    differ = of_patient[fixed].nunique() > 1  # one row a patient
+    columns = ", ".join(clinical.names[c] for c in fixed)
+    contradictory = int(differ.any(axis=1).sum())
+    findings.add_if(contradictory, Code.PATIENT_CONTRADICTORY, where, columns=columns)
+
+
+def to_values(clinical: Clinical, time_unit: str, findings: Findings) -> pd.DataFrame:
+    """Return the clinical values under our own names and in our own units."""
+    table = pd.DataFrame(index=range(len(clinical.text)))
+    where = {name: clinical.where(name) for name in clinical.names}
+    for name in _NUMERIC_COLUMNS:
+        if name in where:
+            text = pa.array(clinical.text[name], type=pa.string(), from_pandas=True)
+            table[name], is_text, has_commas = parse(text)
+            if has_commas:
+                findings.add(Code.DECIMAL_COMMA, where[name])
+            findings.add_if(is_text.sum(), Code.NOT_A_NUMBER, where[name])
+            findings.add_if(np.isinf(table[name]).sum(), Code.INFINITE, where[name])
+    if "duration" in table:
+        table["duration"] *= DAYS_PER[time_unit]
+        _check_duration(where["duration"], table["duration"], time_unit, findings)
+    if "event" in table:
+        other = table["event"].notna() & ~table["event"].isin((0, 1))
+        findings.add_if(other.sum(), Code.EVENT_NOT_BINARY, where["event"])
+    if "duration" in table and "event" in table:
+        missing = table[["duration", "event"]].isna().any(axis=1)
+        findings.add_if(missing.sum(), Code.FOLLOW_UP_MISSING, clinical.file)
+        zero = table["duration"] == 0
+        findings.add_if(zero.sum(), Code.TIME_ZERO, clinical.file)
+    if "age" in table:
+        age, longest = table["age"], LONGEST_LIFE
+        n = int(((age < 0) | (age > longest)).sum())
+        findings.add_if(n, Code.AGE_IMPOSSIBLE, where["age"], longest=longest)
+    if "sex" in where:
+        text = clinical.text["sex"]
+        table["sex"] = text.str.lower().map(SEXES).astype(object)
+        unknown = text.notna() & table["sex"].isna()
+        findings.add_if(unknown.sum(), Code.SEX_UNKNOWN, where["sex"])
+        table["sex"] = table["sex"].where(table["sex"].notna(), None)
+    if "cancer_type" in where:
+        table["cancer_type"] = clinical.text["cancer_type"]
+    return table
+
+
+def _check_duration(
+    where: str, days: pd.Series[float], unit: str, findings: Findings
+) -> None:
+    longest = LONGEST_LIFE
+    findings.add_if((days < 0).sum(), Code.TIME_NEGATIVE, where, unit=unit)
+    too_long = int(((days > longest * 365.25) & np.isfinite(days)).sum())
+    findings.add_if(too_long, Code.TIME_IMPOSSIBLE, where, unit=unit, longest=longest)

@@ -1,0 +1,254 @@
+"""Raw files to a checked cohort, or every finding at once.
+
+Findings name files, columns and genes, but never a patient: counts of patients, samples
+and cells below the site's minimum cohort read "fewer than".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from fedgex.client.data import clinical as clinicals
+from fedgex.client.data import expression as expressions
+from fedgex.client.data.clinical import Clinical
+from fedgex.client.data.expression import Sheet
+from fedgex.client.data.findings import Findings
+from fedgex.client.data.readers import RawCohort, read
+from fedgex.client.data.scale import check_scale, on_scale
+from fedgex.client.settings import DataSettings, SiteSettings
+from fedgex.common import genes as gene_names
+from fedgex.common.codes import Code
+from fedgex.common.cohort import CLINICAL_COLUMNS, Cohort
+from fedgex.common.errors import Finding
+from fedgex.common.scale import Scale
+
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "pretraining": (),
+    "classification": ("cancer_type",),
+    "survival": ("duration", "event", "cancer_type"),
+}
+"""Clinical columns without which a site contributes nothing to a task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedCohort:
+    """A cohort of N samples, and the file that it was taken from."""
+
+    cohort: Cohort
+    sheet: Sheet
+    """The file: every sample and label of it."""
+    rows: NDArray[np.intp]
+    """Place of each sample of the cohort in the sheet, shape (N,)."""
+    columns: Mapping[str, int]
+    """Place in the sheet of each gene's column, also where no value was measured."""
+    library_size: NDArray[np.float64] | None
+    """All reads of each sample, shape (N,), if the clinical table has them."""
+
+
+def load_cohort(
+    settings: SiteSettings, canonical_scale: Scale, tasks: Collection[str]
+) -> tuple[Cohort, tuple[Finding, ...]]:
+    """Read the site's files and check them; returned are also the milder findings.
+
+    Parameters
+    ----------
+    settings
+        The site's files, and the minimum cohort of its policy.
+    canonical_scale, tasks
+        As for `check`.
+
+    Raises
+    ------
+    DataError
+        If anything stands in the way; carries all findings, also the milder ones.
+    """
+    raw = read(settings.data)
+    findings = Findings(settings.policy.minimum_cohort)
+    checked = check(raw, settings.data, canonical_scale, tasks, findings)
+    return checked.cohort, tuple(findings.found)
+
+
+def assay(settings: SiteSettings) -> tuple[str, ...]:
+    """Return the genes that the expression file has columns for, sorted.
+
+    Unlike a cohort's genes they depend on labels only, never on a patient's value.
+
+    Raises
+    ------
+    DataError
+        If the files cannot be read, or do not show which axis the samples are.
+    """
+    raw, findings = read(settings.data), Findings()
+    clinical = _name_columns(raw, settings.data, Findings())
+    axes = _orient(raw, clinical, settings.data, findings)
+    if axes is None:
+        findings.refuse()
+    names = gene_names.current_symbols(axes.labels, raw.gene_table)
+    return tuple(sorted({name for name in names.symbols if name is not None}))
+
+
+def check(
+    raw: RawCohort,
+    data: DataSettings,
+    scale: Scale,
+    tasks: Iterable[str],
+    findings: Findings,
+) -> CheckedCohort:
+    """Check raw files, and convert them to a cohort.
+
+    Parameters
+    ----------
+    raw, data
+        The site's files, and how its settings describe them.
+    scale
+        Canonical scale of the study, to which the expression is converted.
+    tasks
+        Tasks that the cohort is for; what they lack is a warning.
+    findings
+        Collects what is found; its minimum count is also the fewest patients allowed.
+
+    Raises
+    ------
+    DataError
+        If anything stands in the way; carries all findings, also the milder ones.
+    """
+    clinical = _name_columns(raw, data, findings)
+    if clinical is not None:
+        clinicals.check_ids(clinical, findings)
+    axes = _orient(raw, clinical, data, findings)
+    if axes is None:
+        if clinical is not None:
+            clinicals.to_values(clinical, data.time_unit, findings)
+        findings.refuse()
+
+    in_file = Sheet.parse(raw.expression, axes)
+    expressions.check_samples(in_file, findings)
+    sheet, linked = _link(in_file, clinical, findings)
+    if raw.opt_outs is not None and (clinical is None or linked is not None):
+        sheet, linked = _leave_out(sheet, linked, raw.opt_outs, findings)
+    expressions.check_cells(sheet, findings)
+    sheet = expressions.one_column_per_gene(sheet, raw.gene_table, findings)
+    columns = dict(zip(sheet.labels, sheet.columns.tolist(), strict=True))
+    if clinical is not None and linked is None:
+        check_scale(sheet, data.scale, findings)
+        clinicals.to_values(clinical, data.time_unit, findings)
+        findings.refuse()
+
+    sheet, rows = expressions.drop_empty(sheet, findings)
+    expressions.check_values(sheet, data, findings)
+    table = pd.DataFrame(index=range(len(sheet.samples)))
+    patients = sheet.samples
+    if linked is not None:
+        linked = linked.take(rows)
+        table = clinicals.to_values(linked, data.time_unit, findings)
+        patients = tuple(linked.text["patient"])
+    values = on_scale(sheet, data.scale, scale, table, findings)
+    cohort = Cohort(
+        patients=patients,
+        genes=sheet.labels,
+        expression=values,
+        clinical=table[[name for name in CLINICAL_COLUMNS if name in table]],
+    )
+    _check_cohort(cohort, sheet.file, tasks, findings)
+    findings.refuse_errors()
+    library_size = None
+    if "library_size" in table:
+        library_size = table["library_size"].to_numpy(dtype=np.float64)
+    return CheckedCohort(
+        cohort=cohort,
+        sheet=in_file,
+        rows=sheet.rows,
+        columns=columns,
+        library_size=library_size,
+    )
+
+
+def _name_columns(
+    raw: RawCohort, data: DataSettings, findings: Findings
+) -> Clinical | None:
+    if raw.clinical is None:
+        return None
+    return clinicals.name_columns(raw.clinical, data.columns, findings)
+
+
+def _orient(
+    raw: RawCohort, clinical: Clinical | None, data: DataSettings, findings: Findings
+) -> expressions.Axes | None:
+    ids: set[str] = set()
+    if clinical is not None:
+        ids = set(clinical.text["patient"]) | set(clinical.text[clinical.key])
+    return expressions.orient(raw.expression, ids, raw.gene_table, data, findings)
+
+
+def _link(
+    sheet: Sheet, clinical: Clinical | None, findings: Findings
+) -> tuple[Sheet, Clinical | None]:
+    """Keep the samples that have a clinical row, and that row for each of them.
+
+    The second result is None if there is no clinical table or no sample is in it.
+    """
+    if clinical is None:
+        return sheet, None
+    first = clinical.text[clinical.key].dropna().drop_duplicates()
+    row_of = {label: row for row, label in first.items()}
+    linked = [i for i, label in enumerate(sheet.samples) if label in row_of]
+    where = f"{sheet.file} and {clinical.file}"
+    if not linked:
+        column = clinical.where(clinical.key)
+        findings.add(Code.NOTHING_LINKED, where, column=column)
+        return sheet, None
+    lost = len(sheet.samples) - len(linked)
+    findings.add_if(lost, Code.SAMPLE_WITHOUT_CLINICAL, where)
+    unused = len(clinical.text) - len({sheet.samples[i] for i in linked})
+    findings.add_if(unused, Code.CLINICAL_WITHOUT_SAMPLE, where)
+    rows = np.array([row_of[sheet.samples[i]] for i in linked], dtype=np.intp)
+    used = clinical.take(rows)
+    clinicals.check_patients(used, findings)
+    return sheet.take(np.array(linked, dtype=np.intp)), used
+
+
+def _leave_out(
+    sheet: Sheet, clinical: Clinical | None, opt_outs: Set[str], findings: Findings
+) -> tuple[Sheet, Clinical | None]:
+    """Leave out the patients who opted out; few and none look the same."""
+    ids = sheet.samples if clinical is None else tuple(clinical.text["patient"])
+    rows = np.array([i for i, x in enumerate(ids) if x not in opt_outs], dtype=np.intp)
+    n = len(opt_outs & set(ids))
+    count = n if n >= findings.min_cell_count else "suppressed"
+    findings.add(Code.OPTED_OUT, sheet.file, count=count)
+    return sheet.take(rows), None if clinical is None else clinical.take(rows)
+
+
+def _check_cohort(
+    cohort: Cohort, file: str, tasks: Iterable[str], findings: Findings
+) -> None:
+    """Check that there are enough patients, and what each task needs."""
+    n, least = cohort.n_patients, findings.min_cell_count
+    if n < least:
+        findings.add(Code.TOO_FEW_PATIENTS, file, n=n, least=least)
+    for task in tasks:
+        lacking = [c for c in NEEDS[task] if c not in cohort.clinical]
+        if lacking:
+            findings.add(
+                Code.TASK_WITHOUT_COLUMNS,
+                file,
+                task=task,
+                lacking=", ".join(lacking),
+                needed=", ".join(NEEDS[task]),
+            )
+        elif task == "survival":
+            _check_events(cohort, file, findings)
+
+
+def _check_events(cohort: Cohort, file: str, findings: Findings) -> None:
+    """Report few events; few are not counted, so that few and none look the same."""
+    observed = cohort.with_survival() & (cohort.clinical["event"] == 1).to_numpy()
+    events = len({cohort.patients[i] for i in np.flatnonzero(observed)})
+    least = findings.min_cell_count
+    if events < least:
+        findings.add(Code.FEW_EVENTS, file, n=events, least=least)

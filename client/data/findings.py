@@ -1,0 +1,172 @@
+"""Findings of a check: their texts, and counts that do not reveal a few patients."""
+# ruff: noqa: E501 (one line a code)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from fedgex.common.codes import Code
+from fedgex.common.errors import DataError, Finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """Names of settings, and advice on them, in the words of one user interface.
+
+    The defaults are those of `site.toml`.
+    """
+
+    scale: str = "data.scale"
+    orientation: str = "data.orientation"
+    hgnc_table: str = "data.hgnc_table"
+    sample_column: str = "data.columns.sample"
+    missing_file: str = (
+        "Correct the path in site.toml; relative paths start at its folder."
+    )
+    missing_column: str = "Set data.columns.{} to the name in the file's header."
+    library_size: str = (
+        "Add all reads of each sample to the clinical table as library_size"
+    )
+
+
+# fmt: off
+TEXTS: Mapping[Code, tuple[str, str, str]] = {
+    Code.FILE_MISSING: ("no such file", "a file", "{missing_file}"),
+    Code.FILE_UNREADABLE: ("damaged text, or text that is not UTF-8", "UTF-8 text as .csv, .tsv, .csv.gz or .tsv.gz; .parquet; or, for expression, .h5ad", "Export the file again in one of these formats."),
+    Code.FILE_EMPTY: ("nothing to read", "a header and one or more rows", "Export the file again."),
+    Code.WRONG_DELIMITER: ("a header divided by {name}", "{delimiter} in a file of this ending", "Export with that delimiter and decimal points, or use the ending .tsv for tabs and .csv for commas."),
+    Code.RAGGED_ROWS: ("rows with more or fewer cells than the header", "{n_columns} cells in every row, as in the header", "Give the column of labels a name (in R: col.names = NA), and quote cells that hold the delimiter."),
+    Code.DECIMAL_COMMA: ("numbers with a decimal comma", "decimal points", "Export with decimal points (1.5, not 1,5)."),
+    Code.GENE_TABLE_UNUSABLE: ("not a readable gene table", "HGNC's complete set, tab-separated, with its header", "Download it again, or remove {hgnc_table}."),
+
+    Code.ORIENTATION_RECOGNISED: ("{axis} are samples and {other} are genes, {reason}", "either orientation", "Set {orientation} if this is wrong."),
+    Code.ORIENTATION_UNKNOWN: ("neither rows nor columns are recognised as samples or genes", "labels that occur in the clinical table, or names of genes", "Check the labels on both sides, or set {orientation}."),
+    Code.ORIENTATION_CONTRADICTED: ("{other} look like samples {reason}", "samples as {axis}, as declared", 'Correct {orientation} (or set it to "auto"), or transpose the data.'),
+
+    Code.COLUMN_MISSING: ('no column "{name}"', "the columns that site.toml names, and one for the patient", "{missing}"),
+    Code.COLUMN_REPEATED: ('column "{name}" occurs {occurrences} times', "each name once", "Rename or remove the others."),
+    Code.ID_MISSING: ("{n:row} without an identifier", "one in every row", "Complete the column, or remove the rows."),
+    Code.SAMPLE_REPEATED: ("{n:sample} repeat a label", "each sample once", "Keep one of each; for several samples of a patient, label them apart and name a {sample_column}."),
+    Code.CLINICAL_ROW_REPEATED: ("{n:row} repeat an identifier", "one row a {key}", "Keep one row each; for several samples of a patient, add a column with the label of the sample and name it as {sample_column}."),
+    Code.NOTHING_LINKED: ("no sample has a clinical row", "labels of samples in {column}", "Name the column with these labels as {sample_column} or, if they are the patients' own, as data.columns.patient."),
+    Code.SAMPLE_WITHOUT_CLINICAL: ("{n:sample} without a clinical row, left out", "a clinical row for every sample", "Add the rows (all but the identifier may be empty), if they belong."),
+    Code.CLINICAL_WITHOUT_SAMPLE: ("{n:clinical row} without a sample, left out", "rows without a sample are fine", "Nothing, unless their samples should be there."),
+    Code.SEVERAL_SAMPLES: ("{n:patient} with several samples", "one sample or more a patient", "Nothing: a patient's samples count, and are split, as one patient."),
+    Code.PATIENT_CONTRADICTORY: ("{n:patient} whose rows differ in {columns}", "the same follow-up and sex in all rows of a patient", "Correct the rows."),
+
+    Code.NOT_A_NUMBER: ("{n:cell} that are no numbers", "numbers, or empty cells or NA where nothing is known", "Correct the cells."),
+    Code.INFINITE: ("{n:infinite value}", "finite numbers", "Correct the cells, or leave them empty."),
+    Code.NEGATIVE_EXPRESSION: ("{n:value} below {floor:g} in {genes}", "{floor:g} or more on the {declared} scale", "Correct {scale} or the export; the numbers could be: {fitting}."),
+    Code.SCALE_IMPOSSIBLE: ("{reason}", "values on the {declared} scale, as declared", "Correct {scale} or the export; the numbers could be: {fitting}."),
+    Code.SCALE_FAINT: ("no gene of {n_genes} is abundant on the {declared} scale", "some abundant genes in most panels", "Check {scale}: logarithms declared linear, or the wrong base."),
+    Code.SCALE_NOT_CONVERTIBLE: ("expression on the {declared} scale", "the study's scale, {target}, or one that leads there", "Export the expression as {target}."),
+    Code.LIBRARY_SIZE_UNUSABLE: ("{n:sample} whose library size is missing, not above zero, or less than its counts add up to", "all reads of the sample", "Correct the library sizes in the clinical table."),
+    Code.COUNTS_PER_MILLION: ("counts, taken as counts per million of the library size", "TPM, FPKM or RSEM normalised, which account for gene length or the like", "Export normalised values if other sites do; else make sure that all use CPM."),
+
+    Code.NO_GENES: ("no gene is left", "HGNC symbols, or Ensembl gene ids and a {hgnc_table}", "Check the labels of the genes; Ensembl ids need HGNC's complete set."),
+    Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a {hgnc_table}, which Ensembl ids need, or correct the names (spreadsheets turn SEPT2 into a date)."),
+    Code.GENES_AMBIGUOUS: ("{genes} that several genes were called, left out", "names of one gene each", "Use current symbols or Ensembl gene ids for these."),
+    Code.GENES_UPDATED: ("{genes} renamed to current symbols", "retired symbols are fine", "Nothing."),
+    Code.GENES_REPEATED: ("{genes} with several columns, of which one is kept: the one under the current symbol, or one of equal ones", "one column a gene", "Nothing, unless another column is the right one."),
+    Code.GENES_CONTRADICTORY: ("{genes} with several columns that differ, left out", "one column a gene", "Keep the right column, or combine them as fits your pipeline."),
+    Code.GENES_EMPTY: ("{genes} without a single value, left out", "values, but not every gene need be measured", "Nothing."),
+    Code.GENES_CONSTANT: ("{genes} with the same value in every sample", "values that vary", "Leave cells empty where a gene was not measured; a zero says that it was."),
+    Code.GENES_OFTEN_MISSING: ("{genes} missing in more than {share:.0%} of the samples", "values in most samples", "Nothing if that is known; data.max_missing_per_gene moves the limit."),
+    Code.SAMPLES_EMPTY: ("{n:sample} without a single value, left out", "values", "Remove these samples, or export their values."),
+    Code.SAMPLES_OFTEN_MISSING: ("{n:sample} without more than {share:.0%} of the genes", "values of most genes", "Nothing if that is known; data.max_missing_per_patient moves the limit."),
+
+    Code.EVENT_NOT_BINARY: ("{n:value} other than 0 and 1", "1 where the event was observed, 0 where follow-up ended before", "Recode the column."),
+    Code.TIME_NEGATIVE: ("{n:negative time}", "{unit} ≥ 0", "Correct the export, or leave unknown times empty."),
+    Code.TIME_IMPOSSIBLE: ("{n:time} above {longest} years", "time in {unit}, as declared", "Correct data.time_unit or the export."),
+    Code.TIME_ZERO: ("{n:sample} with time zero, left out of survival", "times above zero", "Nothing, unless zero stands for unknown or for less than a day."),
+    Code.FOLLOW_UP_MISSING: ("{n:sample} without time or event, left out of survival", "both, where they are known", "Nothing, unless they are known."),
+    Code.AGE_IMPOSSIBLE: ("{n:age} outside 0 to {longest}", "years", "Correct the export; an age in days, or a year of birth, must be converted."),
+    Code.SEX_UNKNOWN: ("{n:value} that are not recognised, taken as unknown", "female, male, f or m in any case, or empty", "Recode the column if it uses a code."),
+
+    Code.TOO_FEW_PATIENTS: ("{n:patient}", "{least} or more (minimum_cohort)", "Add patients; a site below its minimum takes no part."),
+    Code.FEW_EVENTS: ("{n:patient} with an observed event", "{least} or more for survival", "Follow up longer; without any event a site contributes nothing to survival."),
+    Code.TASK_WITHOUT_COLUMNS: ("no {lacking} for {task}, to which nothing is contributed", "clinical columns {needed}", "Add them, or name them in data.columns; else remove the task."),
+    Code.OPTED_OUT: ("patients who opted out are left out: {count}", "the patients of data.opt_outs, who may be unknown here", "Nothing."),
+
+    Code.NO_VOCABULARY_GENE: ("none of the vocabulary's {n_vocabulary} genes is measured", "HGNC symbols as in the study, or Ensembl ids and an HGNC table", "Check the names of the genes, and which axis they are on."),
+    Code.FEW_VOCABULARY_GENES: ("{n_genes} of the vocabulary's {n_vocabulary} genes are measured", "{share:.0%} or more", "Trust the predictions little; they rest on few genes."),
+    Code.SAMPLES_WITHOUT_GENES: ("{count} of {total} without any gene of the vocabulary, for which nothing is predicted", "one measured gene or more in every sample", "Nothing, or export their values."),
+    Code.GENE_COLUMNS_DIFFER: ("{count} columns repeat the label of another and differ from it", "one column a gene", "Keep the right one, or label them apart."),
+    Code.FOREIGN_SCALE: ("the means of the genes are {ratio:.2f} times those that the model was trained on", "about 1, whatever the cancer, on the {study} scale", "Check the scale that is named; natural logarithms called log2p1 give 0.69. Do not use the predictions before."),
+    Code.CANCER_TYPES_MISSING: ("{count} of {total} samples without a cancer type of the study, for which no risk is predicted", "one of {types}", "Add a clinical column cancer_type, spelt like this, or name the type of all samples with --cancer-type."),
+    Code.SOME_CANCER_TYPES_MISSING: ("{count} of {total} samples without a cancer type of the study, for which no risk is predicted", "one of {types}", "Add a clinical column cancer_type, spelt like this, or name the type of all samples with --cancer-type."),
+    Code.COVARIATES_MISSING: ("{count} of {total} samples without age or sex, taken as 60 years and female", "both, because the study uses them", "Add clinical columns age (years) and sex."),
+}
+# fmt: on
+"""What was found and expected, and what to do. {n:sample} is a count of samples; the
+other fields are those of `Advice`, and what a check passes to `Findings.add`."""
+
+
+@dataclass(frozen=True)
+class _Count:
+    n: int
+    least: int
+
+    def __format__(self, noun: str) -> str:
+        if self.n < self.least:
+            return f"fewer than {self.least} {noun}s"
+        return f"{self.n} {noun}" if self.n == 1 else f"{self.n} {noun}s"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one check has found so far."""
+
+    min_cell_count: int = 1
+    """Counts of patients, samples and cells below it read "fewer than"."""
+    advice: Advice = field(default_factory=Advice)
+    found: list[Finding] = field(default_factory=list)
+
+    def add(
+        self,
+        code: Code,
+        where: str,
+        *,
+        n: int = 0,
+        found: str | None = None,
+        expected: str | None = None,
+        action: str | None = None,
+        **fields: object,
+    ) -> None:
+        """Add a finding, see `Finding`.
+
+        Parameters
+        ----------
+        n
+            Count of patients, samples or cells.
+        found, expected, action
+            Templates in place of those of `TEXTS`.
+        fields
+            Further fields of the templates.
+        """
+        fields |= vars(self.advice) | {"n": _Count(n, self.min_cell_count)}
+        own = (found, expected, action)
+        texts = [
+            (theirs if ours is None else ours).format_map(fields)
+            for ours, theirs in zip(own, TEXTS[code], strict=True)
+        ]
+        self.found.append(code.finding(where, *texts))
+
+    def add_if(self, n: int, code: Code, where: str, **fields: Any) -> None:
+        """Add a finding about a count, see `add`, unless the count is zero."""
+        if n:
+            self.add(code, where, n=n, **fields)
+
+    def refuse_errors(self) -> None:
+        """Raise `DataError` with all findings if any of them refuses the data."""
+        if any(finding.severity == "error" for finding in self.found):
+            self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Raise `DataError` with all findings, also the milder ones.
+
+        A cause is hidden, because it may quote a row of a file.
+        """
+        raise DataError(self.found) from None

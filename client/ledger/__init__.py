@@ -1,0 +1,1 @@
+"""Patients' privacy ledger: what was invoked on them, charged before it is computed."""

@@ -1,0 +1,161 @@
+"""The rows of a privacy ledger, and the epsilon that each patient has spent.
+
+A row is about a cohort: the set of patients' HMACs. A patient's spend is the
+composition of all rows whose cohort the patient is in; that of several patients is the
+largest of theirs. So a new patient, a new file or another study resets no spend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, Self
+
+from fedgex.common import privacy
+from fedgex.common.canonical import canonical_json
+from fedgex.common.chain import Head
+from fedgex.common.privacy import Invocation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Debit:
+    """A computation on patients: the request that a site answers."""
+
+    contract: str
+    """Hash; empty in the simulator."""
+    run: str
+    """Empty in the simulator."""
+    type: str
+    """Type of the message."""
+    phase: str
+    round: int
+    request: str
+    """Digest of what is asked, see `receipt.request_digest`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Limit of each patient's exposure, over all studies together."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One invocation of a mechanism on a cohort."""
+
+    n: int
+    """From 1."""
+    time: str
+    """UTC, for people; nothing depends on it."""
+    about: Debit
+    invocation: Invocation
+    cohort: str
+    """Digest of the patients' HMACs."""
+    previous: str
+    """Hash of the row before; that of the ledger itself for the first."""
+    hash: str
+
+    def content(self) -> dict[str, str | int | float]:
+        """Return everything that the hash covers."""
+        return {
+            "n": self.n,
+            "time": self.time,
+            **asdict(self.about),
+            "noise_multiplier": float(self.invocation.noise_multiplier),
+            "sample_rate": float(self.invocation.sample_rate),
+            "steps": int(self.invocation.steps),
+            "cohort": self.cohort,
+            "previous": self.previous,
+        }
+
+
+@dataclass(frozen=True)
+class Book:
+    """Content of a ledger at one moment, verified."""
+
+    origin: str
+    """Hash that the first row names: of this ledger and no other."""
+    rows: tuple[Row, ...]
+    cohorts: dict[str, frozenset[bytes]]
+    """HMACs of the patients of each cohort, by its digest."""
+
+    @property
+    def head(self) -> Head:
+        """Number and hash of the last row."""
+        return Head(len(self.rows), self.rows[-1].hash if self.rows else self.origin)
+
+    def contains(self, head: Head) -> bool:
+        """Whether the ledger once had that head, and so goes on from it."""
+        if head.index == 0:
+            return head.hash == self.origin
+        rows = self.rows
+        return 0 < head.index <= len(rows) and rows[head.index - 1].hash == head.hash
+
+    @classmethod
+    def empty(cls, origin: str = "") -> Self:
+        """Return a ledger without rows."""
+        return cls(origin, (), {})
+
+    def only(self, rows: Iterable[Row]) -> Book:
+        """Return a ledger of these rows and no others."""
+        kept = tuple(rows)
+        named = {row.cohort for row in kept}
+        cohorts = {d: found for d, found in self.cohorts.items() if d in named}
+        return Book(self.origin, kept, cohorts)
+
+    def spent(
+        self,
+        delta: float,
+        patients: Collection[bytes] | None = None,
+        adding: Sequence[Invocation] = (),
+    ) -> float:
+        """Return the largest epsilon of any patient.
+
+        Parameters
+        ----------
+        patients
+            HMACs; None for all in the ledger.
+        adding
+            Invocations on all of these patients that are not in the ledger.
+        """
+        sets = self._sets if patients is None else self._maximal(patients)
+        histories = [
+            [row.invocation for row in self.rows if row.cohort in cohorts]
+            for cohorts in sets or {frozenset()}
+        ]
+        return max(privacy.epsilon([*h, *adding], delta) for h in histories)
+
+    @cached_property
+    def _sets(self) -> set[frozenset[str]]:
+        return self._maximal(frozenset().union(*self.cohorts.values()))
+
+    def _maximal(self, patients: Collection[bytes]) -> set[frozenset[str]]:
+        """Return the sets of cohorts that patients are in, but for those within others.
+
+        Patients of the same cohorts have the same spend, and who is in more of them has
+        spent no less: so few sets stand for thousands of patients.
+        """
+        members = self.cohorts.items()
+        found = {frozenset(d for d, all in members if p in all) for p in patients}
+        return {one for one in found if not any(one < other for other in found)}
+
+
+def row_of(by_name: dict[str, Any]) -> Row:
+    """Return a row by the names of its columns."""
+    of_debit = {field.name: by_name.pop(field.name) for field in fields(Debit)}
+    of_mechanism = {field.name: by_name.pop(field.name) for field in fields(Invocation)}
+    return Row(
+        **by_name,
+        about=Debit(**of_debit),
+        invocation=Invocation(**of_mechanism),
+    )
+
+
+def content_hash(content: dict[str, str | int | float]) -> str:
+    """Return the SHA-256 of a content as canonical JSON."""
+    text = canonical_json(content, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""Debits of the privacy ledger, and how they are tied to the audit log.
+
+Each debit's head is written into the audit log, whose head leaves with every answer
+and comes back in the coordinator's receipts. So a ledger that was put back from a
+backup lacks a head that the log holds, and a log that was put back lacks a line that
+the server holds a signature over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from flwr.app import Message
+
+from fedgex.client.identity import AUDIT
+from fedgex.client.ledger.book import Budget, Debit
+from fedgex.client.ledger.ledger import FILE, Ledger, LedgerError
+from fedgex.client.policy import Policy
+from fedgex.client.settings import SiteSettings
+from fedgex.common import chain, keys, privacy
+from fedgex.common.chain import Chain, Head
+from fedgex.common.files import exclusive_lock
+from fedgex.common.receipt import request_digest
+from fedgex.common.records import text
+from fedgex.common.study import Study
+
+CREATED, DEBITED = "ledger-created", "debited"
+"""Events of the audit log; `ledger` holds the ledger's head."""
+
+LOCK = "ledger.lock"
+"""File that is locked while the ledger is made."""
+
+
+def charge(
+    message: Message,
+    settings: SiteSettings,
+    study: Study,
+    phase: str,
+    number: int,
+    patients: Sequence[str],
+) -> None:
+    """Debit a round before anything of it is computed on patients.
+
+    Does nothing for a study without patient-level privacy.
+
+    Parameters
+    ----------
+    patients
+        All in the cohort, whether the round draws them or not.
+
+    Raises
+    ------
+    BudgetError
+        If the round would exceed the budget.
+    LedgerError
+        If the ledger cannot be used.
+    """
+    if study.privacy.patient is None:
+        return
+    kind, content = message.metadata.message_type, message.content
+    record = content.config_records.get(keys.RUN)  # none in the simulator
+    about = Debit(
+        contract="" if record is None else text(record, keys.CONTRACT_HASH),
+        run="" if record is None else text(record, keys.RUN_NAME),
+        type=kind,
+        phase=phase,
+        round=number,
+        request=request_digest(kind, content),
+    )
+    head = ready(settings.state_dir).debit(
+        about,
+        privacy.invocations(study, phase, number),
+        patients,
+        budget=budget(settings.policy),
+    )
+    if head not in heads(settings.state_dir):
+        audit = Chain(settings.state_dir / AUDIT)
+        audit.append(DEBITED, **asdict(about), ledger=asdict(head))
+
+
+def budget(policy: Policy) -> Budget:
+    """Return the budget, which is set in `policy.toml` and nowhere else."""
+    return Budget(epsilon=policy.privacy_epsilon, delta=policy.privacy_delta)
+
+
+def ready(state_dir: Path) -> Ledger:
+    """Return the ledger, made now if the audit log knows of none.
+
+    Raises
+    ------
+    LedgerError
+        As for `existing`.
+    """
+    if (found := existing(state_dir)) is not None:
+        return found
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with exclusive_lock(state_dir / LOCK):
+        if (found := existing(state_dir)) is not None:  # made while we waited
+            return found
+        made = state_dir / FILE
+        ledger = Ledger.open(state_dir) if made.exists() else Ledger.create(state_dir)
+        # Last: a process that died before this left an empty ledger, which goes on.
+        Chain(state_dir / AUDIT).append(CREATED, ledger=asdict(ledger.head))
+        return ledger
+
+
+def existing(state_dir: Path) -> Ledger | None:
+    """Return the ledger, verified and no older than the audit log; None if none was.
+
+    Raises
+    ------
+    LedgerError
+        If it is missing or cannot be used, or lacks a head that the log holds: then it
+        was restored from a backup. The ledger may be ahead of the log, by what was
+        debited as the process died.
+    """
+    known = heads(state_dir)
+    if not known:
+        _not_without_log(state_dir)
+        return None
+    ledger = Ledger.open(state_dir)
+    book, last = ledger.read(), max(known, key=lambda head: head.index)
+    if not book.contains(last):
+        raise LedgerError(
+            f"{ledger.path} ends with row {book.head.index}, and the audit log names "
+            f"row {last.index} with another hash or none; expected a ledger that holds "
+            "it. It was restored from a backup, or replaced. Nothing is computed under "
+            "differential privacy. Put the newest ledger back, see "
+            "docs/hospital-operation.md."
+        )
+    return ledger
+
+
+def heads(state_dir: Path) -> list[Head]:
+    """Return every head of the ledger that the audit log holds, oldest first."""
+    return [
+        Head(**line["ledger"])
+        for line in chain.read(state_dir / AUDIT)
+        if line["event"] in (CREATED, DEBITED)
+    ]
+
+
+def _not_without_log(state_dir: Path) -> None:
+    """Refuse a ledger with rows of which the audit log has none."""
+    if (state_dir / FILE).exists() and Ledger.open(state_dir).head.index:
+        raise LedgerError(
+            f"{state_dir / FILE} holds debits, and the audit log beside it has never "
+            "heard of it; expected both from one hospital and one time. Put the newest "
+            f"{AUDIT} back, see docs/hospital-operation.md."
+        )

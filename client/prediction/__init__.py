@@ -1,0 +1,1 @@
+"""A finished model on a hospital's own samples: predictions, files, audit."""

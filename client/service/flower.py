@@ -1,0 +1,275 @@
+"""Private interfaces of Flower that a site uses: its node, its tasks, and their probe.
+
+No other module of `client` imports them. What only one process needs is imported by its
+function.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, Error, Message
+from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode, SubStatus
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+)
+from flwr.supercore.date import now
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
+
+from fedgex.common.transport.flower import RuntimeHttpClient, holder
+
+ACTIVATE_PATH = "/v1/fleet/activate-node"
+OTHER_RELEASE = ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE
+WRONG_INTERVAL = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
+NOT_ACTIVATED = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+"""What Flower may refuse a probe with."""
+
+IDLE_S = 3.0
+"""What Flower's node sleeps where there is no message."""
+
+
+def probe(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, dict[str, str]]:
+    """Return body and headers of a signed request that the server cannot carry out.
+
+    It asks to activate the node with a heartbeat every zero seconds: Flower checks
+    version, signature and key, in this order, then refuses the interval, so that
+    nothing comes of it.
+    """
+    public = public_key_to_bytes(key.public_key())
+    timestamp = now().isoformat()
+    signature = sign_message(key, timestamp.encode("ascii"))
+    about = RuntimeVersionMetadata.from_local_component("SuperNode")
+    request = ActivateNodeRequest(public_key=public, heartbeat_interval=0)
+    headers = {
+        "content-type": PROTOBUF_MEDIA_TYPE,
+        "accept": PROTOBUF_MEDIA_TYPE,
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public).decode(),
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(signature).decode(),
+        TIMESTAMP_HEADER: timestamp,
+        **dict(about.as_metadata()),
+    }
+    return request.SerializeToString(), headers
+
+
+def error_code(response: httpx.Response) -> int:
+    """Return Flower's code of an error, or the HTTP status if there is none."""
+    error = FlowerError.from_json(response.text)
+    return response.status_code if error is None else error.code
+
+
+# ---- the node ----
+
+
+def run_node(
+    *,
+    server: str,
+    roots: bytes,
+    key: ec.EllipticCurvePrivateKey,
+    site_toml: Path,
+    port: int,
+    health_port: int,
+    secret: str,
+    on_number: Callable[[int | None], None],
+    on_message: Callable[[], None],
+    pause: Callable[[], None],
+) -> None:
+    """Run Flower's SuperNode until it gives the connection up.
+
+    Parameters
+    ----------
+    server
+        host:port.
+    roots
+        Certificates that may sign the server's, PEM.
+    port
+        Loopback port for our worker.
+    health_port
+        Of Flower's gRPC health service; 0 leaves it out.
+    secret
+        Wanted of whoever acquires tasks.
+    on_number
+        Called with Flower's number of the node once it is known.
+    on_message
+        Called once a message is here.
+    pause
+        Called between two looks for a message.
+    """
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode import start_client_internal
+    from flwr.supernode.nodestate import NodeStateFactory
+
+    # Not to be had by an import, which finds the function of that name first.
+    flower_supernode = import_module("flwr.supernode.cli.flower_supernode")
+    config = flower_supernode.SuperNodeLifespanConfig(
+        server_address=server,
+        root_certificates=roots,
+        insecure=False,
+        authentication_keys=(key, key.public_key()),
+        max_retries=None,
+        max_wait_time=None,
+        node_config={"site-toml": str(site_toml)},
+        isolation="process",
+        runtime_certificates=None,
+        runtime_root_certificates_path=None,
+        health_server_address=f"127.0.0.1:{health_port}" if health_port else None,
+        trusted_entities=None,
+        superexec_auth_secret=secret.encode(),
+        runtime_dependency_install=False,
+        host="127.0.0.1",
+        port=port,
+        runtime_ssl_certfile=None,
+        runtime_ssl_keyfile=None,
+    )
+    note_number(on_number)
+    note_messages(on_message)
+    start_client_internal.time = SimpleNamespace(  # type: ignore[assignment,attr-defined]
+        sleep=lambda seconds: pause() if seconds >= IDLE_S else time.sleep(seconds)
+    )
+    state_factory = NodeStateFactory(objectstore_factory=ObjectStoreFactory())
+    flower_supernode._start_supernode_http_api(config, state_factory)
+    start_client_internal.start_client_internal(
+        state_factory=state_factory,
+        server_address=config.server_address,
+        node_config=config.node_config,
+        root_certificates=config.root_certificates,
+        insecure=config.insecure,
+        authentication_keys=config.authentication_keys,
+        isolation=config.isolation,
+        runtime_api_address=f"{config.host}:{config.port}",
+        health_server_address=config.health_server_address,
+        superexec_auth_secret=config.superexec_auth_secret,
+        runtime_dependency_install=config.runtime_dependency_install,
+    )
+
+
+def note_messages(on_message: Callable[[], None]) -> None:
+    """Have Flower call back for a message, and forget one whose run ended meanwhile.
+
+    Flower raises `RunNotRunningException` past its own clearing up then, and leaves a
+    task whose objects never come: our worker would wait for them for ever, and the
+    hospital would answer nobody any more.
+    """
+    from flwr.supernode import start_client_internal
+
+    fetch = start_client_internal._pull_and_store_message
+
+    def fetch_or_forget(**settings: Any) -> int | None:
+        for name in ("pull_object", "confirm_message_received"):
+            settings[name] = _failing_plainly(settings[name])
+        run = fetch(**settings)
+        if run is not None:
+            on_message()
+        return run
+
+    start_client_internal._pull_and_store_message = fetch_or_forget  # type: ignore[assignment]
+
+
+def _failing_plainly(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a call that raises an exception which Flower clears up after."""
+
+    def failing(*given: Any) -> Any:
+        try:
+            return call(*given)
+        except RunNotRunningException as ended:
+            raise ConnectionError("the run ended meanwhile") from ended
+
+    return failing
+
+
+def note_number(on_number: Callable[[int | None], None]) -> None:
+    """Have Flower call back with the node's number as soon as it is known."""
+    from flwr.supernode.nodestate import InMemoryNodeState
+
+    set_node_id = InMemoryNodeState.set_node_id
+
+    def set_and_note(state: InMemoryNodeState, node: int | None) -> None:
+        set_node_id(state, node)
+        on_number(node)
+
+    InMemoryNodeState.set_node_id = set_and_note  # type: ignore[assignment,method-assign]
+
+
+def deactivate_node(
+    server: str, roots: bytes, key: ec.EllipticCurvePrivateKey, node: int
+) -> None:
+    """Sign a node off; a server out of reach, or that does not know it, is passed."""
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    client = FleetHttpClient.from_server_address(
+        server, False, roots, [NodeAuthHttpInterceptor(key, key.public_key())]
+    )
+    with contextlib.suppress(httpx.HTTPError, RuntimeError):
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    client.close()
+
+
+# ---- a message at the worker ----
+
+
+@dataclass(frozen=True)
+class SiteTask:
+    """One message to be answered."""
+
+    message: Message
+    context: Context
+    bundle_digest: str
+    """SHA-256 of the bundle that came with the run; its content is not used."""
+    bundle_bytes: int
+    _client: RuntimeHttpClient
+
+    @classmethod
+    @contextmanager
+    def held(cls, port: int, token: str) -> Iterator[Callable[[], Self]]:
+        """Keep a task alive at the SuperNode, and yield what fetches it."""
+        from flwr.supercore.heartbeat import (
+            HeartbeatSender,
+            make_task_heartbeat_fn_http,
+        )
+        from flwr.supernode.runtime.run_clientapp import pull_task_input
+
+        client = holder(port, token, "flwr-clientapp")
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+
+        def fetch() -> Self:
+            message, context, _, fab = pull_task_input(client)
+            return cls(message, context, fab.hash_str, len(fab.content), client)
+
+        try:
+            yield fetch
+        finally:
+            heartbeat.stop()
+            client.close()
+
+    def failure(self, code: str) -> Message:
+        """Return the reply of an app that failed, with our code of it alone."""
+        failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, code)
+        return Message(failed, reply_to=self.message)
+
+    def answer(self, reply: Message) -> None:
+        """Hand the reply to the SuperNode."""
+        from flwr.supernode.runtime.run_clientapp import (
+            push_message,
+            push_task_output,
+        )
+
+        push_message(self._client, reply, self.context)
+        push_task_output(self._client, self.context, SubStatus.COMPLETED, "")

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import Any
 
 import click
-import typer
 from typer.core import TyperGroup
+from typer.main import get_group
 
 
 class LazyCommand(click.Command):
@@ -22,7 +22,7 @@ class LazyCommand(click.Command):
     def load(self) -> click.Command:
         """Import the module and return the command."""
         module, _, attribute = self.place.partition(":")
-        group = typer.main.get_group(getattr(import_module(module), attribute))
+        group = get_group(getattr(import_module(module), attribute))
         return group.commands.get(self.name or "", group)
 
     def make_context(

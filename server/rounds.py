@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedgex.common import failpoints, keys
 from fedgex.common.arrays import check
 from fedgex.common.errors import FederationError, UpdateError
+from fedgex.common.federation import Update
 from fedgex.common.files import explained
 from fedgex.common.records import pieces
 from fedgex.common.statistics import FEWEST_TO_COMPARE
@@ -27,7 +28,7 @@ from fedgex.common.study import RoundRule, Study
 from fedgex.server import privacy
 from fedgex.server.aggregation import Array
 from fedgex.server.asking import Line, Request, Sealed, ask
-from fedgex.server.strategy import Spooled, Update
+from fedgex.server.strategy import Spooled
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def train_round(
                 updates.append(
                     Update(
                         site=name,
-                        path=path,
+                        arrays=Spooled(path),
                         num_examples=_whole(numbers["num_examples"]),
                         num_loss_terms=_whole(numbers["num_loss_terms"]),
                         measured=by_name[name].measured,

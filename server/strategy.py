@@ -7,7 +7,6 @@ name); the adaptive server optimisers are Flower's own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +19,12 @@ from safetensors import SafetensorError, safe_open
 from fedgex.common import keys
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import UpdateError
+from fedgex.common.federation import Update
 from fedgex.common.model import PER_GENE
 from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server import aggregation
 from fedgex.server.aggregation import Array
 from fedgex.server.privacy import noised
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """One site's accepted update, its arrays on disk."""
-
-    site: str
-    path: Path
-    """Safetensors file of the arrays that travelled."""
-    num_examples: int | None
-    """None if the site withholds it."""
-    num_loss_terms: int | None
-    """None if the site withholds it."""
-    measured: NDArray[np.bool_]
-    """Genes of the vocabulary that the site measures, shape (V,)."""
-
-    def read(self, name: str) -> Array:
-        """Read one array."""
-        return Spooled(self.path)[name]
 
 
 class Spooled(Mapping[str, Array]):
@@ -155,7 +136,7 @@ def _combine_one(
 
     def arrays() -> Iterator[Array]:
         for update in updates:
-            array = update.read(name)
+            array = update.arrays[name]
             yield incoming + array if rule.update == "delta" else array
 
     if rule.name == "median":

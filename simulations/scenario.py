@@ -128,6 +128,9 @@ class Run(Settings):
 
     workers: int = Field(default=2, ge=1)
     """Simulated sites that are trained at the same time."""
+    engine: Literal["local", "flower"] = "local"
+    """What carries the messages: processes of this machine, or Flower's own simulation
+    runtime, which needs Ray."""
 
 
 class Scenario(Settings):

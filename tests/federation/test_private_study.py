@@ -171,7 +171,7 @@ def test_sums_over_patients_are_refused(
                 keys.SERVER: ConfigRecord({keys.VERSION: version("fedgex")}),
             }
         )
-        grid.push_messages([Message(content, 100, kind)])
+        grid.pull_messages(grid.push_messages([Message(content, 100, kind)]))
         reply = grid.exchanges[-1].reply
         assert _keys(reply) == {"refusal": {"code"}}
         assert reply.config_records[keys.REFUSAL][keys.CODE] == "FX-SITE-002"

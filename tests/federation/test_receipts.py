@@ -121,7 +121,7 @@ def test_a_site_with_an_update_far_beyond_the_others_is_quarantined_by_name(
 
     def app(message: Message, context: Context) -> Message:
         reply = honest(message, context)
-        bad = context.node_config["partition-id"] == 1
+        bad = consortium.names[1] in str(context.node_config["site-toml"])
         if bad and keys.UPDATE in reply.content.array_records:
             arrays = to_arrays(reply.content.array_records[keys.UPDATE])
             far = {name: (1e4 * array).astype("f4") for name, array in arrays.items()}

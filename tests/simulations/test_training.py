@@ -1,10 +1,8 @@
-"""A federation in one process does what the sites and the server do."""
+"""A loop over patients in memory does what the sites and the server do."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,11 @@ import pytest
 
 from fedgex.client.local_training import train_round
 from fedgex.common import tasks
+from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.study import Study
-from fedgex.simulations import in_process
+from fedgex.simulations import training
 
 GENES = ("AAA1", "BBB2", "CCC3", "DDD4", "EEE5", "FFF6")
 
@@ -48,9 +47,9 @@ def cohort(
 SITES = {"north": cohort(1), "south": cohort(2, n=12)}
 
 
-def begun(of: Study) -> tuple[in_process.Start, dict[str, Patients]]:
-    genes = in_process.vocabulary(of, SITES, None)
-    start = in_process.start(of, genes, SITES, None)
+def begun(of: Study) -> tuple[Checkpoint, dict[str, Patients]]:
+    genes = training.vocabulary(of, SITES)
+    start = training.begin(of, genes, SITES)
     patients = {
         name: to_patients(each, genes, start.standardisation)
         for name, each in SITES.items()
@@ -76,7 +75,7 @@ def test_the_linear_start_has_the_pooled_mean_of_each_type_that_two_sites_tell()
     }
     of = study(cross_products=True, linear_rank=2, linear_types=["y", "z", "x"])
 
-    start = in_process.start(of, in_process.vocabulary(of, sites, None), sites, None)
+    start = training.begin(of, training.vocabulary(of, sites), sites)
 
     found = start.parameters["backbone.encoder.linear.means"]
     rows = {
@@ -96,7 +95,7 @@ def test_genes_are_those_of_enough_sites() -> None:
     sites = {"north": cohort(1), "south": cohort(2, genes=GENES[:4])}
     rule = {"min_share": 1.0}
 
-    found = in_process.vocabulary(study(vocabulary=rule), sites, None)
+    found = training.vocabulary(study(vocabulary=rule), sites)
 
     assert found.genes == GENES[:4]
 
@@ -104,7 +103,7 @@ def test_genes_are_those_of_enough_sites() -> None:
 def test_statistics_of_the_public_cohort_leave_out_the_genes_that_it_lacks() -> None:
     public = cohort(3, n=30, genes=GENES[1:])
 
-    found = in_process.vocabulary(study(public={"statistics": True}), SITES, public)
+    found = training.vocabulary(study(public={"statistics": True}), SITES, public)
 
     assert found.genes == GENES[1:]
 
@@ -112,7 +111,7 @@ def test_statistics_of_the_public_cohort_leave_out_the_genes_that_it_lacks() -> 
 def test_a_round_is_the_mean_of_the_sites_own_rounds(tmp_path: Path) -> None:
     start, patients = begun(study())
 
-    whole = in_process.federate(study(), start, patients)
+    trained = training.train(start, patients).parameters
 
     each = [
         train_round(
@@ -129,7 +128,7 @@ def test_a_round_is_the_mean_of_the_sites_own_rounds(tmp_path: Path) -> None:
     ]
     for name, first in each[0].items():
         mean = (first.astype(float) + each[1][name]) / 2
-        assert whole[name] == pytest.approx(mean, rel=1e-5, abs=1e-7), name
+        assert trained[name] == pytest.approx(mean, rel=1e-5, abs=1e-7), name
 
 
 def test_a_private_study_trains_in_secret_and_a_plain_one_repeats_itself() -> None:
@@ -139,40 +138,10 @@ def test_a_private_study_trains_in_secret_and_a_plain_one_repeats_itself() -> No
         update={"privacy": study().privacy.model_validate({"patient": patient})}
     )
 
-    plain = [in_process.federate(study(), start, patients) for _ in range(2)]
-    secret = [in_process.federate(private, start, patients) for _ in range(2)]
+    secretly = dataclasses.replace(start, study=private)
+    plain = [training.train(start, patients).parameters for _ in range(2)]
+    secret = [training.train(secretly, patients).parameters for _ in range(2)]
 
     bias = "backbone.decoder.bias.weight"
     assert (plain[0][bias] == plain[1][bias]).all()
     assert (secret[0][bias] != secret[1][bias]).all()
-
-
-WORK = """
-import os
-import time
-from fedgex.simulations import in_process
-
-def work(job):
-    print(os.getpid(), flush=True)
-    time.sleep(60)
-
-if __name__ == "__main__":
-    list(in_process.each_done(work, [1, 2], 2))
-"""
-
-
-def test_whoever_trains_ends_when_the_command_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "work.py"
-    script.write_text(WORK)
-    command = [sys.executable, str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        worker = Path("/proc") / parent.stdout.readline().strip()
-        assert worker.exists()
-
-        parent.kill()
-
-        until = time.monotonic() + 20
-        while worker.exists() and time.monotonic() < until:
-            time.sleep(0.1)
-    assert not worker.exists()

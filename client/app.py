@@ -24,13 +24,17 @@ from fedgex.client.ledger import LedgerError
 from fedgex.client.policy import Policy
 from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.settings import SiteSettings
-from fedgex.common import keys
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, DataError, MessageError
 from fedgex.common.files import disk_full
 from fedgex.common.messages.fields import Server
 from fedgex.common.messages.replies import Refusal, Reply
-from fedgex.common.messages.requests import StudyRequest, read_request
-from fedgex.common.study import Study
+from fedgex.common.messages.requests import (
+    SecureRequest,
+    StudyRequest,
+    TrainRequest,
+    read_request,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,6 @@ SITES_VARIABLE = "FEDGEX_SITES"
 """Environment variable that names the folder of simulated sites; a simulated node is
 the site at its partition's position in order of name. A hospital's node is configured
 with `site-toml` instead."""
-
-FAILED, REFUSED_STUDY = "FX-SITE-001", "FX-SITE-002"
-OUT_OF_MEMORY, NO_DEVICE, DISK_FULL = "FX-SITE-006", "FX-SITE-008", "FX-SITE-009"
 
 app = ClientApp()
 Handler = Callable[[Any, SiteSettings], Reply]
@@ -58,7 +59,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
             request = read_request(kind, message.content)
             assert isinstance(request, StudyRequest), "the gate answers all others"
             _refuse_other_version(request.server)
-            _refuse_unpermitted(request.study, settings.policy)
+            _refuse_unpermitted(request, settings.policy)
             torch.set_num_threads(settings.policy.threads)
             reply = handler(request, settings)
         except DataError as error:
@@ -67,7 +68,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
             reply = Refusal.of(code)
         except (ConfigError, MessageError) as error:
             logger.error("refused: %s", error)
-            reply = Refusal.of(REFUSED_STUDY)
+            reply = Refusal.of(Code.STUDY_REFUSED)
         except (LedgerError, ExchangeError) as error:
             logger.error("refused: %s", error)
             reply = Refusal.of(error.code)
@@ -116,27 +117,21 @@ def _refuse_other_version(server: Server | None) -> None:
         )
 
 
-def _refuse_unpermitted(study: Study, policy: Policy) -> None:
-    """Refuse a study that asks for what the hospital's policy never gives."""
-    if policy.demand_privacy and study.privacy.patient is None:
-        raise ConfigError(
-            "policy.toml demands differential privacy, and the study offers none; "
-            "decline the study, or set demand_privacy = false."
-        )
-    by = study.strategy.weights
-    if by in keys.WEIGHTED_BY and keys.NUM_PATIENTS not in policy.metrics:
-        raise ConfigError(
-            f'the study weights updates by "{by}", and metrics in policy.toml lacks '
-            '"num-patients"; add it, or ask for a study with other weights.'
-        )
+def _refuse_unpermitted(request: StudyRequest, policy: Policy) -> None:
+    """Refuse what the policy refuses of a study, and of the phase that is to train."""
+    in_round = isinstance(request, TrainRequest | SecureRequest)
+    phases = (request.round.phase,) if in_round else ()
+    if against := policy.objections(request.study, phases):
+        raise ConfigError(" ".join(against))
 
 
-def _failure(error: Exception) -> str:
+def _failure(error: Exception) -> Code:
     """Return the code of something unforeseen."""
     # On a CPU, torch tells of exhausted memory by the text alone.
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
-        return OUT_OF_MEMORY
+        return Code.OUT_OF_MEMORY
     if disk_full(error):
-        return DISK_FULL
-    return NO_DEVICE if isinstance(error, torch.AcceleratorError) else FAILED
+        return Code.DISK_FULL
+    lost = isinstance(error, torch.AcceleratorError)
+    return Code.DEVICE_LOST if lost else Code.FAILED

@@ -8,10 +8,7 @@ the server holds a signature over.
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,10 +18,14 @@ from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, keys, privacy
 from fedgex.common.chain import Chain, Head
+from fedgex.common.files import exclusive_lock
 from fedgex.common.messages.requests import TrainRequest
 
 CREATED, DEBITED = "ledger-created", "debited"
 """Events of the audit log; `ledger` holds the ledger's head."""
+
+LOCK = "ledger.lock"
+"""File that is locked while the ledger is made."""
 
 
 def charge(
@@ -84,7 +85,7 @@ def ready(state_dir: Path) -> Ledger:
     if (found := existing(state_dir)) is not None:
         return found
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone(state_dir):
+    with exclusive_lock(state_dir / LOCK):
         if (found := existing(state_dir)) is not None:  # made while we waited
             return found
         made = state_dir / FILE
@@ -138,14 +139,3 @@ def _not_without_log(state_dir: Path) -> None:
             "heard of it; expected both from one hospital and one time. Put the newest "
             f"{AUDIT} back, see docs/hospital-operation.md."
         )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from making the ledger at the same time."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -21,13 +21,14 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from fedgex.client import charging
-from fedgex.client.decisions import DIFFERS, UNTRUSTED, Desk, Refusal
+from fedgex.client.decisions import Desk, Refusal
 from fedgex.client.identity import Identity
 from fedgex.client.ledger import LedgerError
 from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
 from fedgex.common import bundle, chain, failpoints, keys, pki
 from fedgex.common.chain import Chain
+from fedgex.common.codes import Code
 from fedgex.common.contract import Contract
 from fedgex.common.errors import MessageError, TrustError, UpdateError
 from fedgex.common.files import disk_full, write_atomic
@@ -59,11 +60,6 @@ from fedgex.common.study import NAME_PATTERN
 logger = logging.getLogger(__name__)
 
 App = Callable[[Message, Context], Message]
-
-FAILED, PAUSED, CLOSED = "FX-SITE-001", "FX-SITE-004", "FX-SITE-005"
-DISK_FULL = "FX-SITE-009"
-UNKNOWN_RUN, ANSWERED, RESTORED = "FX-RUN-001", "FX-RUN-002", "FX-RUN-003"
-NOT_RELEASED = "FX-RUN-004"
 
 STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN, *keys.SECURE)
 """Answered once. `prepare` says what is so now, and may say it again."""
@@ -120,7 +116,7 @@ class Gate:
         try:
             request = read_request(kind, message.content)
         except MessageError as error:
-            raise Refusal(DIFFERS, str(error)) from error
+            raise Refusal(Code.OUTSIDE_CONTRACT, str(error)) from error
         run = _run(request)
         self._same_log(request.receipt)
         order = (
@@ -151,7 +147,7 @@ class Gate:
         try:
             stored = replies.find(question, request.digest) if kind in STORED else None
         except AnotherRequestError as error:
-            raise Refusal(ANSWERED, str(error)) from error
+            raise Refusal(Code.ANSWERED_ALREADY, str(error)) from error
         if stored is not None:
             self.audit.append("replayed", **about)
             self._end()  # of a process that died once it had stored the reply
@@ -178,7 +174,7 @@ class Gate:
         for line in chain.read(self.audit.path):
             if line["event"] == KEPT and about.items() <= line.items():
                 raise Refusal(
-                    ANSWERED,
+                    Code.ANSWERED_ALREADY,
                     f"the reply of {line['time'][:10]} to this is no longer there, and "
                     "it may have left; another one would spend privacy that was not "
                     "debited. Restore the folder replies/ if it was lost.",
@@ -206,7 +202,7 @@ class Gate:
         try:
             signed = Signed.from_json(request.contract.json_, "the contract sent")
         except TrustError as error:
-            raise Refusal(UNTRUSTED, str(error)) from error
+            raise Refusal(Code.UNTRUSTED, str(error)) from error
         received = desk.receive(signed)
         desk.admitted(received.hash)  # so what is sent now is an approval
         decision = self.state_dir / "decisions" / f"{received.hash}.json"
@@ -224,9 +220,11 @@ class Gate:
                 arrived.write_bytes(sent)
                 release = bundle.verify(arrived, self.identity.authority).release
         except (TrustError, UpdateError) as error:
-            raise Refusal(NOT_RELEASED, str(error)) from error
+            raise Refusal(Code.RELEASE_UNVERIFIED, str(error)) from error
         if (release.contract, release.run) != (run.contract, run.run):
-            raise Refusal(NOT_RELEASED, "the model sent is that of another run.")
+            raise Refusal(
+                Code.RELEASE_UNVERIFIED, "the model sent is that of another run."
+            )
         folder = self.state_dir / "models"
         folder.mkdir(exist_ok=True, mode=0o700)
         write_atomic(folder / name, sent, point="release")
@@ -238,7 +236,7 @@ class Gate:
         known = None if last is None else last.known
         if known is not None and not self.audit.contains(known):
             raise Refusal(
-                RESTORED,
+                Code.LOG_RESTORED,
                 f"the server holds our signature over line {known.index} of the log, "
                 "and our log does not have that line: it was cut, or restored from a "
                 "backup. Nothing is answered. See docs/hospital-operation.md.",
@@ -257,16 +255,16 @@ class Gate:
             ):
                 raise TrustError("the receipt sent bears no signature.")
         except TrustError as error:
-            raise Refusal(UNTRUSTED, str(error)) from error
+            raise Refusal(Code.UNTRUSTED, str(error)) from error
         if (receipt.contract, receipt.run) != (run.contract, run.run):
-            raise Refusal(DIFFERS, "the receipt sent is of another run.")
+            raise Refusal(Code.OUTSIDE_CONTRACT, "the receipt sent is of another run.")
         path = self.state_dir / "receipts" / run.run / f"{receipt.index:05d}.json"
         if path.exists():
             held = Signed.from_json(path.read_text(), path.name)
             if held.content == signed.content:
                 return
             raise Refusal(
-                UNTRUSTED,
+                Code.UNTRUSTED,
                 f"the coordinator signed two different receipts {receipt.index} of "
                 f"{run.run}: it told hospitals different things. Keep {path} and the "
                 "log.",
@@ -279,9 +277,11 @@ class Gate:
 
     def _open_now(self, settings: SiteSettings) -> None:
         if (self.state_dir / "paused").exists():
-            raise Refusal(PAUSED, "the operator paused this site.")
+            raise Refusal(Code.PAUSED, "the operator paused this site.")
         if not settings.policy.open_at(datetime.now()):
-            raise Refusal(CLOSED, f"policy.toml answers {settings.policy.hours} only.")
+            raise Refusal(
+                Code.OUTSIDE_HOURS, f"policy.toml answers {settings.policy.hours} only."
+            )
 
     def _logged(self, reply: RecordDict, about: dict[str, object]) -> RecordDict:
         """Write down that this goes out, and sign it with the log's head beside it."""
@@ -338,7 +338,9 @@ class Gate:
             deaths = int(str(before["deaths"])) + 1
         if deaths >= MAX_DEATHS:
             path.unlink()
-            raise Refusal(FAILED, f"the process died {deaths} times over this request.")
+            raise Refusal(
+                Code.FAILED, f"the process died {deaths} times over this request."
+            )
         now = {
             "request": request,
             "deaths": deaths,
@@ -351,9 +353,9 @@ class Gate:
         (self.state_dir / WORKING).unlink(missing_ok=True)
 
 
-def code(error: Exception) -> str:
+def code(error: Exception) -> Code:
     """Return the code of something unforeseen, which says nothing of its text."""
-    return DISK_FULL if disk_full(error) else FAILED
+    return Code.DISK_FULL if disk_full(error) else Code.FAILED
 
 
 def read_working(state_dir: Path) -> dict[str, object] | None:
@@ -368,7 +370,7 @@ def read_working(state_dir: Path) -> dict[str, object] | None:
     return found
 
 
-def stop_working(state_dir: Path, code: str) -> None:
+def stop_working(state_dir: Path, code: Code) -> None:
     """Have the present request refused with a code when it is asked again."""
     found = read_working(state_dir)
     if found is not None:
@@ -380,13 +382,13 @@ def _run(request: Envelope) -> Run:
     """Return the run of a request; only a contract may be of no run."""
     if request.run is None:
         raise Refusal(
-            UNKNOWN_RUN,
+            Code.UNKNOWN_RUN,
             "the message names no run and no contract; it does not come from "
             "fedgex-admin run launch.",
         )
     published = isinstance(request, ContractRequest) and not request.run.run
     if not published and not re.fullmatch(NAME_PATTERN, request.run.run):
-        raise Refusal(UNKNOWN_RUN, "the run's name cannot name a file.")
+        raise Refusal(Code.UNKNOWN_RUN, "the run's name cannot name a file.")
     return request.run
 
 
@@ -394,7 +396,9 @@ def _same(kind: str, request: StudyRequest, contract: Contract) -> None:
     """Refuse a request whose study, round or vocabulary is not the contract's."""
     study = contract.study
     if request.study.to_json() != study.to_json():
-        raise Refusal(DIFFERS, "the study of the message is not the contract's.")
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT, "the study of the message is not the contract's."
+        )
     if isinstance(request, TrainRequest | SecureRequest):
         order, training = request.round, study.phases.get(request.round.phase)
         planned = training is not None and order.number <= training.rounds
@@ -402,14 +406,18 @@ def _same(kind: str, request: StudyRequest, contract: Contract) -> None:
             planned = planned and request.attempt is None
         if not planned:
             place = f"{order.phase} {order.number}"
-            raise Refusal(DIFFERS, f"the contract has no {kind} {place}.")
+            raise Refusal(Code.OUTSIDE_CONTRACT, f"the contract has no {kind} {place}.")
     if isinstance(request, SharesRequest):
         strange = set(request.participants) - set(contract.sites)
         if strange:
-            raise Refusal(DIFFERS, f"the contract does not name {sorted(strange)}.")
+            raise Refusal(
+                Code.OUTSIDE_CONTRACT, f"the contract does not name {sorted(strange)}."
+            )
     genes = sorted(study.vocabulary.genes)
     if isinstance(request, StatisticsRequest) and genes != [*request.vocabulary.genes]:
-        raise Refusal(DIFFERS, "the genes of the message are not the contract's.")
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT, "the genes of the message are not the contract's."
+        )
 
 
 def _place(request: StudyRequest) -> str:

@@ -4,7 +4,7 @@ One file for each run, `secagg/RUN/exchange.json`, holds the present round's pri
 keys, the shares of others, and every list that the coordinator committed itself to;
 beside it lies the round's own update. Both are replaced when the next round's keys are
 made. With them a site answers the same when it is asked the same, after a restart too,
-and refuses, with FX-RUN-005,
+and refuses, with `Code.EXCHANGE_REFUSED`,
 
 - keys that their owners have not signed, and a list without its own keys unchanged,
 - fewer than three participants, or than the quorum,
@@ -36,6 +36,7 @@ from fedgex.client.secure_state import AttemptState
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common import secure_aggregation as protocol
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError, TrustError, UpdateError
 from fedgex.common.messages.fields import AdvertisedKeys, Commitment, Participant
 from fedgex.common.messages.replies import (
@@ -68,8 +69,6 @@ from fedgex.common.study import (
     Study,
 )
 
-UNFIT = "FX-RUN-005"
-
 Train = Callable[[TrainRequest, SiteSettings], TrainReply]
 Measured = Callable[[KeysRequest, SiteSettings], NDArray[np.bool_]]
 Request = SecureRequest | TrainRequest
@@ -78,7 +77,7 @@ Request = SecureRequest | TrainRequest
 class ExchangeError(FedgexError):
     """The coordinator asks for what secure aggregation never gives."""
 
-    code = UNFIT
+    code = Code.EXCHANGE_REFUSED
 
 
 def advertise(

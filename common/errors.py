@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Severity = Literal["error", "warning", "note"]
+"""`error` refuses the data, `warning` needs a look, `note` needs nothing."""
+
 
 class FedgexError(Exception):
     """Root of all errors raised on purpose."""
@@ -53,9 +56,8 @@ class Finding:
     """One thing that a check found in a hospital's data."""
 
     code: str
-    """Documented code such as `FX-DATA-012`; stable, listed in docs/findings.md."""
-    severity: Literal["error", "warning", "note"]
-    """`error` refuses the data, `warning` wants a look, `note` merely tells."""
+    """One of `codes.Code`; stable, listed in docs/findings.md."""
+    severity: Severity
     where: str
     """File and column or gene, never a patient."""
     found: str

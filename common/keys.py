@@ -79,7 +79,3 @@ SURVIVORS = "survivors"
 
 WEIGHTED_BY = {"patients": NUM_EXAMPLES, "loss-terms": NUM_LOSS_TERMS}
 """Metric by which updates are weighted, for each `strategy.weights` that needs one."""
-
-TEMPORARY = frozenset({"FX-SITE-004", "FX-SITE-005", "FX-SITE-009", "FX-STUDY-001"})
-"""Refusals that pass: paused, outside the policy's hours, no room on the disk, not
-approved yet."""

@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedgex.common import failpoints, keys
+from fedgex.common import codes, failpoints, keys
 from fedgex.common.errors import UpdateError
 from fedgex.common.messages.codec import boundary
 from fedgex.common.messages.fields import Server
@@ -65,7 +65,7 @@ def request_all(
     request: Request,
     *,
     deadline_s: float,
-    temporary: Collection[str] = keys.TEMPORARY,
+    temporary: Collection[str] = codes.TEMPORARY,
 ) -> Iterator[Answer]:
     """Ask all sites the same and yield each one's answer as it comes, each once.
 

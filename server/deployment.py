@@ -28,7 +28,7 @@ import numpy as np
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedgex.common import checkpoint, keys
+from fedgex.common import checkpoint, codes, keys
 from fedgex.common.contract import Contract
 from fedgex.common.errors import ConfigError, FederationError, TrustError, UpdateError
 from fedgex.common.files import write_atomic
@@ -256,7 +256,7 @@ class Deployment:
         self,
         channel: Channel,
         deadline_s: float,
-        temporary: Collection[str] = keys.TEMPORARY,
+        temporary: Collection[str] = codes.TEMPORARY,
     ) -> Outcomes:
         """Take the contract to every site that it names; return how each answered.
 
@@ -343,7 +343,7 @@ def deliver(grid: Grid, settings: ServerSettings) -> None:
         request,
         folder / f"{settings.run}.delivered.json",
         deadline_s=settings.start_deadline_s,
-        temporary=keys.TEMPORARY,
+        temporary=codes.TEMPORARY,
     )
 
 

@@ -11,7 +11,6 @@ study, site, phase and round.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import shutil
@@ -30,7 +29,7 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import CheckpointError, FederationError
 from fedgex.common.federation import Aggregate
-from fedgex.common.files import write_atomic
+from fedgex.common.files import exclusive_lock, write_atomic
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.memory import resident_mb
 from fedgex.common.messages.fields import Round
@@ -67,14 +66,8 @@ def conduct(grid: Grid, settings: ServerSettings, participants: Participants) ->
         If the settings, or the public cohort that the study wants, cannot be used.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
-    with (settings.run_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FederationError(
-                f"another process conducts the run in {settings.run_dir}; wait for it, "
-                "or stop it."
-            ) from error
+    busy = "another process conducts this run; wait for it, or stop it."
+    with exclusive_lock(settings.run_dir / "lock", busy, FederationError):
         journal = Journal(settings.run_dir / "journal.jsonl")
         channel = Channel(
             grid=grid,

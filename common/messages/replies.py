@@ -142,7 +142,7 @@ class Refusal(Reply):
     @classmethod
     def of(cls, code: str) -> Self:
         """Return the refusal of a code."""
-        return cls(refusal=RefusalCode(code=code))
+        return cls(refusal=RefusalCode(code=str(code)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from typer.testing import CliRunner, Result
 import fedgex.client.app
 from fedgex.client import charging, daemon
 from fedgex.client.cli import app as site_app
-from fedgex.client.decisions import objections
 from fedgex.client.ledger import FILE, KEY, BudgetError, Ledger, LedgerError
 from fedgex.client.policy import TEMPLATE, Policy
 from fedgex.client.settings import SiteSettings
@@ -267,8 +266,8 @@ def test_a_hospital_that_demands_privacy_takes_part_where_patients_have_it() -> 
 
     private, of_sites = (Contract.from_toml(each, "-") for each in (CONTRACT, text))
 
-    assert objections(private, demanding) == []
-    assert len(objections(of_sites, demanding)) == 1
+    assert demanding.objections(private.study) == []
+    assert len(demanding.objections(of_sites.study)) == 1
 
 
 def test_a_study_without_patient_privacy_needs_no_ledger(north: Hospital) -> None:

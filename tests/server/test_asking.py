@@ -15,7 +15,7 @@ from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgex.common import keys
+from fedgex.common import codes, keys
 from fedgex.common.messages.requests import Envelope
 from fedgex.common.records import to_record
 from fedgex.common.study import Study
@@ -221,7 +221,7 @@ def test_a_paused_site_is_asked_every_five_seconds_at_most_and_noted_once(
     assert len(events(path, "asked-again")) == 1
 
 
-@pytest.mark.parametrize("code", sorted(keys.TEMPORARY))
+@pytest.mark.parametrize("code", sorted(codes.TEMPORARY))
 def test_what_passes_and_does_not_within_the_deadline_is_the_sites_reason(
     clock: Clock, path: Path, code: str
 ) -> None:

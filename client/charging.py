@@ -8,14 +8,9 @@ the server holds a signature over.
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from flwr.app import Message
 
 from fedgex.client.identity import AUDIT
 from fedgex.client.ledger import FILE, Budget, Debit, Ledger, LedgerError
@@ -23,21 +18,18 @@ from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, keys, privacy
 from fedgex.common.chain import Chain, Head
-from fedgex.common.receipt import request_digest
-from fedgex.common.records import text
-from fedgex.common.study import Study
+from fedgex.common.files import exclusive_lock
+from fedgex.common.messages.requests import TrainRequest
 
 CREATED, DEBITED = "ledger-created", "debited"
 """Events of the audit log; `ledger` holds the ledger's head."""
 
+LOCK = "ledger.lock"
+"""File that is locked while the ledger is made."""
+
 
 def charge(
-    message: Message,
-    settings: SiteSettings,
-    study: Study,
-    phase: str,
-    number: int,
-    patients: Sequence[str],
+    request: TrainRequest, settings: SiteSettings, patients: Sequence[str]
 ) -> None:
     """Debit a round before anything of it is computed on patients.
 
@@ -55,21 +47,20 @@ def charge(
     LedgerError
         If the ledger cannot be used.
     """
+    study, order = request.study, request.round
     if study.privacy.patient is None:
         return
-    kind, content = message.metadata.message_type, message.content
-    record = content.config_records.get(keys.RUN)  # none in the simulator
     about = Debit(
-        contract="" if record is None else text(record, keys.CONTRACT_HASH),
-        run="" if record is None else text(record, keys.RUN_NAME),
-        type=kind,
-        phase=phase,
-        round=number,
-        request=request_digest(kind, content),
+        contract="" if request.run is None else request.run.contract,
+        run="" if request.run is None else request.run.run,  # none in the simulator
+        type=keys.TRAIN,
+        phase=order.phase,
+        round=order.number,
+        request=request.digest,
     )
     head = ready(settings.state_dir).debit(
         about,
-        privacy.invocations(study, phase, number),
+        privacy.invocations(study, order.phase, order.number),
         patients,
         budget=budget(settings.policy),
     )
@@ -94,7 +85,7 @@ def ready(state_dir: Path) -> Ledger:
     if (found := existing(state_dir)) is not None:
         return found
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone(state_dir):
+    with exclusive_lock(state_dir / LOCK):
         if (found := existing(state_dir)) is not None:  # made while we waited
             return found
         made = state_dir / FILE
@@ -148,14 +139,3 @@ def _not_without_log(state_dir: Path) -> None:
             "heard of it; expected both from one hospital and one time. Put the newest "
             f"{AUDIT} back, see docs/hospital-operation.md."
         )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from making the ledger at the same time."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

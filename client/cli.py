@@ -20,8 +20,8 @@ from fedgex.client import (
     study_cli,
 )
 from fedgex.client.settings import SiteSettings
-from fedgex.client.sources import Code
 from fedgex.client.validation import load_cohort
+from fedgex.common.codes import Code
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError, DataError, Finding
 from fedgex.common.scale import Scale
@@ -103,7 +103,7 @@ def _as_json(cohort: Cohort | None, findings: Sequence[Finding], floor: int) -> 
     patients: int | str | None = None
     if cohort is not None:
         patients = cohort.n_patients
-    elif any(finding.code == Code.TOO_FEW_PATIENTS.number for finding in findings):
+    elif any(finding.code == Code.TOO_FEW_PATIENTS for finding in findings):
         patients = f"fewer than {floor}"
     report = {
         "ok": cohort is not None,

@@ -7,7 +7,6 @@ is sent.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -26,17 +25,17 @@ from fedgex.client.gate import read_working, stop_working
 from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError
-from fedgex.common.files import explained, sign, write_atomic
+from fedgex.common.files import exclusive_lock, lock_holder, write_atomic
 from fedgex.common.processes import Child
 
 logger = logging.getLogger(__name__)
 
-TIME_LIMIT = "FX-SITE-007"
 LOOK_S = 0.5
 STATUS_S = 5.0
-LOCK_S = 1.0
-"""Longest wait for the daemon's lock, which `fedgex-site status` takes for a blink."""
+LOCK = "daemon.lock"
+"""File that is locked while a daemon serves; it holds the daemon's process number."""
 
 
 def run(site_toml: Path) -> None:
@@ -56,12 +55,11 @@ def run(site_toml: Path) -> None:
     site_toml = site_toml.resolve()
     settings = SiteSettings.load(site_toml)
     Identity.load(settings.state_dir)
-    path = settings.state_dir / "daemon.lock"
-    with explained(path):
-        lock = path.open("a+")
-    with lock:
-        _lock(lock.fileno(), settings.state_dir)
-        sign(lock, path)
+    busy = (
+        f"another daemon serves {settings.state_dir}; stop it with fedgex-site stop, "
+        "or use it."
+    )
+    with exclusive_lock(settings.state_dir / LOCK, busy):
         audit = settings.state_dir / "audit.jsonl"
         if audit.exists():
             chain.verify(audit)
@@ -73,19 +71,8 @@ def run(site_toml: Path) -> None:
 
 
 def daemon_pid(state_dir: Path) -> int | None:
-    """Return the process number of the running daemon, None if there is none.
-
-    A file that a dead daemon left behind does not count: its lock is gone.
-    """
-    path = state_dir / "daemon.lock"
-    if not path.exists():
-        return None
-    with path.open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(lock.read() or 0) or None
-    return None
+    """Return the process number of the running daemon, None if there is none."""
+    return lock_holder(state_dir / LOCK) or None
 
 
 class _Daemon:
@@ -153,7 +140,7 @@ class _Daemon:
             logger.warning("a message took more than %g s; it is stopped", limit)
             self.worker.stop(grace_s=0)
             with _going_on():
-                stop_working(self.settings.state_dir, TIME_LIMIT)
+                stop_working(self.settings.state_dir, Code.TIME_LIMIT)
 
     def _limit_s(self) -> float:
         """Return the policy's limit as it is now, or as it was if it cannot be read."""
@@ -184,22 +171,6 @@ def _going_on() -> Iterator[None]:
         yield
     except FedgexError as error:
         logger.error("%s", error)
-
-
-def _lock(lock: int, state_dir: Path) -> None:
-    end = time.monotonic() + LOCK_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() < end:
-                time.sleep(LOCK_S / 10)
-                continue
-            raise FedgexError(
-                f"another daemon serves {state_dir} (process {daemon_pid(state_dir)}); "
-                "stop it with fedgex-site stop, or use it."
-            ) from error
-        return
 
 
 def _free_port() -> int:

@@ -24,6 +24,7 @@ from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, pki
 from fedgex.common.chain import Chain
+from fedgex.common.codes import Code
 from fedgex.common.contract import Contract
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
 from fedgex.common.files import write_atomic
@@ -31,20 +32,6 @@ from fedgex.common.pki import Signed
 from fedgex.common.study import Settings
 
 logger = logging.getLogger(__name__)
-
-NOT_APPROVED = "FX-STUDY-001"
-"""No person has approved this contract yet; passes once one does."""
-REJECTED = "FX-STUDY-002"
-WITHDRAWN = "FX-STUDY-003"
-EXPIRED = "FX-STUDY-004"
-"""The contract or its approval."""
-UNTRUSTED = "FX-STUDY-005"
-"""The contract's signatures or text."""
-DIFFERS = "FX-STUDY-006"
-"""A message is not what the contract says."""
-VERSION = "FX-STUDY-007"
-"""The installed fedgex is outside the contract's window."""
-AGAINST_POLICY = "FX-STUDY-008"
 
 Verdict = Literal["approved", "rejected", "withdrawn"]
 """What a person can say of a contract."""
@@ -132,7 +119,7 @@ class Desk:
         Raises
         ------
         Refusal
-            FX-STUDY-005 if a signature does not hold, is missing, or is not an
+            `Code.UNTRUSTED` if a signature does not hold, is missing, or is not an
             administrator's, or if the text is no contract that names this hospital.
         """
         received = self._verify(signed, at=None)
@@ -169,19 +156,20 @@ class Desk:
         Raises
         ------
         Refusal
-            FX-STUDY-001 if there is none, FX-STUDY-005 if it was changed since.
+            `Code.NOT_APPROVED` if there is none, `Code.UNTRUSTED` if it was changed
+            since.
         """
         path = self._contracts / f"{hash}.json"
         if not HASH_PATTERN.fullmatch(hash) or not path.exists():
             raise Refusal(
-                NOT_APPROVED,
+                Code.NOT_APPROVED,
                 f"no contract with the hash {hash[:64]} was received here; expected "
                 "one of those that fedgex-site study list shows.",
             )
         at = self._received_at(hash)
         if at is None:
             raise Refusal(
-                UNTRUSTED,
+                Code.UNTRUSTED,
                 f"contracts/{path.name} lies here, but the audit log does not say that "
                 "it came from the consortium; remove the file, and find out who put "
                 "it there.",
@@ -189,10 +177,12 @@ class Desk:
         try:
             signed = Signed.from_json(path.read_text(encoding="utf-8"), path.name)
         except (TrustError, UnicodeDecodeError) as error:
-            raise Refusal(UNTRUSTED, f"{path.name} cannot be read: {error}") from error
+            raise Refusal(
+                Code.UNTRUSTED, f"{path.name} cannot be read: {error}"
+            ) from error
         if signed.hash != hash:
             raise Refusal(
-                UNTRUSTED,
+                Code.UNTRUSTED,
                 f"the text of contract {hash[:16]} was changed: it hashes to "
                 f"{signed.hash[:16]}. Find out who changed {path}; the server sends "
                 "the contract again.",
@@ -228,7 +218,7 @@ class Desk:
         received = self.contract(hash)
         before = self.decision(hash)
         if before is not None and before.decision == "withdrawn":
-            raise Refusal(WITHDRAWN, _withdrawn(before))
+            raise Refusal(Code.WITHDRAWN, _withdrawn(before))
         if decision == "approved":
             self._may_expire(received.contract, expires, now)
         elif (decision == "withdrawn") != (
@@ -249,8 +239,7 @@ class Desk:
         }
         made = Decision.read(values, "the decision")
         dumped = made.model_dump(mode="json")
-        content = json.dumps(dumped, sort_keys=True, separators=(",", ":"))
-        signed = Signed(content, ()).signed_by(
+        signed = Signed(made.to_json()).signed_by(
             self._identity.key, self._identity.certificate
         )
         self._audit.append(DECIDED, **dumped)
@@ -286,38 +275,38 @@ class Desk:
         Raises
         ------
         Refusal
-            With FX-STUDY-001 to 005, 007 or 008, and why.
+            With the code of what is missing, and why.
         """
         contract = self.contract(hash).contract
         decision = self.decision(hash)
         short = hash[:16]
         if decision is None:
             raise Refusal(
-                NOT_APPROVED,
+                Code.NOT_APPROVED,
                 f"nobody here has approved contract {short}; read it with fedgex-site "
                 "study show, then approve or reject it.",
             )
         if decision.decision == "withdrawn":
-            raise Refusal(WITHDRAWN, _withdrawn(decision))
+            raise Refusal(Code.WITHDRAWN, _withdrawn(decision))
         if decision.expires is None:
             raise Refusal(
-                REJECTED,
+                Code.REJECTED,
                 f"{decision.by} rejected contract {short} on "
                 f"{decision.at:%Y-%m-%d}: {decision.reason}",
             )
         now = datetime.now(UTC)
         if contract.expired(now):
-            raise Refusal(EXPIRED, _expired_contract(contract))
+            raise Refusal(Code.EXPIRED, _expired_contract(contract))
         if now.date() > decision.expires:
             raise Refusal(
-                EXPIRED,
+                Code.EXPIRED,
                 f"the approval of contract {short} ended on {decision.expires}; to go "
                 "on, approve it again.",
             )
         if not contract.supports(version("fedgex")):
-            raise Refusal(VERSION, _unsupported(contract))
-        if against := objections(contract, self._policy):
-            raise Refusal(AGAINST_POLICY, " ".join(against))
+            raise Refusal(Code.OUTSIDE_VERSIONS, _unsupported(contract))
+        if against := self._policy.objections(contract.study):
+            raise Refusal(Code.AGAINST_POLICY, " ".join(against))
         return contract
 
     def _verify(self, signed: Signed, at: datetime | None) -> Received:
@@ -332,10 +321,10 @@ class Desk:
                 )
             contract = Contract.read_signed(signed)
         except (TrustError, ConfigError) as error:
-            raise Refusal(UNTRUSTED, f"{name}: {error}") from error
+            raise Refusal(Code.UNTRUSTED, f"{name}: {error}") from error
         if self._identity.name not in contract.sites:
             raise Refusal(
-                UNTRUSTED,
+                Code.UNTRUSTED,
                 f"{name} is between {', '.join(contract.sites)}; expected "
                 f"{self._identity.name} among them. Ask the coordinator why it was "
                 "sent here.",
@@ -346,7 +335,7 @@ class Desk:
         self, contract: Contract, expires: date | None, now: datetime
     ) -> None:
         if contract.expired(now):
-            raise Refusal(EXPIRED, _expired_contract(contract))
+            raise Refusal(Code.EXPIRED, _expired_contract(contract))
         if expires is None or not now.date() <= expires <= contract.expires:
             raise ConfigError(
                 f"the approval would expire on {expires}; expected a day from "
@@ -370,7 +359,7 @@ class Desk:
         try:
             lines = chain.read(self._audit.path)
         except TrustError as error:
-            raise Refusal(UNTRUSTED, str(error)) from error
+            raise Refusal(Code.UNTRUSTED, str(error)) from error
         return [x for x in lines if x["event"] == event and x.get("contract") == hash]
 
     def _on_file(self, hash: str) -> Decision | None:
@@ -389,33 +378,6 @@ class Desk:
             logger.warning("decisions/%s is not this hospital's", path.name)
             return None
         return made
-
-
-def objections(contract: Contract, policy: Policy) -> list[str]:
-    """Return what the hospital's policy refuses of a contract, one sentence each.
-
-    The minimum cohort is not among them: of policy and study, the stricter counts.
-    """
-    study, found = contract.study, []
-    for task in study.phases:
-        if task not in policy.tasks:
-            found.append(
-                f"The study trains {task}; policy.toml permits "
-                f"{', '.join(policy.tasks) or 'no task'}."
-            )
-    if policy.demand_privacy and study.privacy.patient is None:
-        found.append(
-            "The study trains without differential privacy; policy.toml has "
-            "demand_privacy = true."
-        )
-    counted = study.strategy.weights in ("patients", "loss-terms")
-    if counted and "num-patients" not in policy.metrics:
-        found.append(
-            f'The study weights updates by "{study.strategy.weights}"; policy.toml '
-            "does not let num-patients leave. Weights that tell nothing are equal or "
-            "fixed in the contract."
-        )
-    return found
 
 
 def _expired_contract(contract: Contract) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedgex.client import state
 from fedgex.common import predictions, tasks
 from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.codes import Code
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import CheckpointError, ConfigError, DataError, Finding
 from fedgex.common.harmonise import Patients, to_patients
@@ -382,9 +383,7 @@ def review(
     n_genes = int(measured.any(axis=0).sum())
     n_empty = int((~measured.any(axis=1)).sum())
     if n_repeated:
-        finding = Finding(
-            code="FX-PREDICT-004",
-            severity="error",
+        finding = Code.GENE_COLUMNS_DIFFER.finding(
             where="genes",
             found=f"{n_repeated} columns repeat the name of another",
             expected="one column a gene",
@@ -392,9 +391,7 @@ def review(
         )
         return (finding,)
     if n_genes == 0:
-        finding = Finding(
-            code="FX-PREDICT-001",
-            severity="error",
+        finding = Code.NO_VOCABULARY_GENE.finding(
             where="genes",
             found=f"none of the vocabulary's {n_vocabulary} genes is measured",
             expected="HGNC symbols as in the study, or Ensembl ids and an HGNC table",
@@ -403,9 +400,7 @@ def review(
         return (finding,)
     findings = []
     if n_genes < FEW_GENES * n_vocabulary:
-        finding = Finding(
-            code="FX-PREDICT-002",
-            severity="warning",
+        finding = Code.FEW_VOCABULARY_GENES.finding(
             where="genes",
             found=f"{n_genes} of the vocabulary's {n_vocabulary} genes are measured",
             expected=f"{FEW_GENES:.0%} or more",
@@ -413,9 +408,7 @@ def review(
         )
         findings.append(finding)
     if n_empty:
-        finding = Finding(
-            code="FX-PREDICT-003",
-            severity="warning",
+        finding = Code.SAMPLES_WITHOUT_GENES.finding(
             where="samples",
             found=f"{n_empty} of {len(frame)} without any gene of the vocabulary, for "
             "which nothing is predicted",
@@ -425,9 +418,7 @@ def review(
         findings.append(finding)
     ratio = _foreign_scale(checkpoint, frame.loc[:, inside], scale)
     if ratio is not None:
-        finding = Finding(
-            code="FX-PREDICT-005",
-            severity="warning",
+        finding = Code.FOREIGN_SCALE.finding(
             where="values",
             found=f"the means of the genes are {ratio:.2f} times those that the model "
             "was trained on",
@@ -461,9 +452,8 @@ def review_clinical(study: Study, clinical: pd.DataFrame) -> tuple[Finding, ...]
     if "cancer_type" in clinical:
         known = clinical["cancer_type"].isin(types).to_numpy(dtype=bool)
     if not known.all():
-        finding = Finding(
-            code="FX-PREDICT-011" if known.any() else "FX-PREDICT-010",
-            severity="warning" if known.any() else "error",
+        some, none = Code.SOME_CANCER_TYPES_MISSING, Code.CANCER_TYPES_MISSING
+        finding = (some if known.any() else none).finding(
             where="cancer_type",
             found=f"{int((~known).sum())} of {len(clinical)} samples without a cancer "
             "type of the study, for which no risk is predicted",
@@ -476,9 +466,7 @@ def review_clinical(study: Study, clinical: pd.DataFrame) -> tuple[Finding, ...]
     for name in ("age", "sex"):
         lacking |= clinical[name].isna().to_numpy() if name in clinical else True
     if study.survival.clinical and lacking.any():
-        finding = Finding(
-            code="FX-PREDICT-012",
-            severity="warning",
+        finding = Code.COVARIATES_MISSING.finding(
             where="age and sex",
             found=f"{int(lacking.sum())} of {len(clinical)} samples without age or "
             "sex, taken as 60 years and female",

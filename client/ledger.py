@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import sqlite3
@@ -28,15 +27,15 @@ from pathlib import Path
 from typing import Self
 
 from fedgex.common import failpoints, privacy
+from fedgex.common.canonical import canonical_json
 from fedgex.common.chain import Head
+from fedgex.common.codes import Code
 from fedgex.common.errors import FedgexError
 from fedgex.common.files import explained, sync, write_atomic
 from fedgex.common.privacy import Invocation
 
 FILE, KEY = "ledger.sqlite", "ledger.key"
 """Names of the ledger and of its key, in the state directory."""
-
-DELTA_TOO_LARGE, EXCEEDED, UNUSABLE = "FX-PRIV-001", "FX-PRIV-002", "FX-PRIV-003"
 
 FORMAT = 1
 WAIT_S = 60.0
@@ -72,19 +71,19 @@ _COLUMNS = (
 class LedgerError(FedgexError):
     """The ledger is missing, unreadable, torn, changed or rolled back."""
 
-    code = UNUSABLE
+    code = Code.LEDGER_UNUSABLE
 
 
 class BudgetError(LedgerError):
     """The budget would be exceeded."""
 
-    code = EXCEEDED
+    code = Code.BUDGET_EXCEEDED
 
 
 class DeltaError(LedgerError):
     """The budget's delta could give a patient away whole."""
 
-    code = DELTA_TOO_LARGE
+    code = Code.DELTA_TOO_LARGE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -487,8 +486,8 @@ def _row(values: tuple[object, ...]) -> Row:
 
 
 def _hash(said: dict[str, str | int | float]) -> str:
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+    text = canonical_json(said, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _key_check(key: bytes) -> str:

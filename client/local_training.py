@@ -12,6 +12,7 @@ import torch
 
 from fedgex.client import state
 from fedgex.common import memory, privacy, tasks
+from fedgex.common.codes import Code
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.federation import RoundResult, round_update
 from fedgex.common.fitting import round_learning_rate
@@ -20,9 +21,6 @@ from fedgex.common.parameters import load_parameters
 from fedgex.common.phases import take_part, trained_parameters
 from fedgex.common.study import SURVIVAL, Study
 from fedgex.common.tasks import Modules, Parameters
-
-DELTA_TOO_LARGE = "FX-PRIV-001"
-"""The study's delta is not below one in so many as this hospital has patients."""
 
 
 def train_round(
@@ -96,14 +94,12 @@ def refuse_large_delta(study: Study, n_patients: int) -> None:
     Raises
     ------
     DataError
-        FX-PRIV-001, unless delta is below 1 / patients.
+        `Code.DELTA_TOO_LARGE`, unless delta is below 1 / patients.
     """
     rule = study.privacy.patient
     if rule is None or rule.delta * n_patients < 1:
         return
-    finding = Finding(
-        code=DELTA_TOO_LARGE,
-        severity="error",
+    finding = Code.DELTA_TOO_LARGE.finding(
         where="privacy.patient.delta",
         found=f"delta = {rule.delta:g}, and 1 / delta patients or more",
         expected="a delta below 1 / patients, or some patient may be given away whole",
@@ -164,9 +160,7 @@ def _unit_count(study: Study, phase: str, patients: Patients) -> int:
 
 
 def _too_few(phase: str, floor: int) -> Finding:
-    return Finding(
-        code="FX-SITE-003",
-        severity="error",
+    return Code.TOO_FEW_FOR_PHASE.finding(
         where=phase,
         found=f"fewer than {floor} patients (with the Cox loss: deaths) to learn from",
         expected=f"{floor} or more, with the cancer types and follow-up of the study",

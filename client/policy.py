@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedgex.common import keys
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Settings
+from fedgex.common.study import Settings, Study
 
 FILE = "policy.toml"
 """Name of the file, which lies beside site.toml."""
@@ -119,6 +120,37 @@ class Policy(Settings):
     def proposed(cls, **changes: Any) -> Self:
         """Return the policy that `fedgex-site init` writes, but for some keys."""
         return cls.model_validate(_proposal() | changes)
+
+    def objections(
+        self, study: Study, phases: Collection[str] | None = None
+    ) -> list[str]:
+        """Return what the policy refuses of a study, one sentence each.
+
+        The minimum cohort is not among them: of policy and study, the stricter counts.
+
+        Parameters
+        ----------
+        phases
+            Phases that are about to be trained; None: all that the study has.
+        """
+        found = [
+            f"The study trains {phase}; policy.toml permits {', '.join(self.tasks)}."
+            for phase in (study.phases if phases is None else phases)
+            if phase not in self.tasks
+        ]
+        if self.demand_privacy and study.privacy.patient is None:
+            found.append(
+                "The study trains without differential privacy; policy.toml has "
+                "demand_privacy = true."
+            )
+        weights = study.strategy.weights
+        if weights in keys.WEIGHTED_BY and keys.NUM_PATIENTS not in self.metrics:
+            found.append(
+                f'The study weights updates by "{weights}"; policy.toml does not let '
+                "num-patients leave. Weights that tell nothing are equal or fixed in "
+                "the contract."
+            )
+        return found
 
     def open_at(self, at: datetime) -> bool:
         """Return whether `at` is within the hours; without a time zone it is local."""

@@ -21,11 +21,11 @@ from cryptography import x509
 from fedgex.client import prediction_files
 from fedgex.client.prediction_files import FORMATS, Samples
 from fedgex.client.settings import DataSettings, SiteSettings
-from fedgex.client.sources import Code
 from fedgex.common import bundle, pki
 from fedgex.common import checkpoint as checkpoints
 from fedgex.common.bundle import Released
 from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.codes import Code
 from fedgex.common.errors import (
     ConfigError,
     DataError,
@@ -631,9 +631,9 @@ def _refusing() -> Iterator[None]:
     problems.tell()
 
 
-_ACTIONS = {
-    Code.FILE_MISSING.number: "Correct the path.",
-    Code.COLUMN_MISSING.number: "Name the column so, or give the site.toml that names "
+_ACTIONS: dict[str, str] = {
+    Code.FILE_MISSING: "Correct the path.",
+    Code.COLUMN_MISSING: "Name the column so, or give the site.toml that names "
     "it with --site.",
 }
 """What to do here about findings that otherwise lead into a site.toml."""

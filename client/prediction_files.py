@@ -23,6 +23,7 @@ from fedgex.client.policy import Policy
 from fedgex.client.settings import DataColumns, DataSettings, SiteSettings
 from fedgex.client.sources import RawCohort
 from fedgex.common import genes as gene_names
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, DataError, Finding
 from fedgex.common.genes import GeneTable
 from fedgex.common.scale import Scale
@@ -223,9 +224,7 @@ def _write_table(table: pd.DataFrame, path: Path, form: str | None) -> None:
 
 
 def _repeated(file: str, n: int) -> Finding:
-    return Finding(
-        code="FX-PREDICT-004",
-        severity="error",
+    return Code.GENE_COLUMNS_DIFFER.finding(
         where=file,
         found=f"{n} columns repeat the label of another and differ from it",
         expected="one column a gene",

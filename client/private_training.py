@@ -101,7 +101,7 @@ class RestorationLoss(nn.Module):
 class ClassificationLoss(nn.Module):
     """Each patient's cross-entropy, from a panel that the step's patients share.
 
-    Logits are shifted as in `training.classification_loss`, by shares that are known
+    Logits are shifted as in `phases.classification_loss`, by shares that are known
     with noise only.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from fedgex.client.study_cli import Form, Format, SiteToml, refusing, state_of
 from fedgex.common import chain, pki
 from fedgex.common.chain import Chain, Head
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.files import write_atomic
+from fedgex.common.files import lock_holder, write_atomic
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Part, Receipt
 from fedgex.common.study import NAME_PATTERN
@@ -391,14 +390,7 @@ def _contract(
 
 def is_running(state_dir: Path) -> bool:
     """Return whether a daemon holds its lock; a file that was left behind is none."""
-    try:
-        with (state_dir / "daemon.lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return lock_holder(state_dir / "daemon.lock") is not None
 
 
 def _json(path: Path, warnings: list[str]) -> Any:

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fedgex.client.decisions import Decision, Desk, Received, objections
+from fedgex.client.decisions import Decision, Desk, Received
 from fedgex.client.settings import SiteSettings
 from fedgex.client.spending import Account
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError
 
 study = typer.Typer(
@@ -96,7 +97,7 @@ def approve(
         desk = Desk.of(settings)
         full = _find(desk, hash)
         made = desk.decide(full, "approved", by=by, expires=expires.date())
-        against = objections(desk.contract(full).contract, settings.policy)
+        against = settings.policy.objections(desk.contract(full).contract.study)
     typer.echo(f"approved {full} until {made.expires} by {made.by}")
     for each in against:
         typer.echo(f"Warning: it will be refused all the same: {each}", err=True)
@@ -191,7 +192,7 @@ def _summary(desk: Desk, received: Received) -> dict[str, Any]:
 def _facts(desk: Desk, received: Received, settings: SiteSettings) -> dict[str, Any]:
     policy = settings.policy
     contract, decision = received.contract, desk.decision(received.hash)
-    refused = objections(contract, policy)
+    refused = policy.objections(contract.study)
     if not contract.supports(version("fedgex")):
         refused.append(
             f"The contract is for fedgex {contract.code_version}, and "
@@ -275,7 +276,10 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
             f"{cost['after']:.3g} after this study, {cost['budget']:g} permitted"
         )
         if cost["after"] > cost["budget"]:
-            yield "the budget ends this study early: FX-PRIV-002 from some round on"
+            yield (
+                f"the budget ends this study early: {Code.BUDGET_EXCEEDED} from some "
+                "round on"
+            )
     if site is not None:
         yield (
             "for this hospital as a whole, if the server is trusted to add noise "

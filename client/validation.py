@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from fedgex.client import sources
 from fedgex.client.settings import DataSettings, SiteSettings
-from fedgex.client.sources import Code, RawClinical, RawCohort
+from fedgex.client.sources import RawClinical, RawCohort
 from fedgex.common import genes as gene_names
 from fedgex.common import scale as scales
+from fedgex.common.codes import Code
 from fedgex.common.cohort import CLINICAL_COLUMNS, Cohort
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.genes import GeneTable

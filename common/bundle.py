@@ -91,11 +91,6 @@ class Release(Settings):
     coordinator: Digest
     """SHA-256 of the PEM of the certificate that this is signed under."""
 
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        values = self.model_dump(mode="json")
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
-
 
 class Consent(Settings):
     """What an administrator signs to release a model (an order of server/orders.py)."""

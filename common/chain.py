@@ -17,16 +17,15 @@ off by a crash; readers pass over it and the next writer cuts it away.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from fedgex.common import failpoints, files
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError
 
 RESERVED = frozenset({"n", "time", "event", "previous", "hash"})
@@ -60,8 +59,7 @@ class Chain:
             If the last line is no line of an audit log.
         """
         try:
-            with FileIO(self.path) as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
+            with files.shared_lock(self.path) as file:
                 last, _ = files.last_line(file)
         except FileNotFoundError:
             return EMPTY
@@ -158,8 +156,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> list[bytes]:
     """Return the finished lines, each with its newline; none if there is no file."""
     try:
-        with FileIO(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
+        with files.shared_lock(path) as file:
             content = file.readall()
     except FileNotFoundError:
         return []
@@ -201,8 +198,7 @@ def _broken(where: str, why: str) -> TrustError:
 
 
 def _canonical(content: Any) -> bytes:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii")
+    return canonical_json(content, allow_nan=False).encode()
 
 
 def _hash(entry: dict[str, Any]) -> str:

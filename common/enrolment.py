@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Literal
 
 from pydantic import Field
@@ -18,11 +17,6 @@ class EnrolmentRequest(Settings):
     name: str = Field(pattern=NAME_PATTERN)
     certificate_request: str
     """PEM; its key signs, see `pki`."""
-
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        values = self.model_dump(mode="json")
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @property
     def fingerprint(self) -> str:

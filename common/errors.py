@@ -4,6 +4,7 @@
     ├── ConfigError       a setting, study or scenario cannot be used
     ├── DataError         a hospital's file cannot be used; carries all its findings
     ├── UpdateError       an update from a site cannot be aggregated
+    │   └── MessageError  a message holds what it may not, or lacks what it must
     ├── CheckpointError   a checkpoint is missing, torn, or belongs to something else
     ├── FederationError   a round could not be completed
     └── TrustError        a key, certificate, signature or chain cannot be trusted
@@ -18,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Severity = Literal["error", "warning", "note"]
+"""`error` refuses the data, `warning` needs a look, `note` needs nothing."""
+
 
 class FedgexError(Exception):
     """Root of all errors raised on purpose."""
@@ -29,6 +33,10 @@ class ConfigError(FedgexError):
 
 class UpdateError(FedgexError):
     """An update from a site cannot be aggregated."""
+
+
+class MessageError(UpdateError):
+    """A message holds what it may not, or lacks what it must."""
 
 
 class CheckpointError(FedgexError):
@@ -48,9 +56,8 @@ class Finding:
     """One thing that a check found in a hospital's data."""
 
     code: str
-    """Documented code such as `FX-DATA-012`; stable, listed in docs/findings.md."""
-    severity: Literal["error", "warning", "note"]
-    """`error` refuses the data, `warning` wants a look, `note` merely tells."""
+    """One of `codes.Code`; stable, listed in docs/findings.md."""
+    severity: Severity
     where: str
     """File and column or gene, never a patient."""
     found: str

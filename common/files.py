@@ -1,8 +1,8 @@
-"""Files that last: replaced as a whole or not at all, and grown by whole lines.
+"""Durable files, written atomically or line by line, and locks between processes.
 
-Whatever these functions wrote is on the disk when they return. If a write fails, by a
-full or read-only disk for instance, nothing half-written stands under the final name,
-the error says what to do, and the same call may be made again.
+What these functions wrote is on the disk when they return. If a write fails, by a full
+or read-only disk for instance, nothing half-written stands under the final name, the
+error says what to do, and the same call may be made again.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from fedgex.common import failpoints
 from fedgex.common.errors import ConfigError, FedgexError
@@ -27,6 +28,8 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 """Errors of a disk that a person can mend while everything goes on."""
 BLOCK = 4096
 """Bytes that are read at a time when the last line of a file is looked for."""
+LOCK_WAIT_S = 1.0
+"""Longest wait for a lock that `lock_holder` may hold for a moment, seconds."""
 
 
 def write_atomic(
@@ -140,17 +143,68 @@ def explained(path: Path, error: type[FedgexError] = FedgexError) -> Iterator[No
         ) from cause
 
 
-def sign(lock: TextIO, path: Path) -> None:
-    """Write this process's number into a lock file that it holds, open for appending.
+@contextmanager
+def exclusive_lock(
+    path: Path, busy: str | None = None, error: type[FedgexError] = FedgexError
+) -> Iterator[None]:
+    """Hold a lock file, made if need be and never removed, against other processes.
+
+    Parameters
+    ----------
+    busy
+        What it means that another process holds the lock, and what to do about it; the
+        file then holds the number of the process. None: wait until the lock is free.
 
     Raises
     ------
     FedgexError
-        If it cannot be written.
+        An `error` if another process holds the lock and `busy` is given; if the file
+        cannot be written.
     """
-    with explained(path):  # past the buffer, which would fail once more when closed
-        os.truncate(lock.fileno(), 0)
-        os.write(lock.fileno(), str(os.getpid()).encode())
+    with explained(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with FileIO(handle, "r+") as file:
+        if busy is None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        elif not _locked_soon(file):
+            number = file.read().decode() or "unknown"
+            raise error(f"{path} is locked by process {number}: {busy}")
+        else:
+            with explained(path):
+                file.truncate(0)
+                _write(file, str(os.getpid()).encode())
+        yield
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the number of the process that holds a lock file; None if none does.
+
+    It is 0 as long as the process has not written it. A file that a dead process left
+    is not locked.
+    """
+    try:
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read() or 0)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+@contextmanager
+def shared_lock(path: Path) -> Iterator[FileIO]:
+    """Open a file for reading, and keep others from appending to it meanwhile.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no file.
+    """
+    with FileIO(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield file
 
 
 def disk_full(error: BaseException) -> bool:
@@ -196,6 +250,20 @@ def _locked(path: Path, mode: int) -> Iterator[FileIO]:
             if _is_at(file, path):  # else another process renamed it as we waited
                 yield file
                 return
+
+
+def _locked_soon(file: FileIO) -> bool:
+    """Lock a file exclusively if it becomes free within LOCK_WAIT_S."""
+    end = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(LOCK_WAIT_S / 10)
+        else:
+            return True
 
 
 def _is_at(file: FileIO, path: Path) -> bool:

@@ -41,19 +41,9 @@ class RestorationScore:
         return float(np.median(_judged(self.gene_pearson)))
 
     @property
-    def mean_pearson(self) -> float:
-        """Mean over the genes judged; NaN without any."""
-        return float(np.mean(_judged(self.gene_pearson)))
-
-    @property
     def median_spearman(self) -> float:
         """Median over the genes judged; NaN without any."""
         return float(np.median(_judged(self.gene_spearman)))
-
-    @property
-    def mean_spearman(self) -> float:
-        """Mean over the genes judged; NaN without any."""
-        return float(np.mean(_judged(self.gene_spearman)))
 
     @property
     def n_genes_judged(self) -> int:

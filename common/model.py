@@ -57,13 +57,6 @@ class ModelConfig:
                 "expected a width that the number of heads divides."
             )
 
-    @property
-    def embedding_width(self) -> int:
-        """Length of a patient's vector: D, or D + R + K with a linear start."""
-        if not self.linear_rank:
-            return self.width
-        return self.width + self.linear_rank + self.linear_components
-
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"width": 64, "n_latents": 32, "n_blocks": 2, "n_heads": 4},

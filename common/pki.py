@@ -15,7 +15,6 @@ import base64
 import dataclasses
 import hashlib
 import ipaddress
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError
 from fedgex.common.files import write_atomic
 
@@ -391,8 +391,7 @@ class Signed:
 
     def to_json(self) -> str:
         """Return the canonical form: sorted keys, no spaces."""
-        values = dataclasses.asdict(self)
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+        return canonical_json(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Self:

@@ -37,10 +37,6 @@ Patients = Annotated[int, Field(ge=0)] | Literal["suppressed"]
 class _Canonical(Settings):
     """Base of what is signed: one text for one content."""
 
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        return _canonical(self.model_dump(mode="json"))
-
     @classmethod
     def from_json(cls, text: str, source: str) -> Self:
         """Read the canonical form; signatures over it are not verified.
@@ -310,7 +306,3 @@ def _compare(what: str, found: Part | Receipt, expected: dict[str, Any]) -> None
             f"{what} was changed, or does not belong here: {'; '.join(wrong)}. Fetch "
             "the run's receipts again, and compare them with those of a hospital."
         )
-
-
-def _canonical(values: Any) -> str:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from fedgex.common.arrays import Arrays
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import UpdateError
 
 PACKED = "safetensors"
@@ -88,20 +89,6 @@ def floats(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def text(record: ConfigRecord, key: str) -> str:
-    """Return a string from a record.
-
-    Raises
-    ------
-    UpdateError
-        If it is missing or no string.
-    """
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise UpdateError(f'the record\'s "{key}" is {type(value).__name__}, not text')
-    return value
-
-
 def digest(content: RecordDict, *, without: Collection[str] = ()) -> str:
     """Return the SHA-256 of what a message holds, as hex.
 
@@ -131,7 +118,7 @@ def digest(content: RecordDict, *, without: Collection[str] = ()) -> str:
                 add(json.dumps(described).encode())
                 add(array.data)
         else:
-            add(_canonical(dict(record)))
+            add(canonical_json(dict(record)).encode())
     return hashed.hexdigest()
 
 
@@ -142,13 +129,3 @@ def _name(number: int) -> str:
 
 def _piece(content: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(content),), stype=PACKED, data=content)
-
-
-def _canonical(values: Mapping[str, object]) -> bytes:
-    """Return sorted JSON; bytes become an object, which no record can hold itself."""
-    return json.dumps(
-        values,
-        sort_keys=True,
-        separators=(",", ":"),
-        default=lambda value: {"bytes": value.hex()},
-    ).encode()

@@ -48,6 +48,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError, UpdateError
 from fedgex.common.model import PER_GENE
 from fedgex.common.study import FEWEST_SUMMED, StrategyRule
@@ -165,8 +166,7 @@ class Group:
                 for name, keys in self.keys.items()
             },
         }
-        text = json.dumps(told, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).digest()
+        return hashlib.sha256(canonical_json(told).encode()).digest()
 
     def place(self, name: str) -> int:
         """Return the point at which a participant's shares are evaluated, from 1."""

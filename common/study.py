@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import ConfigError
 from fedgex.common.scale import Scale
 from fedgex.common.statistics import OTHERS
@@ -57,6 +58,10 @@ class Settings(BaseModel):
                 for e in error.errors()
             ]
             raise ConfigError("\n".join(lines)) from error
+
+    def to_json(self) -> str:
+        """Return the canonical form, which is hashed and signed."""
+        return canonical_json(self.model_dump(mode="json"))
 
 
 class VocabularyRule(Settings):
@@ -462,11 +467,6 @@ class Study(Settings):
                     "privacy.site: the pooled statistics would stand in the model "
                     "without noise; set public.statistics = true"
                 )
-
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        values = self.model_dump(mode="json")
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @property
     def phases(self) -> dict[str, LocalTraining]:

@@ -6,6 +6,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgex.server import deployment
+from fedgex.server.journal import Journal
+from fedgex.server.participants import Simulated
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 
@@ -18,8 +20,20 @@ def main(grid: Grid, context: Context) -> None:
     named = context.run_config.get("settings")
     settings = ServerSettings.load(Path(str(named)) if named else None)
     jobs = {
-        "conduct": conduct,
+        "conduct": _conduct,
         "publish": deployment.publish,
         "deliver": deployment.deliver,
     }
     jobs[settings.job](grid, settings)
+
+
+def _conduct(grid: Grid, settings: ServerSettings) -> None:
+    """Conduct a run between the hospitals of a contract, or a simulation."""
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    with Journal(settings.run_dir / "journal.jsonl").failures():
+        participants = (
+            Simulated(study=settings.read_study(), n_sites=settings.n_sites)
+            if settings.state_dir is None
+            else deployment.Deployment.load(settings)
+        )
+    conduct(grid, settings, participants)

@@ -16,12 +16,11 @@ Each change is noted in the audit log before it is made.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import socket
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +36,7 @@ from fedgex.common import files, pki
 from fedgex.common.chain import Chain
 from fedgex.common.enrolment import EnrolmentRequest, SiteRequest
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.files import explained, write_atomic
+from fedgex.common.files import exclusive_lock, explained, write_atomic
 from fedgex.common.study import NAME_PATTERN, Settings
 from fedgex.server import annotated_toml
 
@@ -683,12 +682,9 @@ class Consortium:
             self.folder / "revoked.json", json.dumps({"certificates": every}, indent=1)
         )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Keep other commands from changing the state at the same time."""
-        with (self.folder / "registry.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return exclusive_lock(self.folder / "registry.lock")
 
 
 def new_administrator(name: str, folder: Path) -> tuple[Path, AdministratorRequest]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import f1_score
 from torch import Tensor
 
 from fedgex.common import masking, predictions, tasks
@@ -170,12 +171,8 @@ def class_scores(
     target: NDArray[np.generic], predicted: NDArray[np.generic]
 ) -> tuple[float, float]:
     """Return accuracy, and F1 averaged over the classes that occur in the target."""
-    f1 = []
-    for name in np.unique(target):
-        hit = int(((predicted == name) & (target == name)).sum())
-        said, true = int((predicted == name).sum()), int((target == name).sum())
-        f1.append(2 * hit / (said + true))
-    return float((target == predicted).mean()), float(np.mean(f1))
+    f1 = f1_score(target, predicted, average="macro", labels=np.unique(target))
+    return float((target == predicted).mean()), float(f1)
 
 
 def predict_risk(

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fedgex.common import federation
 from fedgex.common.cohort import Cohort, load_cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Study
 
 FOLDER = "public"
 """Folder of the consortium's state directory with the public cohort."""
-MIN_PATIENTS = 30
-"""With fewer, a mean and a standard deviation say little."""
 
 
 def is_wanted(study: Study) -> bool:
@@ -54,10 +53,11 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
     if not is_wanted(study) or folder is None:
         return None
     cohort = load_cohort(folder)
-    if cohort.n_patients < MIN_PATIENTS:
+    least = federation.MIN_PUBLIC_PATIENTS
+    if cohort.n_patients < least:
         raise ConfigError(
             f"the public cohort in {folder} has {cohort.n_patients} patients; expected "
-            f"{MIN_PATIENTS} or more. Put a larger one there, or leave study.public "
+            f"{least} or more. Put a larger one there, or leave study.public "
             "out."
         )
     return cohort
@@ -72,5 +72,7 @@ def well_known(cohort: Cohort, min_share: float) -> frozenset[str]:
         Least share of the samples, as the study's `vocabulary.min_patient_share`.
     """
     counts = (~np.isnan(cohort.expression)).sum(axis=0)
-    enough = counts >= max(MIN_PATIENTS, min_share * len(cohort.patients))
+    enough = counts >= max(
+        federation.MIN_PUBLIC_PATIENTS, min_share * len(cohort.patients)
+    )
     return frozenset(g for g, k in zip(cohort.genes, enough, strict=True) if k)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgex.common import fitting, phases, tasks
+from fedgex.common import federation, fitting, phases, tasks
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients, to_patients
@@ -26,7 +26,6 @@ from fedgex.common.statistics import (
 from fedgex.common.study import PRETRAINING, Study
 from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.server import public as cohorts
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +43,15 @@ def standardisation(cohort: Cohort, vocabulary: Vocabulary) -> Standardisation:
     """
     raw = Standardisation(mean=np.zeros(len(vocabulary)), sd=np.ones(len(vocabulary)))
     moments = GeneMoments.of(to_patients(cohort, vocabulary, raw).values.numpy())
-    known = moments.count >= cohorts.MIN_PATIENTS
+    known = moments.count >= federation.MIN_PUBLIC_PATIENTS
     lacking = [g for g, k in zip(vocabulary.genes, known, strict=True) if not k]
     if lacking:
         others = f" and {len(lacking) - NAMED} others" if len(lacking) > NAMED else ""
         raise ConfigError(
-            f"the public cohort has fewer than {cohorts.MIN_PATIENTS} patients with a "
-            f"value of {len(lacking)} of the study's {len(vocabulary)} genes "
-            f"({', '.join(lacking[:NAMED])}{others}); expected every gene. Leave these "
+            f"the public cohort has fewer than {federation.MIN_PUBLIC_PATIENTS} "
+            f"patients with a value of {len(lacking)} of the study's {len(vocabulary)} "
+            f"genes ({', '.join(lacking[:NAMED])}{others}); expected every gene. Leave "
+            "these "
             "genes out of the study, or take another public cohort."
         )
     return Standardisation(mean=moments.mean, sd=moments.sd)
@@ -63,7 +63,7 @@ def cross_products(
     """Return the cross-products of the study's types, see `statistics.by_type`."""
     patients = to_patients(cohort, vocabulary, scale)
     values, types = patients.values.numpy(), patients.cancer_type
-    return by_type(values, types, study.linear_types, cohorts.MIN_PATIENTS)
+    return by_type(values, types, study.linear_types, federation.MIN_PUBLIC_PATIENTS)
 
 
 def begin(
@@ -107,7 +107,7 @@ def fit_phase(
     local = phase != PRETRAINING and f"{phase}.head" not in tasks.travelling(
         study, phase
     )
-    if local or len(patients) < cohorts.MIN_PATIENTS:
+    if local or len(patients) < federation.MIN_PUBLIC_PATIENTS:
         return dict(whole)
     modules = tasks.load(study, patients.values.shape[1], phase, whole)
     for module in modules.values():

@@ -7,7 +7,6 @@ started again, and goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedgex.common import chain, checkpoint, runtime
 from fedgex.common.errors import FedgexError
-from fedgex.common.files import explained, sign, write_atomic
+from fedgex.common.files import exclusive_lock, write_atomic
 from fedgex.common.processes import Child
 from fedgex.server import (
     flower,
@@ -92,17 +91,8 @@ def serve(folder: Path) -> None:
         If another server serves it.
     """
     consortium = Consortium(folder.resolve())
-    path = consortium.folder / "lock"
-    with explained(path):
-        lock = path.open("a+")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FedgexError(
-                f"another server serves {folder}; stop it, or use it."
-            ) from error
-        sign(lock, path)
+    busy = f"another server serves {folder}; stop it, or use it."
+    with exclusive_lock(consortium.folder / "lock", busy):
         chain.verify(consortium.folder / "audit.jsonl")
         consortium.audit.append("server-started", pid=os.getpid())
         monitoring.serve(consortium)

@@ -219,5 +219,16 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml")))
 
 
+def shortened(study: Study, rounds: int | None) -> Study:
+    """Return the study with at most so many rounds a phase; None: as many as it has."""
+    if rounds is None:
+        return study
+    fewer = {
+        phase: settings.model_copy(update={"rounds": min(settings.rounds, rounds)})
+        for phase, settings in study.phases.items()
+    }
+    return study.model_copy(update=fewer)
+
+
 def _folder() -> Traversable:
     return resources.files("fedgex.simulations") / "scenarios"

@@ -33,6 +33,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.client.validation import load_cohort
 from fedgex.common import predictions, statistics, tasks
 from fedgex.common import scale as scales
+from fedgex.common.codes import Code
 from fedgex.common.cohort import Cohort, read_parquet
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.harmonise import Patients
@@ -71,6 +72,19 @@ Judged = Mapping[str, Floats]
 error over hidden cells, and how many these are), `hit/P` (1 if the type was told, NaN
 if the study does not know it), `risk`."""
 
+ABOUT_NUMBERS = frozenset(
+    {
+        Code.NOT_A_NUMBER,
+        Code.INFINITE,
+        Code.NEGATIVE_EXPRESSION,
+        Code.SCALE_IMPOSSIBLE,
+        Code.SCALE_FAINT,
+        Code.SCALE_NOT_CONVERTIBLE,
+        Code.LIBRARY_SIZE_UNUSABLE,
+        Code.COUNTS_PER_MILLION,
+    }
+)
+"""Findings about the numbers in an expression file: their kind and their scale."""
 RESTORED = Evaluation(rates=(0.5, 0.9), panels=(100,))
 DROPPED_OUT = Evaluation(rates=(0.5,), panels=())
 """Low expression: there the network adds to the linear start in every study."""
@@ -959,8 +973,7 @@ def at_the_door(
 
 
 def _on_scale(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings that tell of numbers: their kind, floor, scale."""
-    return [each for each in findings if each.code.startswith("FX-DATA-03")]
+    return [each for each in findings if each.code in ABOUT_NUMBERS]
 
 
 def _verdict(cohort: Cohort | None, findings: Sequence[Finding]) -> str:

@@ -64,7 +64,7 @@ def test_a_second_daemon_is_refused_and_told_whom_to_stop(site_toml: Path) -> No
 
     with (
         held(state_dir, WORKER),
-        pytest.raises(FedgexError, match=rf"\(process {WORKER}\).*fedgex-site stop"),
+        pytest.raises(FedgexError, match=rf"process {WORKER}: .*fedgex-site stop"),
     ):
         daemon.run(site_toml)
 

@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 
 from fedgex.client import decisions
-from fedgex.client.decisions import Desk, Refusal, objections
+from fedgex.client.decisions import Desk, Refusal
 from fedgex.client.identity import Identity
 from fedgex.client.policy import Policy
 from fedgex.common import chain, pki
@@ -631,7 +631,7 @@ def test_no_approval_overrides_the_policy(
 def test_all_that_the_policy_refuses_is_told_at_once(signed: Signed) -> None:
     policy = Policy.proposed(tasks=["survival"], demand_privacy=True, metrics=[])
 
-    assert len(objections(Contract.read_signed(signed), policy)) == 3
+    assert len(policy.objections(Contract.read_signed(signed).study)) == 3
 
 
 def test_weights_of_the_contract_need_no_number_of_patients(

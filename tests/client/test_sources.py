@@ -13,7 +13,8 @@ from scipy import sparse
 
 from fedgex.client.policy import Policy
 from fedgex.client.settings import DataColumns, DataSettings, SiteSettings
-from fedgex.client.sources import Code, RawCohort, read
+from fedgex.client.sources import RawCohort, read
+from fedgex.common.codes import Code
 from fedgex.common.errors import DataError
 from fedgex.common.scale import Scale
 
@@ -64,7 +65,7 @@ def test_opt_outs_that_cannot_be_read_refuse_everything(
 
     codes = refused(site(expression=tmp_path / "e.csv", opt_outs=path))
 
-    assert codes == [code.number]
+    assert codes == [code]
 
 
 def refused(settings: SiteSettings) -> list[str]:
@@ -227,7 +228,7 @@ def test_a_file_that_cannot_be_used_is_one_finding(
     path = tmp_path / name
     path.write_bytes(content)
 
-    assert refused(site(expression=path)) == [code.number]
+    assert refused(site(expression=path)) == [code]
 
 
 def test_all_files_are_reported_at_once(tmp_path: Path) -> None:
@@ -239,9 +240,9 @@ def test_all_files_are_reported_at_once(tmp_path: Path) -> None:
     )
 
     assert refused(settings) == [
-        Code.FILE_MISSING.number,
-        Code.FILE_MISSING.number,
-        Code.GENE_TABLE_UNUSABLE.number,
+        Code.FILE_MISSING,
+        Code.FILE_MISSING,
+        Code.GENE_TABLE_UNUSABLE,
     ]
 
 

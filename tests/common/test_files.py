@@ -1,6 +1,7 @@
 """Files are replaced whole or not at all, grow by whole lines, and say what failed."""
 
 import errno
+import fcntl
 import itertools
 import logging
 import os
@@ -8,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,16 +172,89 @@ def test_a_disk_without_room_is_told_from_other_failures_through_every_cause(tmp
     assert not files.disk_full(RuntimeError("No space left on device"))
 
 
-def test_a_lock_file_is_signed_anew_or_the_error_says_why_not(tmp_path):
+def test_a_lock_names_the_process_that_holds_it(tmp_path):
     path = tmp_path / "lock"
-    path.write_text("123456789")
+    path.write_text("123456789")  # a dead process left it
 
-    with path.open("a+") as lock:
-        files.sign(lock, path)
-    assert path.read_text() == str(os.getpid())
+    assert files.lock_holder(path) is None
+    with files.exclusive_lock(path, "another one serves."):
+        assert path.read_text() == str(os.getpid())
+        assert files.lock_holder(path) == os.getpid()
+    assert files.lock_holder(path) is None
+    assert files.lock_holder(tmp_path / "absent") is None
 
-    with Path("/dev/full").open("a+") as lock, pytest.raises(FedgexError):
-        files.sign(lock, path)
+
+def test_a_lock_that_is_held_is_refused_with_its_holder_and_what_to_do(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "LOCK_WAIT_S", 0.01)
+    path = tmp_path / "lock"
+
+    with (
+        files.exclusive_lock(path, "another one serves; stop it."),
+        pytest.raises(
+            CheckpointError,
+            match=rf"lock is locked by process {os.getpid()}: another one .*; stop it",
+        ),
+        files.exclusive_lock(path, "another one serves; stop it.", CheckpointError),
+    ):
+        pass
+
+
+def test_a_lock_of_which_a_look_was_taken_is_waited_for(tmp_path):
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        release = threading.Timer(0.2, fcntl.flock, (look, fcntl.LOCK_UN))
+        release.start()
+        with files.exclusive_lock(path, "another one serves."):
+            assert path.read_text() == str(os.getpid())
+        release.join()
+
+
+def test_a_lock_without_words_is_waited_for_and_holds_no_number(tmp_path):
+    path, order = tmp_path / "lock", []
+
+    def other():
+        with files.exclusive_lock(path):
+            order.append("other")
+
+    with files.exclusive_lock(path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.1)
+        order.append("first")
+    thread.join()
+
+    assert order == ["first", "other"]
+    assert path.read_text() == ""
+
+
+def test_a_lock_that_cannot_be_written_says_why(tmp_path):
+    with (
+        pytest.raises(FedgexError, match="Make the folder"),
+        files.exclusive_lock(tmp_path / "absent" / "lock"),
+    ):
+        pass
+    with (
+        pytest.raises(FedgexError, match="full could not be written"),
+        files.exclusive_lock(Path("/dev/full"), "another one serves."),
+    ):
+        pass
+
+
+def test_no_other_module_locks_by_hand():
+    root = Path(__file__).parents[2]
+    sources = [
+        path
+        for package in ("client", "common", "server", "simulations")
+        for path in (root / package).rglob("*.py")
+    ]
+
+    by_hand = {path.name for path in sources if "flock(" in path.read_text("utf-8")}
+
+    assert by_hand == {"files.py", "failpoints.py"}  # files stands on fail-points
 
 
 def test_the_error_is_of_the_class_asked_for_and_others_pass_unchanged(tmp_path):

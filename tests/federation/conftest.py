@@ -21,6 +21,7 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import save_cohort
 from fedgex.common.study import Study
 from fedgex.server import journal
+from fedgex.server.participants import Simulated
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations.cohorts import new_data
@@ -160,7 +161,8 @@ class Consortium:
             poll_s=0.001,
         )
         with contextlib.suppress(Killed):
-            conduct(grid, settings)
+            participants = Simulated(study=study, n_sites=len(grid.names))
+            conduct(grid, settings, participants)
         return Finished(run_dir=run_dir, exchanges=grid.exchanges)
 
     def patient_ids(self) -> list[str]:

@@ -32,6 +32,7 @@ from fedgex.common.vocabulary import Vocabulary
 from fedgex.server import annotated_toml
 from fedgex.server.consortium import Consortium as Alliance
 from fedgex.server.consortium import ConsortiumSettings, SiteRequest
+from fedgex.server.deployment import Deployment
 from fedgex.server.journal import read
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
@@ -187,7 +188,7 @@ class Deployed:
         (self.alliance.folder / "nodes.json").write_text(json.dumps(nodes))
         with monkeypatch.context() as patch:
             patch.setattr(fedgex.client.app, "app", app)
-            conduct(grid, self.settings)
+            conduct(grid, self.settings, Deployment.load(self.settings))
 
     @property
     def settings(self) -> ServerSettings:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from lifelines.utils import concordance_index
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, f1_score
 
 from fedgex.common import tasks
 from fedgex.common.harmonise import Patients
@@ -167,17 +166,19 @@ labels = st.integers(1, 12).flatmap(
 
 
 @given(labels)
-def test_class_scores_are_those_of_scikit_learn(
+def test_macro_f1_is_a_mean_over_the_classes_of_the_target(
     pair: tuple[NDArray[np.int64], NDArray[np.int64]],
 ) -> None:
     target, predicted = pair
 
     accuracy, macro_f1 = class_scores(target, predicted)
 
-    assert accuracy == pytest.approx(accuracy_score(target, predicted))
-    assert macro_f1 == pytest.approx(
-        f1_score(target, predicted, average="macro", labels=np.unique(target))
-    )
+    f1 = []
+    for each in np.unique(target):
+        hits = sum((target == each) & (predicted == each))
+        f1.append(2 * hits / (sum(target == each) + sum(predicted == each)))
+    assert accuracy == sum(target == predicted) / len(target)
+    assert macro_f1 == np.mean(f1)
 
 
 def test_classes_cannot_be_judged_on_patients_of_other_types() -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fedgex.common import fitting, tasks
+from fedgex.common import federation, fitting, tasks
 from fedgex.common.cohort import Cohort, save_cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import to_patients
@@ -212,7 +212,7 @@ def test_a_head_and_a_tuned_encoder_begin_on_the_public_cohort(backbone):
 
 
 @pytest.mark.parametrize(
-    ("head", "n"), [("local", N), ("shared", public.MIN_PATIENTS - 2)]
+    ("head", "n"), [("local", N), ("shared", federation.MIN_PUBLIC_PATIENTS - 2)]
 )
 def test_a_phase_begins_plainly_with_a_local_head_or_few_public_patients(head, n):
     classes = {"rounds": 1, "classes": ["x", "y"], "head": head}

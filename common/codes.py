@@ -1,0 +1,190 @@
+"""Every code that fedgex shows: its severity, its meaning, and what to do about it.
+
+A code is stable: it stands in logs and in what a hospital answers. To add one, add its
+line here, raise it, and run `python -m fedgex.common.codes docs`, which writes the
+tables between `<!-- codes PREFIX... : COLUMN... -->` and `<!-- end of codes -->`.
+"""
+# ruff: noqa: E501 (one line a code)
+
+from __future__ import annotations
+
+import re
+import sys
+from enum import StrEnum, unique
+from pathlib import Path
+
+from fedgex.common.errors import Finding, Severity
+
+HEADINGS = {"severity": "Severity", "meaning": "Meaning", "action": "What to do"}
+"""Columns that a table may have after the code."""
+
+_TABLE = re.compile(
+    r"(<!-- codes (?P<prefixes>[^:>]+) : (?P<columns>[^>]+) -->\n).*?"
+    r"(?=<!-- end of codes -->)",
+    re.DOTALL,
+)
+
+
+@unique
+class Code(StrEnum):
+    """One line each: code, severity, meaning, and what the hospital does about it."""
+
+    severity: Severity
+    """For a refusal that is no finding in data: `error`."""
+    meaning: str
+    """Markdown."""
+    action: str
+    """Markdown; what the hospital does about it."""
+
+    def __new__(
+        cls, number: str, severity: Severity, meaning: str, action: str
+    ) -> Code:
+        """Make the member a string: the code."""
+        self = str.__new__(cls, number)
+        self._value_ = number
+        self.severity, self.meaning, self.action = severity, meaning, action
+        return self
+
+    # fmt: off
+    # files
+    FILE_MISSING = "FX-DATA-001", "error", "A file that `site.toml` names is not there", "Correct the path; relative paths start at the folder of `site.toml`"
+    FILE_UNREADABLE = "FX-DATA-002", "error", "A file is damaged, not UTF-8, or of another format", 'Export as CSV or TSV (also `.gz`) in UTF-8, Parquet or, for expression, `.h5ad`; "Unicode text" of spreadsheets is UTF-16'
+    FILE_EMPTY = "FX-DATA-003", "error", "A file holds no row, no value column, or nothing", "Export it again"
+    WRONG_DELIMITER = "FX-DATA-004", "error", "The header is divided by another delimiter than the ending says", "Commas in `.csv`, tabs in `.tsv`; spreadsheets in some countries write semicolons"
+    RAGGED_ROWS = "FX-DATA-005", "error", "Rows have more or fewer cells than the header", "Name the column of labels (in R: `col.names = NA`); quote cells that hold the delimiter"
+    DECIMAL_COMMA = "FX-DATA-006", "error", "Numbers have a decimal comma", "Export with decimal points"
+    GENE_TABLE_UNUSABLE = "FX-DATA-007", "error", "The gene table cannot be read", "Download HGNC's complete set again, or remove `data.hgnc_table`"
+
+    # orientation
+    ORIENTATION_RECOGNISED = "FX-DATA-010", "note", "Which axis holds the samples, and how that was recognised", "Set `data.orientation` if it is wrong"
+    ORIENTATION_UNKNOWN = "FX-DATA-011", "error", "Samples cannot be distinguished from genes", "Check the labels on both sides, or set `data.orientation`"
+    ORIENTATION_CONTRADICTED = "FX-DATA-012", "error", "The labels contradict the declared orientation", 'Correct `data.orientation`, or set it to `"auto"`'
+
+    # patients and samples
+    COLUMN_MISSING = "FX-DATA-020", "error", "The clinical table lacks a column that `site.toml` names, or one for the patient", "Set `data.columns` to the names in the header"
+    COLUMN_REPEATED = "FX-DATA-021", "error", "A clinical column occurs more than once", "Rename or remove the others"
+    ID_MISSING = "FX-DATA-022", "error", "A clinical row has no patient, or a sample no label", "Complete the identifiers, or remove the rows"
+    SAMPLE_REPEATED = "FX-DATA-023", "error", "A label of a sample occurs more than once in the expression file", "Keep one, or label samples of one patient apart and name `data.columns.sample`"
+    CLINICAL_ROW_REPEATED = "FX-DATA-024", "error", "A patient (or, if there is a sample column, a sample) has several clinical rows", "Keep one, or add a sample column"
+    NOTHING_LINKED = "FX-DATA-025", "error", "No sample has a clinical row", "Name the column that holds the labels of the expression file"
+    SAMPLE_WITHOUT_CLINICAL = "FX-DATA-026", "warning", "Samples have no clinical row and are left out", "Add rows for them; all but the identifier may be empty"
+    CLINICAL_WITHOUT_SAMPLE = "FX-DATA-027", "note", "Clinical rows have no sample and are left out", "Nothing"
+    SEVERAL_SAMPLES = "FX-DATA-028", "note", "Patients have several samples; each remains one patient for privacy and for splits", "Nothing"
+    PATIENT_CONTRADICTORY = "FX-DATA-029", "warning", "Rows of one patient differ in time, event or sex", "Correct the rows"
+
+    # expression
+    NOT_A_NUMBER = "FX-DATA-030", "error", "Cells are no numbers (also in the clinical table)", "Correct them; leave cells empty, or NA, where nothing is known"
+    INFINITE = "FX-DATA-031", "error", "Values are infinite (also in the clinical table)", "Add 1 before the logarithm, or leave cells empty"
+    NEGATIVE_EXPRESSION = "FX-DATA-032", "error", "Values are below what the declared scale can hold", "Correct `data.scale`; the message lists the scales that fit"
+    SCALE_IMPOSSIBLE = "FX-DATA-033", "error", "Numbers cannot be on the declared scale: fractions as counts, values beyond reason, logarithms as linear", "Correct `data.scale`; the message lists the scales that fit"
+    SCALE_FAINT = "FX-DATA-034", "warning", "No gene of a large panel, or of any panel declared linear, is abundant", "Check `data.scale`: logarithms declared linear, or the wrong base"
+    SCALE_NOT_CONVERTIBLE = "FX-DATA-035", "error", "The declared scale does not lead to the study's", "Export another scale, or add library sizes to counts"
+    LIBRARY_SIZE_UNUSABLE = "FX-DATA-036", "error", "Library sizes are missing, not positive, or less than the counts add up to", "Correct them: they are all reads of the sample"
+    COUNTS_PER_MILLION = "FX-DATA-037", "warning", "Counts were taken as counts per million, which is not TPM", "Export normalised values, or make sure that all sites use CPM"
+
+    # genes
+    NO_GENES = "FX-DATA-040", "error", "No gene is left", "Use HGNC symbols, or Ensembl gene ids and a `data.hgnc_table`"
+    GENES_UNMAPPED = "FX-DATA-041", "warning", "Labels name no known gene and are left out", "Name a (newer) `data.hgnc_table`; mend names that a spreadsheet made into dates"
+    GENES_AMBIGUOUS = "FX-DATA-042", "warning", "Names that several genes had are left out", "Use current symbols or Ensembl ids for them"
+    GENES_UPDATED = "FX-DATA-043", "note", "Retired symbols and aliases were renamed", "Nothing"
+    GENES_REPEATED = "FX-DATA-044", "warning", "A gene has several columns, of which one is kept: the one under the current symbol, or one of equal ones", "Nothing, unless another column is the right one"
+    GENES_CONTRADICTORY = "FX-DATA-045", "warning", "A gene has several columns that differ; it is left out", "Keep the right one, or combine them as fits your pipeline"
+    GENES_EMPTY = "FX-DATA-046", "note", "Genes without a single value are left out", "Nothing"
+    GENES_CONSTANT = "FX-DATA-047", "warning", "Genes have the same value in every sample", "Leave cells empty where a gene was not measured"
+    GENES_OFTEN_MISSING = "FX-DATA-048", "warning", "Genes are missing in more samples than `max_missing_per_gene`", "Nothing if that is known"
+    SAMPLES_EMPTY = "FX-DATA-050", "warning", "Samples without a single value are left out", "Remove them, or export their values"
+    SAMPLES_OFTEN_MISSING = "FX-DATA-051", "warning", "Samples lack more genes than `max_missing_per_patient`", "Nothing if that is known"
+
+    # follow-up and covariates
+    EVENT_NOT_BINARY = "FX-DATA-060", "error", "An event is neither 0 nor 1", "Recode: 1 observed, 0 follow-up ended before"
+    TIME_NEGATIVE = "FX-DATA-061", "error", "A time is negative", "Correct the export; leave unknown times empty"
+    TIME_IMPOSSIBLE = "FX-DATA-062", "error", "A time is longer than 120 years", "Correct `data.time_unit`"
+    TIME_ZERO = "FX-DATA-063", "note", "Times are zero; these samples are left out of survival", "Nothing, unless zero stands for unknown"
+    FOLLOW_UP_MISSING = "FX-DATA-064", "note", "Time or event is missing; these samples are left out of survival", "Nothing"
+    AGE_IMPOSSIBLE = "FX-DATA-065", "error", "An age is outside 0 to 120", "Give years, neither days nor a year of birth"
+    SEX_UNKNOWN = "FX-DATA-066", "warning", "A sex is not recognised and taken as unknown", "Write female, male, f or m, or leave it empty"
+
+    # the cohort
+    TOO_FEW_PATIENTS = "FX-DATA-070", "error", "Fewer patients than `minimum_cohort`", "Add patients; a smaller site does not participate"
+    FEW_EVENTS = "FX-DATA-071", "warning", "Fewer patients with an event than `minimum_cohort`; few and none look the same", "Follow up longer; without any event a site contributes nothing to survival"
+    TASK_WITHOUT_COLUMNS = "FX-DATA-072", "warning", "A task lacks its clinical columns; the site contributes nothing to it", "Add or name the columns, or remove the task"
+    OPTED_OUT = "FX-DATA-073", "note", 'Patients of `data.opt_outs` are left out; how many, or "suppressed" below `minimum_cohort`', "Nothing"
+    PANEL_CHANGED = "FX-DATA-074", "error", "Other genes, or another scale, than when the run began", "Put the file back; a new export is for the next run"
+
+    # what a site answers instead of an update
+    FAILED = "FX-SITE-001", "error", "Something unforeseen failed at the site", "Read the service's log of that time; report it if the fault is in fedgex"
+    STUDY_REFUSED = "FX-SITE-002", "error", "The site refuses the study: another version, a changed document, or something that `policy.toml` does not permit (a task, cross-products, no privacy, weights by withheld numbers)", "The log says which; install the same version, or permit it"
+    TOO_FEW_FOR_PHASE = "FX-SITE-003", "error", "Fewer patients than the minimum are eligible for this phase; with the Cox loss, fewer deaths", "Nothing; the site does not participate in the phase"
+    PAUSED = "FX-SITE-004", "error", "The operator paused the site", "`fedgex-site resume` when it suits; the run waits"
+    OUTSIDE_HOURS = "FX-SITE-005", "error", "It is outside the `hours` of `policy.toml`", "Nothing; the run waits"
+    OUT_OF_MEMORY = "FX-SITE-006", "error", "Memory was exhausted: the machine's, the GPU's, or what `memory_mb` permits", "Raise `memory_mb` in `policy.toml`, or give the site more memory"
+    TIME_LIMIT = "FX-SITE-007", "error", "An answer took longer than `message_limit_s`", "Raise it in `policy.toml`, or give the site a faster machine"
+    DEVICE_LOST = "FX-SITE-008", "error", "The GPU failed while it computed", "See to the GPU and its driver, then restart the service"
+    DISK_FULL = "FX-SITE-009", "error", "The site's disk is full, over its quota, or read-only", "Free space, or mount it for writing; the run waits"
+    NOT_APPROVED = "FX-STUDY-001", "error", "No person at the site has approved the contract", "Read it, approve or reject it; the run waits"
+    REJECTED = "FX-STUDY-002", "error", "The contract was rejected", "Nothing, or approve it"
+    WITHDRAWN = "FX-STUDY-003", "error", "The approval was withdrawn", "Nothing: it is final for this contract; participating again needs a new one"
+    EXPIRED = "FX-STUDY-004", "error", "Contract or approval has expired", "Approve again, or ask for a new contract; check the clock"
+    UNTRUSTED = "FX-STUDY-005", "error", "Signatures or text of contract or receipt are not trusted, or the contract was changed on the site's disk", "`study show` says which; do not approve; inform the administrator"
+    OUTSIDE_CONTRACT = "FX-STUDY-006", "error", "A message is not what the contract says", "Inform the administrator: the coordinator runs something else"
+    OUTSIDE_VERSIONS = "FX-STUDY-007", "error", "The installed fedgex is not the contract's", "Install the release that the contract names"
+    AGAINST_POLICY = "FX-STUDY-008", "error", "`policy.toml` refuses what the contract asks for", "`study show` names it; change the policy, or ask for another contract"
+    DELTA_TOO_LARGE = "FX-PRIV-001", "error", "The study's delta, or the hospital's `privacy_delta`, is not below 1 / patients", "Ask for a study with a smaller delta; set a smaller `privacy_delta`"
+    BUDGET_EXCEEDED = "FX-PRIV-002", "error", "The round would exceed the hospital's privacy budget; nothing was computed", "Nothing: the budget is spent. `fedgex-site ledger show` lists on what; [privacy.md](privacy.md#the-budget)"
+    LEDGER_UNUSABLE = "FX-PRIV-003", "error", "The privacy ledger is missing, unreadable, changed, or restored from a backup", "Put the newest ledger back, see [hospital-operation.md](hospital-operation.md#7-the-privacy-ledger)"
+    UNKNOWN_RUN = "FX-RUN-001", "error", "A message names no run, or one that cannot be", "Inform the administrator"
+    ANSWERED_ALREADY = "FX-RUN-002", "error", "A round was answered already, for another request", "Inform the administrator; nothing was computed twice"
+    LOG_RESTORED = "FX-RUN-003", "error", "The site's audit log lacks a line that the server holds its signature over", "Put the newest log back, see [hospital-operation.md](hospital-operation.md#8-keys-backup-leaving)"
+    RELEASE_UNVERIFIED = "FX-RUN-004", "error", "A released model could not be verified, or is another run's; it was not kept", "Inform the administrator; use none that came another way"
+    EXCHANGE_REFUSED = "FX-RUN-005", "error", "Secure aggregation: changed or unsigned keys, a second or too short list, or a round that is over", "Inform the administrator: the log says what, and no share has left; [privacy.md](privacy.md#secure-aggregation)"
+
+    # predictions
+    NO_VOCABULARY_GENE = "FX-PREDICT-001", "error", "No gene of the vocabulary is measured", "Check the names of the genes and their axis; Ensembl ids need `--hgnc-table`"
+    FEW_VOCABULARY_GENES = "FX-PREDICT-002", "warning", "Fewer than 10 % of the vocabulary's genes are measured", "Trust the predictions little"
+    SAMPLES_WITHOUT_GENES = "FX-PREDICT-003", "warning", "Samples without any gene of the vocabulary; nothing is predicted for them", "Nothing, or export their values"
+    GENE_COLUMNS_DIFFER = "FX-PREDICT-004", "error", "Columns repeat a label and differ", "Keep the right one, or label them apart"
+    FOREIGN_SCALE = "FX-PREDICT-005", "warning", "With 100 genes or more, their means are less than .83 or more than 1.20 times those that the model was trained on", "Check the scale that is named; natural logarithms called `log2p1` give .69"
+    CANCER_TYPES_MISSING = "FX-PREDICT-010", "error", "No sample has a cancer type of the study", "Add `cancer_type` in the study's spelling, or give `--cancer-type`"
+    SOME_CANCER_TYPES_MISSING = "FX-PREDICT-011", "warning", "Some samples have none; no risk is predicted for them", "The same"
+    COVARIATES_MISSING = "FX-PREDICT-012", "warning", "The study uses age and sex, and samples lack one; taken as 60 years and female", "Add the columns"
+    # fmt: on
+
+    def finding(self, where: str, found: str, expected: str, action: str) -> Finding:
+        """Return a finding with this code."""
+        return Finding(
+            code=self,
+            severity=self.severity,
+            where=where,
+            found=found,
+            expected=expected,
+            action=action,
+        )
+
+
+TEMPORARY = frozenset(
+    {Code.PAUSED, Code.OUTSIDE_HOURS, Code.DISK_FULL, Code.NOT_APPROVED}
+)
+"""Refusals that pass without a new message: the server asks the site again."""
+
+
+def with_tables(page: str) -> str:
+    """Return a Markdown page whose tables of codes are those of this module."""
+    return _TABLE.sub(_table, page)
+
+
+def _table(found: re.Match[str]) -> str:
+    prefixes, columns = found["prefixes"].split(), found["columns"].split()
+    rows = [["Code", *(HEADINGS[column] for column in columns)]]
+    rows += [
+        [code, *(str(getattr(code, column)) for column in columns)]
+        for code in Code
+        if code.startswith(tuple(prefixes))
+    ]
+    lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+    lines.insert(1, "|" + "---|" * (1 + len(columns)) + "\n")
+    return found[1] + "\n" + "".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    for path in Path(sys.argv[1]).glob("*.md"):
+        path.write_text(with_tables(path.read_text("utf-8")), "utf-8")

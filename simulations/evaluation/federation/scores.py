@@ -1,0 +1,228 @@
+"""Scores of a model on the unseen patients: restoration, classification, survival.
+
+N unseen patients, V genes, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedgex.common import predictions, tasks
+from fedgex.common.harmonise import Patients
+from fedgex.common.seeds import derive
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Evaluation, Study
+from fedgex.common.survival_metrics import stratified_c_index
+from fedgex.server import evaluation
+from fedgex.simulations import references
+from fedgex.simulations.evaluation.arms import Model
+from fedgex.simulations.evaluation.protocol import Split
+from fedgex.simulations.evaluation.table import mean_known
+
+Floats = NDArray[np.float32]
+Scores = Mapping[str, Floats]
+"""One number an unseen patient, shape (N,), by name: `squares/K` and `cells/K` (squared
+error over hidden cells, and their number), `hit/P` (1 if the type is right, NaN if it
+is none of the study's), `risk`."""
+
+RESTORED = Evaluation(rates=(0.5, 0.9), panels=(100,))
+DROPPED_OUT = Evaluation(rates=(0.5,), panels=())
+"""Low expression: there the network adds to the linear start in every study."""
+TYPE_PANEL = 32
+"""Genes of the small panel for classification."""
+DRAWS = 3
+"""Small panels drawn for each seed."""
+MIN_EVENTS = 10
+"""Fewest deaths of unseen patients for a C-index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A score on unseen patients."""
+
+    key: str
+    name: str
+    better: Literal["lower", "higher"]
+
+    def against(self, one: float, other: float) -> float:
+        """Return by what factor `one` is worse (above 1) or better than `other`."""
+        worse, better = (one, other) if self.better == "lower" else (other, one)
+        return worse / better if better else math.inf
+
+    @property
+    def of_types(self) -> bool:
+        """Whether it scores the classification."""
+        return self.key.startswith("accuracy")
+
+    def is_better(self, one: float, other: float) -> bool:
+        """Return whether `one` is the better value."""
+        return one < other if self.better == "lower" else one > other
+
+
+MEASURES = (
+    Measure(key="mse-0.5", name="MSE, 50 % hidden", better="lower"),
+    Measure(key="mse-0.9", name="MSE, 90 % hidden", better="lower"),
+    Measure(key="mse-panel-100", name="MSE from 100 genes", better="lower"),
+    Measure(key="mse-mnar-0.5", name="MSE, 50 % dropped out", better="lower"),
+    Measure(
+        key=f"accuracy-{TYPE_PANEL}",
+        name=f"accuracy, {TYPE_PANEL} genes",
+        better="higher",
+    ),
+    Measure(key="accuracy", name="accuracy, all genes", better="higher"),
+    Measure(key="c-index", name="C-index", better="higher"),
+)
+ERRORS = tuple(measure for measure in MEASURES if measure.better == "lower")
+
+Values = dict[str, float]
+"""Value of each measure by its key; NaN where it is not estimable."""
+
+
+def score(split: Split, model: Model) -> dict[str, Floats]:
+    """Judge a model on the split's unseen patients, in the split's unit of error.
+
+    Parameters
+    ----------
+    split
+        Its own genes are the model's, its own scale need not be.
+    """
+    study, parameters = model.study, model.parameters
+    patients = model.patients(split.unseen)
+    found: dict[str, Floats] = {}
+    if PRETRAINING in study.phases:
+        found |= _squares(split, model, patients)
+    if is_shared(study, CLASSIFICATION):
+        target = patients.type_index(study.classification.classes)
+        for name, of_panel in chances(model, patients):
+            found[name] = hits(of_panel, target)
+    if is_shared(study, SURVIVAL):
+        found["risk"] = evaluation.predict_risk(study, parameters, patients)
+    return found
+
+
+def chances(model: Model, patients: Patients) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the probabilities of the classes (N, C) from each panel."""
+    parts = model.study, len(model.genes), CLASSIFICATION, model.parameters
+    modules = tasks.load(*parts)
+    for name, panel in _panels_seen(model).items():
+        seen = torch.where(panel, patients.values, torch.nan)
+        some = dataclasses.replace(patients, values=seen)
+        yield f"hit/{name}", predictions.class_probabilities(modules, some)
+
+
+def hits(chances: torch.Tensor, target: torch.Tensor) -> Floats:
+    """Return whether each patient's class is right, NaN where it is -1, shape (N,)."""
+    right = (chances.argmax(dim=1) == target).float()
+    hits: Floats = torch.where(target >= 0, right, torch.nan).numpy()
+    return hits
+
+
+def _squares(split: Split, model: Model, patients: Patients) -> dict[str, Floats]:
+    """Return squared error and number of hidden cells of each patient and setting."""
+    unit = split.patients(split.unseen)
+    true, own = unit.values.numpy(), patients.values.numpy()
+    imputer = evaluation.model_imputer(model.study, model.parameters, len(model.genes))
+    found: dict[str, Floats] = {}
+    seed = model.study.seed
+    for pattern, key, hidden in (
+        *evaluation.hidden_cells(unit, RESTORED, seed, ("mcar", "panel")),
+        *evaluation.hidden_cells(unit, DROPPED_OUT, seed, ("mnar",)),
+    ):
+        gone = hidden.numpy()
+        restored = imputer.impute(np.where(gone, np.float32(np.nan), own))
+        in_unit = split.standardisation.apply(model.standardisation.undo(restored))
+        error = np.where(gone, np.square(in_unit - true), 0)
+        squares = np.where(np.isnan(error), np.inf, error).sum(axis=1)  # it diverged
+        name = key if pattern == "mcar" else f"{pattern}-{key}"
+        found[f"squares/{name}"] = squares.astype(np.float32)
+        found[f"cells/{name}"] = gone.sum(axis=1).astype(np.float32)
+    return found
+
+
+def _panels_seen(model: Model) -> dict[str, torch.Tensor]:
+    """Return the genes of all panels: all of them, and the draws of the small one."""
+    genes = model.genes.genes
+    panels = {"all": set(genes)}
+    if len(genes) > TYPE_PANEL:
+        for draw in range(DRAWS):
+            seed = derive(model.study.seed, "panel", draw)
+            drawn = references.panels(genes, [TYPE_PANEL], seed)[TYPE_PANEL]
+            panels[f"{TYPE_PANEL}-{draw}"] = set(drawn)
+    return {
+        name: torch.tensor([gene in panel for gene in genes])
+        for name, panel in panels.items()
+    }
+
+
+def is_shared(study: Study, phase: str) -> bool:
+    """Return whether the study trains a phase with a shared head."""
+    return phase in study.phases and f"{phase}.head" in tasks.travelling(study, phase)
+
+
+def values_of(
+    study: Study, unseen: Patients, scores: Scores, rows: NDArray[np.bool_] | None
+) -> Values:
+    """Return the measures, NaN where one is not estimable.
+
+    Over all patients the C-index is the mean over cancers of `MIN_EVENTS` deaths or
+    more; over some it is that of pairs within a cancer type, if they have as many.
+
+    Parameters
+    ----------
+    rows
+        Patients to evaluate, shape (N,); None: all.
+    """
+    chosen = np.ones(len(unseen), dtype=bool) if rows is None else rows
+    found = dict.fromkeys((measure.key for measure in MEASURES), math.nan)
+    for name in [n.removeprefix("cells/") for n in scores if n.startswith("cells/")]:
+        cells = scores[f"cells/{name}"][chosen].sum()
+        if cells:
+            found[f"mse-{name}"] = float(
+                scores[f"squares/{name}"][chosen].sum(dtype=np.float64) / cells
+            )
+    for key, prefix in (
+        (f"accuracy-{TYPE_PANEL}", f"hit/{TYPE_PANEL}-"),
+        ("accuracy", "hit/all"),
+    ):
+        hits = [scores[name][chosen] for name in scores if name.startswith(prefix)]
+        known = np.concatenate(hits) if hits else np.empty(0)
+        known = known[~np.isnan(known)]
+        if known.size:
+            found[key] = float(known.mean())
+    if "risk" in scores:
+        found["c-index"] = (
+            mean_known(by_cancer(study, unseen, scores["risk"]).values())
+            if rows is None
+            else _within_types(study, unseen, scores["risk"], rows)
+        )
+    return found
+
+
+def by_cancer(study: Study, unseen: Patients, risk: Floats) -> Values:
+    """Return the C-index within each cancer with enough deaths."""
+    found = {}
+    for name in study.survival.cancer_types:
+        one = evaluation.judge_risk(unseen, name, risk)
+        if one["events"] >= MIN_EVENTS and one["c_index"] is not None:
+            found[name] = float(one["c_index"])
+    return found
+
+
+def _within_types(
+    study: Study, unseen: Patients, risk: Floats, rows: NDArray[np.bool_]
+) -> float:
+    stratum = unseen.type_index(study.survival.cancer_types).numpy()
+    duration, event = unseen.duration.numpy(), unseen.event.numpy()
+    usable = rows & (stratum >= 0) & (duration > 0) & ~np.isnan(event)
+    if event[usable].sum() < MIN_EVENTS:
+        return math.nan
+    return stratified_c_index(
+        duration[usable], event[usable], risk[usable], stratum[usable]
+    )

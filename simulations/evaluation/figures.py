@@ -20,6 +20,9 @@ from fedgex.simulations.evaluation.table import nested, sd, where
 Floats = NDArray[np.float64]
 Look = tuple[str, str]
 """Colour and marker."""
+Points = Sequence[tuple[float, float]]
+Runs = Mapping[Any, Sequence[float]]
+"""A number a run, by number of genes."""
 
 IMPUTERS = {
     "knn": ("orange", "^", ":"),
@@ -76,27 +79,18 @@ def imputation_errors(mse: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
 def imputation_genes(results: pd.DataFrame) -> Figure:
     """Draw each gene's error by the federated model against the Gaussian's, and r."""
     figure = Figure(figsize=(10, 4.8), layout="constrained")
-    for axes, key, name in zip(
-        figure.subplots(1, 2),
-        ("gene_mse", "gene_pearson"),
-        ("mean squared error", "Pearson's r"),
-        strict=True,
-    ):
+    names = {"gene_mse": "mean squared error", "gene_pearson": "Pearson's r"}
+    for axes, (key, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
         found = nested(where(results, metric=key), "method", "seed")
         ours, gaussian = (
             np.mean([*found[m].values()], axis=0) for m in ("federated", "gaussian")
         )
-        axes.scatter(
-            gaussian, ours, s=7, alpha=0.5, color=COLOURS["blue"], linewidths=0
-        )
-        both = [gaussian, ours]
-        ends = [float(np.nanmin(both)), float(np.nanmax(both))]
+        points = [*zip(gaussian, ours, strict=True)]
+        _scatter(axes, points, s=7, alpha=0.5, linewidths=0)
+        ends = np.nanmin(points), np.nanmax(points)
         axes.plot(ends, ends, color=COLOURS["grey"], linewidth=1)
-        axes.set(
-            xlabel=f"{name}, Gaussian",
-            ylabel=f"{name}, federated model",
-            aspect="equal",
-        )
+        axes.set(xlabel=f"{name}, Gaussian", ylabel=f"{name}, federated model")
+        axes.set_aspect("equal")
     return figure
 
 
@@ -123,13 +117,10 @@ def reliability(
     return figure
 
 
-# ---- classification ----
-
-
 @mpl.rc_context(STYLE)
 def accuracies(
-    panels: Sequence[tuple[str, Mapping[str, tuple[Look, Mapping[int, list[float]]]]]],
-    levels: Sequence[Mapping[str, float]] = (),
+    panels: Sequence[tuple[str, Mapping[str, tuple[Look, Runs]]]],
+    levels: Sequence[Mapping[str, float]] = ({}, {}),
     ncols: int = 4,
 ) -> Figure:
     """Draw accuracy, mean and SD, against the number of genes.
@@ -142,34 +133,19 @@ def accuracies(
         Horizontal lines of each panel, by label.
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    grid = figure.subplots(1, 2, sharey=True)
-    for i, (axes, (title, lines)) in enumerate(zip(grid, panels, strict=True)):
-        sizes: set[int] = set()
+    grid, styles = figure.subplots(1, 2, sharey=True), ("-", ":", "--")
+    for axes, (title, lines), of_panel in zip(grid, panels, levels, strict=True):
+        sizes = sorted({size for _, runs in lines.values() for size in runs})
         for label, ((colour, marker), runs) in lines.items():
-            sizes |= runs.keys()
-            axes.errorbar(
-                list(runs),
-                [float(np.mean(each)) for each in runs.values()],
-                [sd(each) for each in runs.values()],
-                marker=marker,
-                color=COLOURS[colour],
-                elinewidth=0.8,
-                label=label,
-                zorder=3 if colour == "blue" else 2,
-            )
-        styles = ("-", ":", "--")
-        for (label, level), style in zip(
-            levels[i].items() if levels else (), styles, strict=False
-        ):
-            colour = COLOURS["muted"]
-            axes.axhline(
-                level, color=colour, linestyle=style, linewidth=0.8, label=label
-            )
-        axes.set_xscale("log")
-        axes.set_xticks(sorted(sizes), [str(size) for size in sorted(sizes)])
+            above = 3 if colour == "blue" else 2
+            look = {"color": COLOURS[colour], "marker": marker, "zorder": above}
+            _runs(axes, runs, label=label, elinewidth=0.8, **look)
+        for (label, level), style in zip(of_panel.items(), styles, strict=False):
+            look = {"color": COLOURS["muted"], "linestyle": style, "linewidth": 0.8}
+            axes.axhline(level, label=label, **look)
+        axes.set(xscale="log", xlabel="genes measured", title=title)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("genes measured")
-        axes.set_title(title)
     grid[0].set_ylabel("accuracy, unseen institutions")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
@@ -194,14 +170,9 @@ def confusions(
         axes.imshow(of_rows, vmin=0, vmax=1, cmap="Blues")
         for (row, column), share in np.ndenumerate(of_rows):
             if share >= 0.005:
-                axes.text(
-                    column,
-                    row,
-                    f"{100 * share:.0f}",
-                    ha="center",
-                    va="center",
-                    color="white" if share > 0.5 else COLOURS["ink"],
-                )
+                colour = "white" if share > 0.5 else COLOURS["ink"]
+                text = f"{100 * share:.0f}"
+                axes.text(column, row, text, ha="center", va="center", color=colour)
         axes.grid(visible=False)
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(rows)), [classes[i] for i in rows])
@@ -209,9 +180,6 @@ def confusions(
         axes.set_title(title)
     grid[0].set_ylabel("true (% of its patients)")
     return figure
-
-
-# ---- federation ----
 
 
 def error_ratios(
@@ -246,12 +214,8 @@ def error_ratios(
         labels = [f"{x:+.1f}" if math.isfinite(x) else "-" for x in percent]
         axes.bar_label(bars, labels=labels, padding=2, fontsize=8)
         axes.axvline(0, color=COLOURS["ink"], linewidth=0.8)
-        axes.axvline(
-            100 * (goal - 1),
-            color=COLOURS["vermillion"],
-            linewidth=0.8,
-            linestyle="--",
-        )
+        look = {"color": COLOURS["vermillion"], "linewidth": 0.8, "linestyle": "--"}
+        axes.axvline(100 * (goal - 1), **look)
         axes.set(title=title, xlabel="error above the pooled model's (%)")
         axes.title.set_fontsize("small")
         axes.margins(x=0.2)
@@ -259,9 +223,6 @@ def error_ratios(
     panels[0].set_yticks(at, labels=names)
     panels[0].invert_yaxis()
     return figure
-
-
-# ---- interpretation ----
 
 
 def heat_map(
@@ -330,25 +291,16 @@ def programmes(
 
 
 def deletions(
-    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
-    coloured: Sequence[str],
-    dashed: str,
+    panels: Mapping[str, Mapping[str, Runs]], coloured: Sequence[str], dashed: str
 ) -> Figure:
     """Draw mean and SD against the number of genes deleted, by label and ranking."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (label, ways) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for way, runs in ways.items():
-            axes.errorbar(
-                [int(size) for size in runs],
-                [np.mean(each) for each in runs.values()],
-                [sd(each) for each in runs.values()],
-                marker="o",
-                markersize=3,
-                capsize=2,
-                label=way,
-                color="black" if way == dashed else f"C{coloured.index(way)}",
-                linestyle="--" if way == dashed else "-",
-            )
+            look = {"color": "black", "linestyle": "--"}
+            if way != dashed:
+                look = {"color": f"C{coloured.index(way)}", "linestyle": "-"}
+            _runs(axes, runs, label=way, marker="o", markersize=3, capsize=2, **look)
         axes.set(xlabel="genes deleted", ylabel=label)
         axes.legend(fontsize="small", frameon=False)
     return figure
@@ -368,55 +320,50 @@ def markers(names: Sequence[str], ranks: Mapping[str, Sequence[float]]) -> Figur
     return figure
 
 
-# ---- survival ----
-
-
 @mpl.rc_context(STYLE)
-def c_indices(
-    panels: Mapping[str, tuple[str, Sequence[tuple[float, float]]]],
-) -> Figure:
+def c_indices(panels: Mapping[str, tuple[str, Points]]) -> Figure:
     """Draw the federated model against another, a point a split and cancer.
 
     Parameters
     ----------
     panels
-        By title, the other method and pairs of federated and other C-index.
+        By title, the other method, and other and federated C-indices.
     """
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     grid = figure.subplots(1, len(panels), sharex=True, sharey=True)
-    for axes, (title, (other, pairs)) in zip(grid, panels.items(), strict=True):
-        ours, theirs = zip(*pairs, strict=True) if pairs else ((), ())
-        axes.scatter(theirs, ours, s=12, color=COLOURS["blue"])
+    for axes, (title, (other, points)) in zip(grid, panels.items(), strict=True):
+        _scatter(axes, points, s=12)
         axes.axline((0.5, 0.5), slope=1, color=COLOURS["grey"], linewidth=0.8)
-        axes.set(
-            title=title,
-            xlabel=f"C-index, {other}",
-            aspect="equal",
-            xlim=(0.3, 1),
-            ylim=(0.3, 1),
-        )
+        axes.set(title=title, xlabel=f"C-index, {other}", aspect="equal")
+        axes.set(xlim=(0.3, 1), ylim=(0.3, 1))
     grid[0].set_ylabel("C-index, federated model")
     return figure
 
 
 @mpl.rc_context(STYLE)
-def calibration(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+def calibration(points: Mapping[str, Points]) -> Figure:
     """Draw predicted against observed survival, by method."""
     figure = Figure(figsize=(4.2, 4.0), layout="constrained")
     axes = figure.subplots()
     colours = ("vermillion", "orange", "blue", "green")
     for (method, some), colour in zip(points.items(), colours, strict=True):
         if some:
-            predicted, seen = zip(*some, strict=True)
-            axes.scatter(predicted, seen, s=14, color=COLOURS[colour], label=method)
+            _scatter(axes, some, colour, s=14, label=method)
     axes.axline((0, 0), slope=1, color=COLOURS["grey"], linewidth=0.8)
-    axes.set(
-        xlim=(0, 1),
-        ylim=(0, 1),
-        aspect="equal",
-        xlabel="predicted survival at three years",
-        ylabel="Kaplan-Meier survival at three years",
-    )
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set_xlabel("predicted survival at three years")
+    axes.set_ylabel("Kaplan-Meier survival at three years")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left")
     return figure
+
+
+def _scatter(axes: Axes, points: Points, colour: str = "blue", **look: Any) -> None:
+    x, y = zip(*points, strict=True) if points else ((), ())
+    axes.scatter(x, y, color=COLOURS[colour], **look)
+
+
+def _runs(axes: Axes, runs: Runs, **look: Any) -> None:
+    """Draw mean and SD over the runs."""
+    mean, spread = ([of(each) for each in runs.values()] for of in (np.mean, sd))
+    axes.errorbar([int(size) for size in runs], mean, spread, **look)

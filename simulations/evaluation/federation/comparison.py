@@ -35,6 +35,7 @@ from fedgex.simulations.evaluation.federation.scores import (
     Measure,
     Scores,
     Values,
+    c_index_by_cancer,
 )
 from fedgex.simulations.evaluation.page import Results, plain
 from fedgex.simulations.evaluation.protocol import Split
@@ -151,7 +152,7 @@ def _mean_local(bench: Bench, local: Mapping[str, Scores]) -> Values:
     for site, scores in local.items():
         if "risk" not in scores:
             continue
-        of_site = by_cancer(study, bench.unseen, scores["risk"])
+        of_site = c_index_by_cancer(study, bench.unseen, scores["risk"])
         for name in types[site] & of_site.keys():
             by_cancer.setdefault(name, []).append(of_site[name])
     found["c-index"] = mean_known(mean_known(each) for each in by_cancer.values())

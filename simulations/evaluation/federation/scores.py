@@ -198,14 +198,14 @@ def values_of(
             found[key] = float(known.mean())
     if "risk" in scores:
         found["c-index"] = (
-            mean_known(by_cancer(study, unseen, scores["risk"]).values())
+            mean_known(c_index_by_cancer(study, unseen, scores["risk"]).values())
             if rows is None
             else _within_types(study, unseen, scores["risk"], rows)
         )
     return found
 
 
-def by_cancer(study: Study, unseen: Patients, risk: Floats) -> Values:
+def c_index_by_cancer(study: Study, unseen: Patients, risk: Floats) -> Values:
     """Return the C-index within each cancer with enough deaths."""
     found = {}
     for name in study.survival.cancer_types:

@@ -211,7 +211,7 @@ def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> R
     looks = {"everything measured": ("", COX_RIDGE)}
     looks |= {SCHEMES[s]: (f"{s}/", GAUSSIAN) for s in SCHEMES}
     drawn = {
-        title: (other, _pairs(splits, prefix + OURS, prefix + other))
+        title: (other, _pairs(splits, prefix + other, prefix + OURS))
         for title, (prefix, other) in looks.items()
     }
     thirds = {

@@ -16,9 +16,8 @@ from rich.console import Console
 from fedgex.common import panel_selection
 from fedgex.common.errors import ConfigError
 from fedgex.simulations.evaluation import page
-from fedgex.simulations.evaluation.classification import comparison, methods, panels
-from fedgex.simulations.evaluation.classification.methods import Answers
-from fedgex.simulations.evaluation.classification.panels import Panel
+from fedgex.simulations.evaluation.classification import comparison, methods
+from fedgex.simulations.evaluation.classification.methods import Answers, Panel
 from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Protocol, Split, prepare
 
@@ -91,7 +90,7 @@ def ground(data: Path, out: Path) -> Split:
 @pytest.fixture(scope="module", autouse=True)
 def _little() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(panels, "DRAWS", 2)
+        patch.setattr(methods, "DRAWS", 2)
         patch.setitem(methods.BOOSTING, "max_iter", 10)
         yield
 
@@ -181,7 +180,7 @@ def test_a_second_run_reads_what_was_said_and_finds_the_same(
         raise AssertionError("asked again")
 
     monkeypatch.setattr(methods, "_method", refuse)
-    monkeypatch.setattr(panels, "share_right", refuse)
+    monkeypatch.setattr(methods, "share_right", refuse)
 
     again = comparison.run(lambda _: ground, Console(file=StringIO()))
 
@@ -208,7 +207,7 @@ def test_what_sites_tell_right_comes_from_panels_chosen_without_them(
 ) -> None:
     chose: list[tuple[str, ...]] = []
     judged: list[int] = []
-    types_of, n_right = panels.types_of, panel_selection.n_right
+    types_of, n_right = methods.types_of, panel_selection.n_right
 
     def types(of: Split, sites: list[str]) -> Any:
         chose.append(tuple(sites))
@@ -219,10 +218,10 @@ def test_what_sites_tell_right_comes_from_panels_chosen_without_them(
         count: int = n_right(types, panel, values, truth)
         return count
 
-    monkeypatch.setattr(panels, "types_of", types)
+    monkeypatch.setattr(methods, "types_of", types)
     monkeypatch.setattr(panel_selection, "n_right", right)
 
-    shares = panels.share_right(ground, [4])
+    shares = methods.share_right(ground, [4])
 
     names = sorted(ground.sites)
     assert chose == [tuple(n for n in names if n != one) for one in names]
@@ -233,7 +232,7 @@ def test_what_sites_tell_right_comes_from_panels_chosen_without_them(
 def test_the_paired_comparison_and_confusion_are_counted_by_hand(
     ground: Split,
 ) -> None:
-    task = panels.task_of(ground)
+    task = methods.task_of(ground)
     wrong = task.truth.copy()
     wrong[0] = 1 - wrong[0]
     answers: Answers = {
@@ -253,7 +252,7 @@ def test_the_paired_comparison_and_confusion_are_counted_by_hand(
 
 
 def test_panels_of_a_draw_hold_all_smaller_ones(ground: Split) -> None:
-    first, *_ = panels.drawn(ground, 1)
+    first, *_ = methods.drawn(ground, 1)
     by_size: list[Panel] = sorted(first, key=lambda panel: len(panel.genes))
 
     for less, more in itertools.pairwise(by_size):

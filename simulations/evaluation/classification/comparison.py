@@ -28,25 +28,23 @@ from fedgex.simulations import charts, references
 from fedgex.simulations.evaluation import figures
 from fedgex.simulations.evaluation.arms import FEDERATED, LOCAL, LOCAL_SITES, POOLED
 from fedgex.simulations.evaluation.classification.methods import (
+    ALL,
     AT_ALL_SIZES,
     BOOSTED,
     BOOSTING,
-    DISCRIMINANT,
-    LOGISTIC,
-    MIXTURE,
-    SIMPLE,
-    Answers,
-    answers_of,
-)
-from fedgex.simulations.evaluation.classification.panels import (
-    ALL,
     BY_F,
+    DISCRIMINANT,
     DRAWS,
     FOLDS,
+    LOGISTIC,
+    MIXTURE,
     RANDOM,
     SELECTED,
+    SIMPLE,
+    Answers,
     Chosen,
     Task,
+    answers_of,
     choose,
     task_of,
 )

@@ -19,23 +19,21 @@ from rich.console import Console
 from fedgex.simulations.evaluation import figures
 from fedgex.simulations.evaluation.arms import FEDERATED, LOCAL, POOLED
 from fedgex.simulations.evaluation.federation import variants
-from fedgex.simulations.evaluation.federation.bench import (
-    Bench,
-    Part,
-    all_within,
-    percent,
-    yes,
-)
 from fedgex.simulations.evaluation.federation.scores import (
     DRAWS,
     ERRORS,
     MEASURES,
     MIN_EVENTS,
     TYPE_PANEL,
+    Bench,
     Measure,
+    Part,
     Scores,
     Values,
+    all_within,
     c_index_by_cancer,
+    percent,
+    yes,
 )
 from fedgex.simulations.evaluation.page import Results, plain
 from fedgex.simulations.evaluation.protocol import Split

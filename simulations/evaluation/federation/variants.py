@@ -22,14 +22,15 @@ from fedgex.simulations import in_process
 from fedgex.simulations.analysis import foreign_scale
 from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import FEDERATED, initial_state
-from fedgex.simulations.evaluation.federation.bench import (
+from fedgex.simulations.evaluation.federation.scores import (
+    MEASURES,
     Bench,
     Part,
+    Values,
     all_within,
     percent,
     table,
 )
-from fedgex.simulations.evaluation.federation.scores import MEASURES, Values
 from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import markdown
 

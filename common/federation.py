@@ -65,7 +65,7 @@ ROUNDING = 1e-3
 class RoundResult:
     """What a site answers to a round."""
 
-    update: dict[str, NDArray[np.generic]]
+    update: dict[str, Array]
     """What travels up: parameters or their change, in the study's precision."""
     report: fitting.FitReport | None
     """None under patient-level privacy: every number of it depends on patients."""
@@ -471,7 +471,7 @@ def next_model(
 
 def _travel_form(
     study: Study, trained: Parameters, incoming: Parameters
-) -> dict[str, NDArray[np.generic]]:
+) -> dict[str, Array]:
     rule, site = study.strategy, study.privacy.site
     form = dict(trained)
     if rule.update == "delta":

@@ -44,10 +44,10 @@ from fedgex.common.seeds import derive, generator
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Privacy, Study
 from fedgex.common.tasks import BACKBONE
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.simulations import training
 from fedgex.simulations.processes import each_done
 from fedgex.simulations.scenario import Scenario, shortened
 from fedgex.simulations.split import PUBLIC, Split, read_cohort, split
+from fedgex.simulations.training import begin, train, vocabulary
 
 RESTORATION = "restoration"
 DELTA = 1e-5
@@ -264,7 +264,7 @@ def _ground(study: Study, parts: Split, out: Path) -> tuple[_Ground, list[str]]:
     ground = _Ground(
         sites=sites,
         public=public,
-        genes=training.vocabulary(study, sites, public),
+        genes=vocabulary(study, sites, public),
         seed=derive(study.seed, "audit"),
     )
     return ground, notes
@@ -348,7 +348,7 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
         name: cohort.take(ground.of(name, job.inside))
         for name, cohort in ground.sites.items()
     }
-    begun = training.begin(study, ground.genes, members, ground.public)
+    begun = begin(study, ground.genes, members, ground.public)
     canaries = _canaries(ground, len(job.inserted))
     patients_of = {}
     for name, cohort in members.items():
@@ -360,7 +360,7 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
     public = None
     if ground.public is not None:
         public = to_patients(ground.public, ground.genes, begun.standardisation)
-    trained = training.train(begun, patients_of, public=public, without=(SURVIVAL,))
+    trained = train(begun, patients_of, public=public, without=(SURVIVAL,))
     whole = trained.parameters
     everybody = Patients.joined(
         [
@@ -490,7 +490,7 @@ def _inversions(
         name: cohort.take(ground.of(name, ground.half("members")))
         for name, cohort in ground.sites.items()
     }
-    begun = training.begin(study, ground.genes, members, ground.public)
+    begun = begin(study, ground.genes, members, ground.public)
     largest = max(members, key=lambda name: len(members[name].patients))
     patients = to_patients(members[largest], ground.genes, begun.standardisation)
     backbone = _backbone(study, ground.genes, begun.parameters)

@@ -233,10 +233,10 @@ def compare(
     ] = False,
 ) -> None:
     """Judge every method on the same hospitals never seen, one question at a time."""
-    from fedgex.simulations.benchmark import command  # takes seconds
+    from fedgex.simulations import evaluation
 
     try:
-        lines = command.benchmark(
+        page = evaluation.evaluate(
             question,
             data,
             out,
@@ -248,8 +248,7 @@ def compare(
         )
     except FedgexError as error:
         _refuse(error)
-    for line in lines:
-        typer.echo(line)
+    typer.echo(page, nl=False)
 
 
 @app.command()

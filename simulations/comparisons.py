@@ -383,9 +383,7 @@ def _curves(
 def _can_classify(finished: Federation, name: str) -> bool:
     """Whether a site has two cancer types to tell apart."""
     patients = finished.sites[name.removeprefix("alone-")]
-    return (
-        len(set(take_part(finished.study, CLASSIFICATION, patients).cancer_type)) > 1
-    )
+    return len(set(take_part(finished.study, CLASSIFICATION, patients).cancer_type)) > 1
 
 
 def _logistic(finished: Federation, seen: torch.Tensor) -> tuple[float, float]:

@@ -129,7 +129,8 @@ def answer(site: Path, request: bytes) -> bytes:
     """
     message = message_from_proto(MessageProto.FromString(request))
     reply = fedgex.client.app.app(message, _context(site, message.metadata.dst_node_id))
-    return message_to_proto(reply).SerializeToString(deterministic=True)
+    content: bytes = message_to_proto(reply).SerializeToString(deterministic=True)
+    return content
 
 
 @cache

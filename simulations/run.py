@@ -28,11 +28,11 @@ from fedgex.common.errors import CheckpointError, ConfigError, FederationError
 from fedgex.common.harmonise import to_patients
 from fedgex.common.protections import protections
 from fedgex.common.study import Study
-from fedgex.server import public
+from fedgex.server import public, run_monitor
 from fedgex.server.evaluation import mse_only
 from fedgex.server.journal import read
 from fedgex.server.settings import ServerSettings
-from fedgex.simulations import comparisons, engine, progress
+from fedgex.simulations import comparisons, engine
 from fedgex.simulations.comparisons import Federation, cached
 from fedgex.simulations.report import summary, write_report
 from fedgex.simulations.scenario import Scenario
@@ -113,7 +113,11 @@ def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> N
         log=log,
     )
     try:
-        progress.watch(journal, lambda: process.poll() is not None, console)
+        run_monitor.follow(
+            journal,
+            lambda state: bool(state.ending) or process.poll() is not None,
+            console,
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)  # the engine winds up by itself
     finally:

@@ -106,7 +106,6 @@ def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
     return _write(scenario, raw, assignment, out, inputs)
 
 
-
 def read_cohort(folder: Path, study: Study) -> Cohort:
     """Read and check the patients in a folder of a split, the first sample of each."""
     settings = SiteSettings.load(folder / "site.toml")

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from fedgex.client.local_training import train_round
 from fedgex.client.policy import Policy
 from fedgex.common import federation, start, tasks
+from fedgex.common.arrays import Arrays
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.federation import Update
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.statistics import Standardisation
-from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
+from fedgex.common.study import Study
 from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary
 from fedgex.server.strategy import combine
@@ -40,19 +41,7 @@ logger = logging.getLogger(__name__)
 Policies = Mapping[str, Policy]
 """Policy of each site; one that is not named permits everything."""
 UNRESTRICTED: Policies = MappingProxyType({})
-PERMISSIVE = Policy(
-    minimum_cohort=1,
-    tasks=(PRETRAINING, CLASSIFICATION, SURVIVAL),
-    demand_privacy=False,
-    privacy_epsilon=1e6,
-    privacy_delta=1e-5,
-    share_cross_products=True,
-    metrics=("train-loss", "judged-loss", "seconds", "num-patients"),
-    hours="00:00-24:00",
-    memory_mb=0,
-    threads=1,
-    message_limit_s=3600,
-)
+PERMISSIVE = Policy.proposed(minimum_cohort=1, share_cross_products=True)
 
 
 def vocabulary(
@@ -124,13 +113,17 @@ def begin(
                 del moments[name]
             names, scale = sorted(moments), federation.standardisation(moments)
         if study.linear_rank:
-            giving = [n for n in names if _policy(policies, n).share_cross_products]
-            patients_of = [to_patients(sites[name], genes, scale) for name in giving]
-            least = [_min_cell_count(study, policies, name) for name in giving]
-            cross_products = partial(federation.cross_products, study)
+            patients_of = {
+                name: to_patients(sites[name], genes, scale)
+                for name in names
+                if _policy(policies, name).share_cross_products
+            }
             groups = start.pool_completed(
-                lambda: map(
-                    partial(federation.cross_products, study), patients_of, least
+                lambda: (
+                    federation.cross_products(
+                        study, patients, _min_cell_count(study, policies, name)
+                    )
+                    for name, patients in patients_of.items()
                 ),
                 study.linear_types,
                 study.linear_rank,
@@ -201,21 +194,20 @@ def train(
                 )
                 if not updates:
                     break
-                model = federation.next_model(
-                    model,
-                    begun,
-                    phase,
-                    number,
-                    lambda incoming, memory, updates=updates, number=number: combine(
-                        study.strategy,
-                        incoming,
-                        updates,
-                        number,
-                        memory,
-                        study.privacy.site,
-                    ),
-                )
+                aggregate = partial(_aggregate, study, number, updates)
+                model = federation.next_model(model, begun, phase, number, aggregate)
     return model
+
+
+def _aggregate(
+    study: Study,
+    number: int,
+    updates: list[Update],
+    incoming: Mapping[str, federation.Array],
+    memory: Arrays,
+) -> tuple[dict[str, federation.Array], dict[str, NDArray[np.generic]]]:
+    rule, noise = study.strategy, study.privacy.site
+    return combine(rule, incoming, updates, number, memory, noise)
 
 
 def _updates(
@@ -232,7 +224,7 @@ def _updates(
     sent = tasks.sent(study, phase, begun)
     found, norms, refused = {}, {}, {}
     for name, patients in sites.items():
-        if phase not in _policy(policies, name).tasks:
+        if _policy(policies, name).objections(study, [phase]):
             continue
         least = _min_cell_count(study, policies, name)
         try:

@@ -127,9 +127,6 @@ def test_the_loop_ends_in_the_bits_of_the_apps_with_every_rule_in_force(
     loop = looped(hospitals, study)
 
     assert equal(loop, apps.final)
-    rounds = [
-        e for e in journal.read(tmp_path / "journal.jsonl") if e["event"] == "round"
-    ]
     left_out = {
         (e["phase"], e["round"], name)
         for e in apps.events("round")

@@ -60,7 +60,7 @@ Form = Annotated[Format, typer.Option("--format", help="A table for people, or J
 
 @app.callback()
 def main() -> None:
-    """Run whole federations on this machine, with the apps that hospitals run."""
+    """Run federations on this machine: `run` with the apps that hospitals run."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
 

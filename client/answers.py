@@ -112,7 +112,7 @@ def cross_products(
 ) -> CrossProductsReply:
     """Return cross-products of each cancer type's patients, if the policy permits it.
 
-    Of the types that the study tells apart, and of all other patients together.
+    Of the types that the study names, and of all other patients together.
     """
     study = request.study
     _refuse_sums(study)

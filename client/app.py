@@ -127,7 +127,7 @@ def _refuse_unpermitted(request: StudyRequest, policy: Policy) -> None:
 
 def _failure(error: Exception) -> Code:
     """Return the code of something unforeseen."""
-    # On a CPU, torch tells of exhausted memory by the text alone.
+    # On a CPU, torch reports exhausted memory only in the text.
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
         return Code.OUT_OF_MEMORY

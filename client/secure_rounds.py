@@ -2,9 +2,9 @@
 
 One file for each run, `secagg/RUN/exchange.json`, holds the present round's private
 keys, the shares of others, and every list that the coordinator committed itself to;
-beside it lies the round's own update. Both are replaced when the next round's keys are
-made. With them a site answers the same when it is asked the same, after a restart too,
-and refuses, with `Code.EXCHANGE_REFUSED`,
+the same folder holds the round's own update. Both are replaced when the next round's
+keys are made. With them a site answers the same when it is asked the same, after a
+restart too, and refuses, with `Code.EXCHANGE_REFUSED`,
 
 - keys that their owners have not signed, and a list without its own keys unchanged,
 - fewer than three participants, or than the quorum,

@@ -84,7 +84,7 @@ class AttemptState:
         )
 
     def write(self, folder: Path) -> None:
-        """Put it on the disk, readable by its owner alone."""
+        """Write the state to the disk, readable by its owner only."""
         values = {
             "context": asdict(self.context),
             "private": _hex(asdict(self.private)),

@@ -109,7 +109,7 @@ def size_bytes(content: RecordDict) -> int:
 
 @dataclass(kw_only=True)
 class _Wait:
-    """Where one unanswered site stands; times are monotonic unless said otherwise."""
+    """Where one unanswered site stands; times are monotonic if not stated otherwise."""
 
     progress: float
     """When something of it last moved."""
@@ -124,13 +124,13 @@ class _Wait:
     sent_at: float = 0.0
     """When, seconds since the epoch."""
     moved: float | None = None
-    """Last movement that the guard told, seconds since the epoch."""
+    """Last movement that the guard reported, seconds since the epoch."""
     tries: int = 0
     deaths: int = 0
     bytes_down: int = 0
     ended: tuple[State, str] | None = None
     """How the last try ended, unless something moved since."""
-    told: tuple[State, str] | None = None
+    noted: tuple[State, str] | None = None
     """What the journal says of it."""
 
 
@@ -159,8 +159,8 @@ class _Asking:
             if first:
                 failpoints.reach("server.asked")
                 first = False
-            # Looked at before the replies are: whoever was idle and has no reply even
-            # now has none on the way.
+            # Read before the replies: a site that was idle and has no reply even now
+            # has none on the way.
             activity = self.channel.participants.activity()
             came = False
             for message_id in list(self.under_way):
@@ -320,8 +320,8 @@ class _Asking:
         pause = min(PAUSE_S, self.channel.poll_s * 2 ** min(wait.tries, 10))
         wait.message, wait.due = None, time.monotonic() + pause
         wait.ended = state, reason
-        if wait.told != wait.ended:
-            wait.told = wait.ended
+        if wait.noted != wait.ended:
+            wait.noted = wait.ended
             self._note("asked-again", site, state=state, reason=reason)
 
     def _end(self, site: str, state: State, reason: str, bytes_up: int = 0) -> Answer:

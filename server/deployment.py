@@ -260,7 +260,7 @@ class Deployment:
     ) -> Outcomes:
         """Take the contract to every site that it names; return how each answered.
 
-        What becomes of it is on the disk as it comes, for whoever waits for approvals.
+        What becomes of it is on the disk as it comes, for those who wait for approvals.
         """
         offer = ContractRequest(contract=SignedText(json_=self.signed.to_json()))
         request = Request(
@@ -295,7 +295,7 @@ class Deployment:
 
 
 def publish(grid: Grid, settings: ServerSettings) -> None:
-    """Take a signed contract to its sites, once; nobody's approval is waited for.
+    """Take a signed contract to its sites, once; no approval is waited for.
 
     Raises
     ------
@@ -396,5 +396,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _short(value: object) -> object:
-    """Shorten digests, which nobody reads whole."""
+    """Shorten digests."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else value

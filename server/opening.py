@@ -101,8 +101,8 @@ class Initialization:
                 self._report(site, outcome)
         ready = [site for site, outcome in invited.items() if outcome.contributed]
         request = PrepareRequest(study=self.study)
-        for told in self._ask(ready, request, keys.PREPARE, self._introduction):
-            _, introduction = told
+        answers = self._ask(ready, request, keys.PREPARE, self._introduction)
+        for _, introduction in answers:
             self.present[introduction.name] = introduction
         self.present = dict(sorted(self.present.items()))
         self._require_quorum()
@@ -134,7 +134,7 @@ class Initialization:
             If the public cohort lacks genes of the study.
         """
         study, public, groups = self.study, self.public_cohort, None
-        panels = {name: told.genes for name, told in self.present.items()}
+        panels = {name: site.genes for name, site in self.present.items()}
         vocabulary = federation.agree_vocabulary(study, panels, public)
         if public is not None and study.public.statistics:
             scale = federation.public_standardisation(public, vocabulary)
@@ -149,7 +149,7 @@ class Initialization:
         if groups is not None:
             path = self.settings.run_dir / "covariance.safetensors"
             write_atomic(path, save({"covariance": pool(groups.values()).covariance()}))
-        counts = [told.num_patients for told in self.present.values()]
+        counts = [site.num_patients for site in self.present.values()]
         return federation.initial_model(
             study,
             vocabulary,

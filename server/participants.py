@@ -64,7 +64,7 @@ class Request:
     """Empty for a question that belongs to no round, and then `round` is 0."""
     round: int = 0
     own: Callable[[str], Own] | None = None
-    """What one site is sent besides, for its eyes alone."""
+    """Makes what only one site is sent."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The receipt of each round: made, signed, and verified when a run goes on.
 
-It lies beside the parameters that it is about, and names the receipt before. Between
+It lies with the parameters that it is about, and names the receipt before. Between
 hospitals the coordinator signs it and it holds what the sites signed; in the simulator
-it has the same form, and nobody's signature.
+it has the same form, without signatures.
 """
 
 from __future__ import annotations

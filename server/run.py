@@ -278,7 +278,7 @@ class _Run:
             )
 
     def _judge(self, last: Checkpoint, holdout: Patients) -> None:
-        """Judge the finished model and the linear references on the whole hold-out."""
+        """Judge the finished model and the linear references on the hold-out."""
         study, n_genes = self.study, len(last.vocabulary)
         path = self.settings.run_dir / "covariance.safetensors"
         covariance = load_file(path)["covariance"] if path.exists() else None

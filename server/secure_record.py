@@ -74,8 +74,7 @@ class Record:
 
     def lose(self, lost: Outcomes) -> None:
         """Leave sites out from here on; written with the next step."""
-        told = {name: each.to_json() for name, each in lost.items()}
-        self.values["lost"] |= told
+        self.values["lost"] |= {name: each.to_json() for name, each in lost.items()}
 
     def end(self) -> None:
         """Have the round's next try be another attempt: no shares have left yet."""

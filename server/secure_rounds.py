@@ -1,4 +1,4 @@
-"""One round under secure aggregation: the server learns the sum of the updates alone.
+"""One round under secure aggregation: the server learns the sum of the updates only.
 
     keys -> shares -> train (masked) -> confirm -> unmask
 
@@ -76,7 +76,7 @@ Parsed = TypeVar("Parsed")
 
 
 class _RareGeneError(Exception):
-    """Whoever is left would show the update of one or two sites for a gene."""
+    """The sites that are left would show the update of one or two for a gene."""
 
 
 def train_round(
@@ -194,8 +194,8 @@ class _Exchange:
         def parse(answer: Answer, content: RecordDict) -> dict[str, str]:
             advertised = KeysReply.from_records(content).advertised
             protocol.measured(advertised.public, self.n_genes)
-            told = {k: v for k, v in advertised.encode().items() if k != keys.ATTEMPT}
-            return told | proof(answer.signed)
+            public = {k: v for k, v in advertised.encode().items() if k != keys.ATTEMPT}
+            return public | proof(answer.signed)
 
         request = KeysRequest(**self._asked, attempt=Attempt(**self._attempt))
         found, lost = self._ask(keys.SECURE_KEYS, self.sites, lambda: request, parse)
@@ -286,8 +286,8 @@ class _Exchange:
         gone = sorted(set(sharers) - set(survivors))
 
         def own(site: str) -> Own:
-            told = {name: each[site] for name, each in tags.items() if name != site}
-            return Own(confirmations={n: bytes.fromhex(t) for n, t in told.items()})
+            own = {name: each[site] for name, each in tags.items() if name != site}
+            return Own(confirmations={n: bytes.fromhex(t) for n, t in own.items()})
 
         def parse(answer: Answer, content: RecordDict) -> tuple[Shares, Shares]:
             reply = UnmaskReply.from_records(content)
@@ -397,8 +397,8 @@ class _Exchange:
         )
 
     def _participants(self) -> dict[str, Participant]:
-        told: dict[str, dict[str, str]] = self.done["keys"]
-        return {name: Participant.decode(each) for name, each in told.items()}
+        found: dict[str, dict[str, str]] = self.done["keys"]
+        return {name: Participant.decode(each) for name, each in found.items()}
 
     def _group(self) -> Group:
         public = {name: each.public for name, each in self._participants().items()}
@@ -415,7 +415,7 @@ class _Exchange:
         """Read a masked update from the disk, checked."""
         arrays = Spooled(self._path(name))
         if set(arrays) != {keys.MASKED}:
-            raise UpdateError(f'the masked update is not "{keys.MASKED}" alone')
+            raise UpdateError(f'the masked update is not only "{keys.MASKED}"')
         words = np.asarray(arrays[keys.MASKED])
         if words.shape != (self.size,) or words.dtype != np.uint32:
             raise UpdateError(

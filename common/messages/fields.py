@@ -135,7 +135,10 @@ class Survived(Shared):
     survivors: Sites
 
 
-class _Keys(Fields):
+class AdvertisedKeys(Fields):
+    """Public keys of a hospital for one attempt, as it sends and signs them."""
+
+    attempt: Ordinal
     channel: Text
     mask: Text
     measured: Text
@@ -143,17 +146,7 @@ class _Keys(Fields):
     @property
     def public(self) -> PublicKeys:
         """The keys, from hexadecimal."""
-        texts = self.channel, self.mask, self.measured
-        channel, mask, measured = map(bytes.fromhex, texts)
-        if len(channel) != 32 or len(mask) != 32:
-            raise MessageError("a public key is not of 32 bytes")
-        return PublicKeys(channel=channel, mask=mask, measured=measured)
-
-
-class AdvertisedKeys(_Keys):
-    """Public keys of a hospital for one attempt, as it sends and signs them."""
-
-    attempt: Ordinal
+        return _public_keys(self.channel, self.mask, self.measured)
 
     @classmethod
     def of(cls, public: PublicKeys, attempt: int) -> Self:
@@ -166,12 +159,20 @@ class AdvertisedKeys(_Keys):
         )
 
 
-class Participant(_Keys):
+class Participant(Fields):
     """Public keys of a hospital as the server passes them on, and who signed them."""
 
+    channel: Text
+    mask: Text
+    measured: Text
     json_: Text | None = None
     signature: Text | None = None
     certificate: Text | None = None
+
+    @property
+    def public(self) -> PublicKeys:
+        """The keys, from hexadecimal."""
+        return _public_keys(self.channel, self.mask, self.measured)
 
     def to_json(self) -> str:
         """Return the text that travels."""
@@ -253,3 +254,10 @@ class RefusalCode(Fields):
     """Why a hospital does not do as asked."""
 
     code: Annotated[str, Field(pattern=r"^FX-[A-Z]{1,20}-\d{3}$")]
+
+
+def _public_keys(*texts: str) -> PublicKeys:
+    channel, mask, measured = map(bytes.fromhex, texts)
+    if len(channel) != 32 or len(mask) != 32:
+        raise MessageError("a public key is not of 32 bytes")
+    return PublicKeys(channel=channel, mask=mask, measured=measured)

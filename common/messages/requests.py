@@ -33,9 +33,7 @@ from fedgex.common.messages.fields import (
     Survived,
 )
 from fedgex.common.receipt import request_digest
-from fedgex.common.statistics import (
-    Standardisation,
-)
+from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
 
@@ -60,7 +58,7 @@ _PARTICIPANTS = by_hospital(
 
 @dataclass(frozen=True, kw_only=True)
 class Envelope(Message):
-    """What every request holds besides; in a simulation the version alone."""
+    """Records that every request also holds; in a simulation, only the version."""
 
     server: Annotated[Server | None, keys.SERVER] = None
     run: Annotated[Run | None, keys.RUN] = None
@@ -173,7 +171,7 @@ class UnmaskRequest(ConfirmRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class Own(Message):
-    """What one hospital is sent besides, for its eyes alone."""
+    """Records that only one hospital is sent."""
 
     boxes: Annotated[Bytes | None, BOXES] = None
     confirmations: Annotated[Bytes | None, CONFIRMATIONS] = None

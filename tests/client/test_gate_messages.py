@@ -99,7 +99,7 @@ def test_another_record_does_not_make_another_question_of_what_is_asked_once(
 def test_no_number_of_attempts_has_the_cross_products_computed_again(
     north: North, attempt: int
 ) -> None:
-    """Each answer under another standardisation tells more of the patients."""
+    """Each answer under another standardisation reveals more of the patients."""
     kind = keys.CROSS_PRODUCTS
     north.ask(kind, north.content(kind))
     chosen = north.content(kind)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fedgex.common import keys
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import FederationError, FedgexError
-from fedgex.common.messages.requests import Envelope
+from fedgex.common.messages.requests import ReleaseRequest
 from fedgex.common.records import packed, to_record
 from fedgex.common.study import RoundRule, Study
 from fedgex.server.journal import Journal
@@ -211,7 +211,7 @@ def run(tmp_path: Path) -> Run:
             ],
             Request(
                 type=keys.TRAIN,
-                message=Envelope,
+                message=lambda: ReleaseRequest(bundle=to_record(good_arrays())),
                 group="pretraining-1",
                 phase="pretraining",
                 round=1,

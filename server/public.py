@@ -1,13 +1,11 @@
 """The server's public cohort: whether a study wants one, and the patients in it.
 
-What is computed from it is in server/public_start.py.
+What is computed from it is in common/federation.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import numpy as np
 
 from fedgex.common import federation
 from fedgex.common.cohort import Cohort, load_cohort
@@ -61,18 +59,3 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
             "out."
         )
     return cohort
-
-
-def well_known(cohort: Cohort, min_share: float) -> frozenset[str]:
-    """Return the genes that enough samples have a value of.
-
-    Parameters
-    ----------
-    min_share
-        Least share of the samples, as the study's `vocabulary.min_patient_share`.
-    """
-    counts = (~np.isnan(cohort.expression)).sum(axis=0)
-    enough = counts >= max(
-        federation.MIN_PUBLIC_PATIENTS, min_share * len(cohort.patients)
-    )
-    return frozenset(g for g, k in zip(cohort.genes, enough, strict=True) if k)

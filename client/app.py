@@ -119,8 +119,9 @@ def _refuse_other_version(server: Server | None) -> None:
 
 def _refuse_unpermitted(request: StudyRequest, policy: Policy) -> None:
     """Refuse what the policy refuses of a study, and of the phase that is to train."""
-    in_round = isinstance(request, TrainRequest | SecureRequest)
-    phases = (request.round.phase,) if in_round else ()
+    phases: tuple[str, ...] = ()
+    if isinstance(request, TrainRequest | SecureRequest):
+        phases = (request.round.phase,)
     if against := policy.objections(request.study, phases):
         raise ConfigError(" ".join(against))
 

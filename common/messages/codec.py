@@ -16,12 +16,16 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import ConfigDict, ValidationError
 
+from fedgex.common import keys
 from fedgex.common.errors import FederationError, FedgexError, MessageError
 from fedgex.common.records import to_arrays, to_record
 from fedgex.common.study import Settings
 
 SHOWN = 300
 """Characters of an error's text that are kept: it may stand in every receipt."""
+
+RENAMED = {"pre_training_loss": keys.JUDGED_LOSS}
+"""Keys of fields that have another name on the wire."""
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
 Value = TypeVar("Value")
@@ -55,7 +59,9 @@ class Fields(Settings):
     model_config = ConfigDict(
         strict=True,
         populate_by_name=True,
-        alias_generator=lambda name: name.removesuffix("_").replace("_", "-"),
+        alias_generator=lambda name: (
+            RENAMED.get(name) or name.removesuffix("_").replace("_", "-")
+        ),
     )
 
     KIND: ClassVar[type[Record]] = ConfigRecord

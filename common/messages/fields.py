@@ -235,7 +235,7 @@ class TrainingMetrics(Fields):
     num_examples: Count | None = None
     num_loss_terms: Count | None = None
     train_loss: Measure | None = None
-    pre_training_loss: Measure | None = Field(default=None, alias="judged-loss")
+    pre_training_loss: Measure | None = None
     """Mean loss of the incoming model."""
     seconds: Measure | None = None
 

@@ -18,7 +18,7 @@ install: $(READY)
 $(READY): pyproject.toml setup.py deploy/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint deploy/constraints.txt 'pip>=25.1' torch
-	$(BIN)/pip install --quiet --constraint deploy/constraints.txt --editable '.[simulation]' --group dev
+	$(BIN)/pip install --quiet --constraint deploy/constraints.txt --editable '.[simulation,flower-engine]' --group dev
 	@touch $@
 
 ## demo      run a whole federation and its report; DATA=FOLDER takes the real data
@@ -46,7 +46,7 @@ check: install
 ## test      all that is quick; those on real data need FEDGEX_DATA (../shared/data)
 test: install
 	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation and not deployment and not chaos'
-	$(BIN)/pytest -rs -m 'federation and not slow'  # one at a time: two Ray clusters starting at once can hang
+	$(BIN)/pytest -rs -m 'federation and not slow'
 
 ## test-federation  failures between hospitals, with real processes; thirty to fifty minutes
 test-federation: install

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from fedgex.client.decisions import Desk, Refusal
 from fedgex.client.identity import Identity
@@ -27,14 +27,34 @@ from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.replies import AnotherRequestError, Replies
 from fedgex.client.settings import SiteSettings
 from fedgex.common import bundle, chain, failpoints, keys, pki
-from fedgex.common.chain import Chain, Head
+from fedgex.common.chain import Chain
 from fedgex.common.codes import Code
 from fedgex.common.contract import Contract
-from fedgex.common.errors import TrustError, UpdateError
+from fedgex.common.errors import MessageError, TrustError, UpdateError
 from fedgex.common.files import disk_full, write_atomic
+from fedgex.common.messages.fields import (
+    Decision,
+    Hospital,
+    LastReceipt,
+    Run,
+    SignedPart,
+)
+from fedgex.common.messages.replies import ContractReply, ReleaseReply, Reply, read_part
+from fedgex.common.messages.replies import Refusal as RefusalReply
+from fedgex.common.messages.requests import (
+    ContractRequest,
+    Envelope,
+    ReleaseRequest,
+    SecureRequest,
+    SharesRequest,
+    StatisticsRequest,
+    StudyRequest,
+    TrainRequest,
+    read_request,
+)
 from fedgex.common.pki import Signed
-from fedgex.common.receipt import Part, Receipt, reply_digest, request_digest
-from fedgex.common.records import text, to_arrays
+from fedgex.common.receipt import Part, Receipt, reply_digest
+from fedgex.common.records import to_arrays
 from fedgex.common.study import NAME_PATTERN
 
 logger = logging.getLogger(__name__)
@@ -91,35 +111,41 @@ class Gate:
     def _answer(
         self, message: Message, context: Context, settings: SiteSettings
     ) -> RecordDict:
-        kind, content = message.metadata.message_type, message.content
+        kind = message.metadata.message_type
         desk = Desk.of(settings)
-        run, contract_hash = _run(kind, content)
-        self._same_log(content)
-        phase, number = _round(content)
-        request = request_digest(kind, content)
+        try:
+            request = read_request(kind, message.content)
+        except MessageError as error:
+            raise Refusal(Code.OUTSIDE_CONTRACT, str(error)) from error
+        run = _run(request)
+        self._same_log(request.receipt)
+        order = (
+            request.round if isinstance(request, TrainRequest | SecureRequest) else None
+        )
         about = {
-            "contract": contract_hash,
-            "run": run,
+            "contract": run.contract,
+            "run": run.run,
             "type": kind,
-            "phase": phase,
-            "round": number,
-            "request": request,
+            "phase": "" if order is None else order.phase,
+            "round": 0 if order is None else order.number,
+            "request": request.digest,
         }
-        if kind == keys.CONTRACT:
-            return self._logged(self._contract(content, desk), about)
-        contract = desk.admitted(contract_hash)
-        self._keep_receipt(content, contract_hash, run)
-        if kind == keys.RELEASE:
-            return self._logged(self._release(content, contract_hash, run), about)
-        _same(kind, content, contract)
+        if isinstance(request, ContractRequest):
+            return self._logged(self._contract(request, desk).to_records(), about)
+        contract = desk.admitted(run.contract)
+        self._keep_receipt(request.receipt, run)
+        if isinstance(request, ReleaseRequest):
+            return self._logged(self._release(request, run).to_records(), about)
+        assert isinstance(request, StudyRequest)
+        _same(kind, request, contract)
         self._open_now(settings)
         private = contract.study.privacy.patient is not None
         if private:
             debit.ready(self.state_dir)
-        question = f"{kind.removeprefix('query.')}-{phase}-{_count(content, number)}"
-        replies = Replies(self.state_dir / "replies" / run)
+        question = f"{kind.removeprefix('query.')}-{_place(request)}"
+        replies = Replies(self.state_dir / "replies" / run.run)
         try:
-            stored = replies.find(question, request) if kind in STORED else None
+            stored = replies.find(question, request.digest) if kind in STORED else None
         except AnotherRequestError as error:
             raise Refusal(Code.ANSWERED_ALREADY, str(error)) from error
         if stored is not None:
@@ -128,15 +154,15 @@ class Gate:
             return self._signed_now(stored, question, about, replies)
         if private:
             self._nothing_left(about)
-        self._begin(request)
+        self._begin(request.digest)
         self.audit.append("asked", **about)
         failpoints.reach("site.before_train")
         reply: RecordDict = self.app(message, context).content
         failpoints.reach("site.after_train")
-        desk.admitted(contract_hash)  # withdrawn meanwhile: nothing leaves
+        desk.admitted(run.contract)  # withdrawn meanwhile: nothing leaves
         reply = self._logged(reply, about)
-        if kind in STORED and _code(reply) is None:
-            replies.store(question, request, reply)
+        if kind in STORED and keys.REFUSAL not in reply:
+            replies.store(question, request.digest, reply)
             if private:
                 self.audit.append(KEPT, **about)
         self._end()
@@ -162,71 +188,65 @@ class Gate:
         replies: Replies,
     ) -> RecordDict:
         """Return a stored reply, signed anew if the hospital's keys were replaced."""
-        signed_by = text(stored.config_records[keys.PART], keys.CERTIFICATE)
-        if signed_by == pki.to_pem(self.identity.certificate):
+        part = read_part(stored)
+        ours = pki.to_pem(self.identity.certificate)
+        if part is not None and part.certificate == ours:
             return stored
-        del stored[keys.PART]
+        stored.pop(keys.PART, None)
         stored = self._logged(stored, about)
         replies.store(question, str(about["request"]), stored)
         return stored
 
-    def _contract(self, content: RecordDict, desk: Desk) -> RecordDict:
-        """Take a contract in, and say whether it may run here."""
-        record = content.config_records[keys.SIGNED_CONTRACT]
+    def _contract(self, request: ContractRequest, desk: Desk) -> ContractReply:
+        """Take a contract in, and answer with the approval, if there is one."""
         try:
-            signed = Signed.from_json(text(record, keys.JSON), "the contract sent")
+            signed = Signed.from_json(request.contract.json_, "the contract sent")
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
         received = desk.receive(signed)
         desk.admitted(received.hash)  # so what is sent now is an approval
         decision = self.state_dir / "decisions" / f"{received.hash}.json"
-        site = ConfigRecord(
-            {keys.NAME: self.identity.name, keys.DECISION: decision.read_text()}
+        return ContractReply(
+            site=Decision(name=self.identity.name, decision=decision.read_text())
         )
-        return RecordDict({keys.SITE: site})
 
-    def _release(self, content: RecordDict, contract: str, run: str) -> RecordDict:
+    def _release(self, request: ReleaseRequest, run: Run) -> ReleaseReply:
         """Keep a released model for predictions, once all of it is verified."""
-        name = f"{run}{bundle.SUFFIX}"
+        name = f"{run.run}{bundle.SUFFIX}"
         try:
-            sent = to_arrays(content.array_records[keys.BUNDLE])[keys.BUNDLE].tobytes()
+            sent = to_arrays(request.bundle)[keys.BUNDLE].tobytes()
             with tempfile.TemporaryDirectory(prefix="fedgex-") as temporary:
                 arrived = Path(temporary) / name
                 arrived.write_bytes(sent)
                 release = bundle.verify(arrived, self.identity.authority).release
         except (TrustError, UpdateError) as error:
             raise Refusal(Code.RELEASE_UNVERIFIED, str(error)) from error
-        if (release.contract, release.run) != (contract, run):
+        if (release.contract, release.run) != (run.contract, run.run):
             raise Refusal(
                 Code.RELEASE_UNVERIFIED, "the model sent is that of another run."
             )
         folder = self.state_dir / "models"
         folder.mkdir(exist_ok=True, mode=0o700)
         write_atomic(folder / name, sent, point="release")
-        self.audit.append("model-received", run=run, bytes=len(sent))
-        return RecordDict({keys.SITE: ConfigRecord({keys.NAME: self.identity.name})})
+        self.audit.append("model-received", run=run.run, bytes=len(sent))
+        return ReleaseReply(site=Hospital(name=self.identity.name))
 
-    def _same_log(self, content: RecordDict) -> None:
+    def _same_log(self, last: LastReceipt | None) -> None:
         """Compare our log with its last line that the server holds our signature of."""
-        record = content.config_records.get(keys.RECEIPT)
-        known = str(record.get(keys.HEAD, "")) if record is not None else ""
-        if not known:
-            return
-        index, _, digest = known.partition(":")
-        if not self.audit.contains(Head(int(index), digest)):
+        known = None if last is None else last.known
+        if known is not None and not self.audit.contains(known):
             raise Refusal(
                 Code.LOG_RESTORED,
-                f"the server holds our signature over line {index} of the audit log, "
+                f"the server holds our signature over line {known.index} of the log, "
                 "and our log does not have that line: it was cut, or restored from a "
                 "backup. Nothing is answered. See docs/hospital-operation.md.",
             )
 
-    def _keep_receipt(self, content: RecordDict, contract: str, run: str) -> None:
+    def _keep_receipt(self, last: LastReceipt | None, run: Run) -> None:
         """Keep the coordinator's receipt of the round before, once verified."""
-        record = content.config_records.get(keys.RECEIPT)
-        sent = str(record.get(keys.JSON, "")) if record is not None else ""
-        if not sent:
+        if last is None or not last.json_:
             return
+        sent = last.json_
         try:
             signed = Signed.from_json(sent, "the receipt sent")
             receipt = Receipt.read_signed(signed)
@@ -236,9 +256,9 @@ class Gate:
                 raise TrustError("the receipt sent bears no signature.")
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
-        if (receipt.contract, receipt.run) != (contract, run):
+        if (receipt.contract, receipt.run) != (run.contract, run.run):
             raise Refusal(Code.OUTSIDE_CONTRACT, "the receipt sent is of another run.")
-        path = self.state_dir / "receipts" / run / f"{receipt.index:05d}.json"
+        path = self.state_dir / "receipts" / run.run / f"{receipt.index:05d}.json"
         if path.exists():
             held = Signed.from_json(path.read_text(), path.name)
             if held.content == signed.content:
@@ -246,11 +266,14 @@ class Gate:
             raise Refusal(
                 Code.UNTRUSTED,
                 f"the coordinator signed two different receipts {receipt.index} of "
-                f"{run}: it told hospitals different things. Keep {path} and the log.",
+                f"{run.run}: it told hospitals different things. Keep {path} and the "
+                "log.",
             )
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomic(path, sent.encode())
-        self.audit.append("receipt", run=run, index=receipt.index, digest=signed.hash)
+        self.audit.append(
+            "receipt", run=run.run, index=receipt.index, digest=signed.hash
+        )
 
     def _open_now(self, settings: SiteSettings) -> None:
         if (self.state_dir / "paused").exists():
@@ -262,7 +285,8 @@ class Gate:
 
     def _logged(self, reply: RecordDict, about: dict[str, object]) -> RecordDict:
         """Write down that this goes out, and sign it with the log's head beside it."""
-        code = _code(reply)
+        refused = keys.REFUSAL in reply
+        code = RefusalReply.from_records(reply).refusal.code if refused else None
         head = self.audit.append(
             "answered" if code is None else "refused",
             **about,
@@ -282,14 +306,12 @@ class Gate:
             },
             "our part",
         ).to_json()
-        reply[keys.PART] = ConfigRecord(
-            {
-                keys.JSON: part,
-                keys.SIGNATURE: self.identity.sign(part.encode()),
-                keys.CERTIFICATE: pki.to_pem(self.identity.certificate),
-            }
+        signed = SignedPart(
+            json_=part,
+            signature=self.identity.sign(part.encode()),
+            certificate=pki.to_pem(self.identity.certificate),
         )
-        return reply
+        return RecordDict({**reply, **Reply(part=signed).to_records()})
 
     def _refuse(self, message: Message, refusal: Refusal) -> RecordDict:
         logger.warning("refused: %s", refusal)
@@ -300,7 +322,7 @@ class Gate:
             code=refusal.code,
             why=refusal.why,
         )
-        return RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: refusal.code})})
+        return RefusalReply.of(refusal.code).to_records()
 
     # ---- what the daemon needs to know of a computation ----
 
@@ -356,76 +378,55 @@ def stop_working(state_dir: Path, code: Code) -> None:
         write_atomic(state_dir / WORKING, content)
 
 
-def _run(kind: str, content: RecordDict) -> tuple[str, str]:
-    """Return run and contract hash of a message; only a contract may be of no run."""
-    record = content.config_records.get(keys.RUN)
-    if record is None:
+def _run(request: Envelope) -> Run:
+    """Return the run of a request; only a contract may be of no run."""
+    if request.run is None:
         raise Refusal(
             Code.UNKNOWN_RUN,
             "the message names no run and no contract; it does not come from "
             "fedgex-admin run launch.",
         )
-    run = text(record, keys.RUN_NAME)
-    published = kind == keys.CONTRACT and not run
-    if not published and not re.fullmatch(NAME_PATTERN, run):
+    published = isinstance(request, ContractRequest) and not request.run.run
+    if not published and not re.fullmatch(NAME_PATTERN, request.run.run):
         raise Refusal(Code.UNKNOWN_RUN, "the run's name cannot name a file.")
-    return run, text(record, keys.CONTRACT_HASH)
+    return request.run
 
 
-def _same(kind: str, content: RecordDict, contract: Contract) -> None:
-    """Refuse a message whose study, round or vocabulary is not the contract's."""
-    study = text(content.config_records[keys.STUDY], keys.JSON)
-    if study != contract.study.to_json():
+def _same(kind: str, request: StudyRequest, contract: Contract) -> None:
+    """Refuse a request whose study, round or vocabulary is not the contract's."""
+    study = contract.study
+    if request.study.to_json() != study.to_json():
         raise Refusal(
-            Code.OUTSIDE_CONTRACT,
-            "the study of the message is not the contract's.",
+            Code.OUTSIDE_CONTRACT, "the study of the message is not the contract's."
         )
-    phase, number = _round(content)
-    training = contract.study.phases.get(phase)
-    if kind in (keys.TRAIN, *keys.SECURE):
-        planned = training is not None and 1 <= number <= training.rounds
-        if contract.study.secure_aggregation is None:  # then a round has one attempt
-            planned = planned and kind == keys.TRAIN and keys.EXCHANGE not in content
-    else:  # asked once in a run, whatever a number would make of it
-        planned = (phase, number) == ("", 0)
-    if not planned:
+    if isinstance(request, TrainRequest | SecureRequest):
+        order, training = request.round, study.phases.get(request.round.phase)
+        planned = training is not None and order.number <= training.rounds
+        if study.secure_aggregation is None:  # then a round has one attempt
+            planned = planned and request.attempt is None
+        if not planned:
+            place = f"{order.phase} {order.number}"
+            raise Refusal(Code.OUTSIDE_CONTRACT, f"the contract has no {kind} {place}.")
+    if isinstance(request, SharesRequest):
+        strange = set(request.participants) - set(contract.sites)
+        if strange:
+            raise Refusal(
+                Code.OUTSIDE_CONTRACT, f"the contract does not name {sorted(strange)}."
+            )
+    genes = sorted(study.vocabulary.genes)
+    if isinstance(request, StatisticsRequest) and genes != [*request.vocabulary.genes]:
         raise Refusal(
-            Code.OUTSIDE_CONTRACT, f"the contract has no {kind} {phase} {number}."
-        )
-    participants = content.config_records.get(keys.PUBLIC_KEYS, ConfigRecord())
-    if strange := set(participants) - set(contract.sites):
-        raise Refusal(
-            Code.OUTSIDE_CONTRACT, f"the contract does not name {sorted(strange)}."
-        )
-    vocabulary = content.config_records.get(keys.VOCABULARY)
-    if vocabulary is None:
-        return
-    genes = vocabulary[keys.GENES]
-    if sorted(contract.study.vocabulary.genes) != genes:
-        raise Refusal(
-            Code.OUTSIDE_CONTRACT,
-            "the genes of the message are not the contract's.",
+            Code.OUTSIDE_CONTRACT, "the genes of the message are not the contract's."
         )
 
 
-def _round(content: RecordDict) -> tuple[str, int]:
-    record = content.config_records.get(keys.ROUND)
-    if record is None:
-        return "", 0
-    return text(record, keys.PHASE), int(str(record[keys.NUMBER]))
-
-
-def _count(content: RecordDict, number: int) -> str:
-    """Return a round's number for a file's name, with its attempt if it has one."""
-    record = content.config_records.get(keys.EXCHANGE)
-    if record is None:
-        return f"{number:05d}"
-    return f"{number:05d}.{int(str(record[keys.ATTEMPT])):03d}"
-
-
-def _code(reply: RecordDict) -> str | None:
-    refusal = reply.config_records.get(keys.REFUSAL)
-    return None if refusal is None else text(refusal, keys.CODE)
+def _place(request: StudyRequest) -> str:
+    """Return phase, number and attempt of what is asked, for a file's name."""
+    if not isinstance(request, TrainRequest | SecureRequest):
+        return "-00000"
+    order, attempt = request.round, request.attempt
+    more = "" if attempt is None else f".{attempt.attempt:03d}"
+    return f"{order.phase}-{order.number:05d}{more}"
 
 
 def _size(reply: RecordDict) -> int:

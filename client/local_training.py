@@ -1,40 +1,25 @@
-"""One round at one hospital: load the phase's model, judge, train, return the update.
+"""One round at one hospital: load the phase's model, and train it as the study says.
 
-Shared by the ClientApp and by whoever trains without a federation for comparison.
+The ClientApp calls it, and the loop over patients in memory that simulations train.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedgex.common import memory, privacy, tasks
 from fedgex.common.codes import Code
 from fedgex.common.errors import DataError, Finding
-from fedgex.common.fitting import FitReport, fit, judge, round_learning_rate
+from fedgex.common.federation import RoundResult, round_update
+from fedgex.common.fitting import round_learning_rate
 from fedgex.common.harmonise import Patients
-from fedgex.common.parameters import load_parameters, parameters
-from fedgex.common.phases import phase_loss, take_part, trained_parameters
-from fedgex.common.seeds import derive
+from fedgex.common.parameters import load_parameters
+from fedgex.common.phases import take_part, trained_parameters
 from fedgex.common.study import SURVIVAL, Study
 from fedgex.common.tasks import Parameters, PhaseModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundResult:
-    """What a site answers to a round."""
-
-    update: dict[str, NDArray[np.float32]]
-    """What travels up: parameters or their change."""
-    report: FitReport | None
-    """None under patient-level privacy: every number of it tells of patients."""
-    judged_loss: float | None
-    """Loss of the incoming model on the site's own patients, before training; None
-    under patient-level privacy."""
 
 
 def train_round(
@@ -47,8 +32,9 @@ def train_round(
     site: str,
     floor: int,
     state_dir: Path,
+    evaluate: bool = True,
 ) -> RoundResult:
-    """Judge and train a phase's model for one round; privately, if the study says so.
+    """Evaluate and train a phase's model for one round, privately if the study says so.
 
     Parameters
     ----------
@@ -60,6 +46,8 @@ def train_round(
         Fewest patients that may take part in anything that leaves the site.
     state_dir
         Where noised class counts are kept between rounds.
+    evaluate
+        Whether the incoming model is evaluated on the patients first.
 
     Raises
     ------
@@ -69,33 +57,24 @@ def train_round(
         If the incoming parameters do not fit the study's model.
     """
     memory.keep_freed()
-    settings = study.phases[phase]
     fitting = enough(study, phase, patients, floor)
     model = tasks.build(study, patients.values.shape[1], phase)
     load_parameters(tasks.named(phase, model), incoming)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    report, judged = None, None
+    fit = None
     if study.privacy.patient is not None:
-        _train_privately(study, phase, number, model, fitting, state_dir)
-    else:
-        loss = phase_loss(study, model, fitting)
-        seed = derive(study.seed, site, phase, number)
-        judged = judge(loss, len(fitting), settings.batch_size, seed)
-        report = fit(
-            trained_parameters(study, phase, model),
-            loss,
-            len(fitting),
-            settings,
-            learning_rate=round_learning_rate(settings, number),
-            proximal_mu=study.strategy.proximal_mu,
-            seed=seed,
-        )
-    trained = tasks.updated(study, phase, parameters(tasks.named(phase, model)))
-    return RoundResult(
-        update=_travel_form(study, trained, incoming),
-        report=report,
-        judged_loss=judged,
+        fit = partial(_train_privately, study, phase, number, model, fitting, state_dir)
+    return round_update(
+        study,
+        phase,
+        number,
+        model,
+        fitting,
+        incoming,
+        site=site,
+        fit=fit,
+        evaluate=evaluate,
     )
 
 
@@ -133,14 +112,6 @@ def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients
     return fitting
 
 
-def clipped(change: Parameters, norm: float) -> dict[str, NDArray[np.float32]]:
-    """Return a change of the model, scaled down to a Euclidean norm if it is longer."""
-    squares = (np.square(array, dtype=np.float64).sum() for array in change.values())
-    length = float(np.sqrt(sum(squares)))
-    factor = np.float32(norm / length if length > norm else 1.0)
-    return {name: factor * array for name, array in change.items()}
-
-
 def _train_privately(
     study: Study,
     phase: str,
@@ -168,18 +139,6 @@ def _train_privately(
         learning_rate=round_learning_rate(settings, number),
         proximal_mu=study.strategy.proximal_mu,
     )
-
-
-def _travel_form(
-    study: Study, trained: Parameters, incoming: Parameters
-) -> dict[str, NDArray[np.float32]]:
-    site = study.privacy.site
-    form = dict(trained)
-    if study.strategy.update == "delta":
-        form = {name: array - incoming[name] for name, array in trained.items()}
-    if site is not None:
-        form = clipped(form, site.clip)
-    return form
 
 
 def _unit_count(study: Study, phase: str, patients: Patients) -> int:

@@ -5,6 +5,7 @@ N samples, G genes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from fedgex.common.vocabulary import Vocabulary
 
 CLINICAL_COLUMNS = ("duration", "event", "age", "sex", "cancer_type")
 """Columns of `Cohort.clinical`, each optional."""
@@ -43,6 +46,27 @@ class Cohort:
             return np.zeros(len(self.patients), dtype=bool)
         known = self.clinical["event"].notna() & (self.clinical["duration"] > 0)
         return known.to_numpy(dtype=bool)
+
+    def take(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Cohort:
+        """Return the samples at the given rows."""
+        return Cohort(
+            patients=tuple(np.asarray(self.patients)[rows]),
+            genes=self.genes,
+            expression=self.expression[rows],
+            clinical=self.clinical.iloc[rows],
+        )
+
+    @classmethod
+    def joined(cls, cohorts: Sequence[Cohort]) -> Cohort:
+        """Return the samples of all cohorts as one, on the genes that any has."""
+        vocabulary = Vocabulary(tuple(sorted({g for c in cohorts for g in c.genes})))
+        placed = [vocabulary.place(c.genes, c.expression) for c in cohorts]
+        return cls(
+            patients=tuple(p for cohort in cohorts for p in cohort.patients),
+            genes=vocabulary.genes,
+            expression=np.concatenate(placed),
+            clinical=pd.concat([c.clinical for c in cohorts], ignore_index=True),
+        )
 
 
 def save_cohort(cohort: Cohort, folder: Path) -> None:

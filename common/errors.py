@@ -4,6 +4,7 @@
     ├── ConfigError       a setting, study or scenario cannot be used
     ├── DataError         a hospital's file cannot be used; carries all its findings
     ├── UpdateError       an update from a site cannot be aggregated
+    │   └── MessageError  a message holds what it may not, or lacks what it must
     ├── CheckpointError   a checkpoint is missing, torn, or belongs to something else
     ├── FederationError   a round could not be completed
     └── TrustError        a key, certificate, signature or chain cannot be trusted
@@ -32,6 +33,10 @@ class ConfigError(FedgexError):
 
 class UpdateError(FedgexError):
     """An update from a site cannot be aggregated."""
+
+
+class MessageError(UpdateError):
+    """A message holds what it may not, or lacks what it must."""
 
 
 class CheckpointError(FedgexError):

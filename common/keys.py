@@ -1,4 +1,4 @@
-"""Names on the wire, in one place: message types, records, and their keys."""
+"""Names on the wire: message types, records, and their keys (messages/fields.py)."""
 
 # message types that a site answers
 PREPARE = "query.prepare"
@@ -63,7 +63,6 @@ NUM_LOSS_TERMS = "num-loss-terms"
 TRAIN_LOSS = "train-loss"
 JUDGED_LOSS = "judged-loss"
 SECONDS = "seconds"
-SHARES_CROSS_PRODUCTS = "shares-cross-products"
 CONTRACT_HASH = "contract"
 RUN_NAME = "run"
 HEAD = "head"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
@@ -87,20 +87,6 @@ def let_go(content: RecordDict) -> None:
 def floats(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
     """Return the arrays as float32, the type of every parameter."""
     return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
-def text(record: ConfigRecord, key: str) -> str:
-    """Return a string from a record.
-
-    Raises
-    ------
-    UpdateError
-        If it is missing or no string.
-    """
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise UpdateError(f'the record\'s "{key}" is {type(value).__name__}, not text')
-    return value
 
 
 def digest(content: RecordDict, *, without: Collection[str] = ()) -> str:

@@ -154,6 +154,11 @@ class Standardisation:
                 f"sd of {(self.sd <= 0).sum()} genes is 0 or less; expected above 0."
             )
 
+    @classmethod
+    def identity(cls, n_genes: int) -> Self:
+        """Return mean 0 and SD 1, under which values stay as they are."""
+        return cls(mean=np.zeros(n_genes), sd=np.ones(n_genes))
+
     def apply(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """Return (values - mean) / sd, shape (N, V); NaN stays NaN."""
         return ((values - self.mean) / self.sd).astype(np.float32)

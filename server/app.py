@@ -6,6 +6,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgex.server import deployment
+from fedgex.server.journal import Journal
+from fedgex.server.participants import Simulated
 from fedgex.server.settings import ServerSettings
 
 app = ServerApp()
@@ -16,11 +18,24 @@ def main(grid: Grid, context: Context) -> None:
     """Do the job of the file that the run config names, or of the environment."""
     named = context.run_config.get("settings")
     settings = ServerSettings.load(Path(str(named)) if named else None)
-    if settings.job == "publish":
-        deployment.publish(grid, settings)
-    elif settings.job == "deliver":
-        deployment.deliver(grid, settings)
-    else:
-        from fedgex.server.run import conduct  # torch, which the others do without
+    jobs = {
+        "conduct": _conduct,
+        "publish": deployment.publish,
+        "deliver": deployment.deliver,
+    }
+    jobs[settings.job](grid, settings)
 
-        conduct(grid, settings)
+
+def _conduct(grid: Grid, settings: ServerSettings) -> None:
+    """Conduct a run between the hospitals of a contract, or a simulation."""
+    # torch, which the other jobs do without
+    from fedgex.server.run import conduct
+
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    with Journal(settings.run_dir / "journal.jsonl").failures():
+        participants = (
+            Simulated(study=settings.read_study(), n_sites=settings.n_sites)
+            if settings.state_dir is None
+            else deployment.Deployment.load(settings)
+        )
+    conduct(grid, settings, participants)

@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Literal, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
 from fedgex.common import codes, failpoints, keys
-from fedgex.common.errors import TrustError, UpdateError
-from fedgex.common.receipt import Part, request_digest
+from fedgex.common.errors import UpdateError
+from fedgex.common.messages.codec import boundary
+from fedgex.common.messages.fields import Server
+from fedgex.common.messages.replies import Refusal
+from fedgex.common.messages.requests import Envelope
+from fedgex.common.receipt import request_digest
 from fedgex.common.records import let_go
-from fedgex.server.journal import Journal
+from fedgex.server.participants import (
+    CONTRIBUTED,
+    Activity,
+    Channel,
+    Request,
+    SignedReply,
+    SiteOutcome,
+    State,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,134 +45,22 @@ MAX_DEATHS = 5
 """How often the death of a node or its app gives the site its full time anew. One that
 dies whenever it is asked would otherwise hold up the round for ever."""
 
-State = Literal["contributed", "late", "failed", "refused", "quarantined"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The same question for several sites."""
-
-    type: str
-    content: Callable[[], RecordDict]
-    """Builds what every site is sent, anew for each try: a model is not kept twice."""
-    group: str
-    """Flower's group, and what the journal and the log call it."""
-    phase: str = ""
-    """Empty for a question that belongs to no round, and then `round` is 0."""
-    round: int = 0
-    own: Callable[[str], Mapping[str, ConfigRecord]] = lambda site: {}
-    """What one site is sent besides, for its eyes alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Activity:
-    """What the guard saw of a node, each in seconds since the epoch; None if never."""
-
-    moved: float | None
-    """Last byte or message in either direction."""
-    idle: float | None
-    """Last time that it asked for work and there was none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sealed:
-    """A site's signed part of one reply, verified."""
-
-    part: Part
-    text: str
-    signature: str
-    certificate: str
-
-
-class Peers(Protocol):
-    """Who the sites are, and what is known of them besides their answers."""
-
-    def nodes(self) -> Mapping[str, int]:
-        """Return Flower's number of each site's node, as of now."""
-
-    def activity(self) -> Mapping[int, Activity]:
-        """Return what moved, by node; empty where nobody looks."""
-
-    def barred(self) -> Mapping[str, str]:
-        """Return the sites that may not take part, and why."""
-
-    def records(self, site: str) -> Mapping[str, ConfigRecord]:
-        """Return what a message to this site holds besides."""
-
-    def verify(
-        self, site: str, request: Request, asked: str, reply: RecordDict
-    ) -> Sealed | None:
-        """Return the site's signed part; None where nobody signs.
-
-        Parameters
-        ----------
-        asked
-            Digest of what was asked.
-
-        Raises
-        ------
-        TrustError, UpdateError
-            If the part is missing, cannot be trusted, or is of another question.
-        """
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """The peers of a simulation: each has its node, nobody signs, nobody looks."""
-
-    by_name: Mapping[str, int]
-
-    def nodes(self) -> Mapping[str, int]:
-        """Return the nodes as given."""
-        return self.by_name
-
-    def activity(self) -> Mapping[int, Activity]:
-        """Return nothing."""
-        return {}
-
-    def barred(self) -> Mapping[str, str]:
-        """Return nobody."""
-        return {}
-
-    def records(self, site: str) -> Mapping[str, ConfigRecord]:
-        """Add nothing."""
-        return {}
-
-    def verify(
-        self, site: str, request: Request, asked: str, reply: RecordDict
-    ) -> Sealed | None:
-        """Return None."""
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """What it takes to talk to the sites."""
-
-    grid: Grid
-    peers: Peers
-    journal: Journal
-    poll_s: float
-    """Seconds between two looks for replies."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """How asking one site ended; `content` is absent unless it did as asked."""
 
     site: str
-    state: State
-    reason: str | None = None
-    """Code or cause, for every state but `contributed`."""
+    outcome: SiteOutcome
     content: RecordDict | None = None
-    sealed: Sealed | None = None
+    signed: SignedReply | None = None
     """Its signature, of a run between hospitals."""
     bytes_up: int = 0
     bytes_down: int = 0
 
 
-def ask(
-    line: Line,
+def request_all(
+    channel: Channel,
     sites: Iterable[str],
     request: Request,
     *,
@@ -182,13 +80,20 @@ def ask(
     temporary
         Codes of refusals that pass.
     """
-    return _Asking(line, sites, request, deadline_s, temporary).answers()
+    return _Asking(channel, sites, request, deadline_s, temporary).answers()
 
 
-def said(content: RecordDict) -> str | None:
-    """Return the code of a refusal, None if the reply is none."""
-    refusal = content.config_records.get(keys.REFUSAL)
-    return None if refusal is None else str(refusal.get(keys.CODE, "without a code"))
+def refusal_code(content: RecordDict) -> str | None:
+    """Return the code of a refusal, None if the reply is none.
+
+    Raises
+    ------
+    MessageError
+        If it is a refusal that holds more, or no code.
+    """
+    if keys.REFUSAL not in content:
+        return None
+    return Refusal.from_records(content).refusal.code
 
 
 def size_bytes(content: RecordDict) -> int:
@@ -204,7 +109,7 @@ def size_bytes(content: RecordDict) -> int:
 
 @dataclass(kw_only=True)
 class _Wait:
-    """Where one unanswered site stands; times are monotonic unless said otherwise."""
+    """Where one unanswered site stands; times are monotonic if not stated otherwise."""
 
     progress: float
     """When something of it last moved."""
@@ -219,19 +124,19 @@ class _Wait:
     sent_at: float = 0.0
     """When, seconds since the epoch."""
     moved: float | None = None
-    """Last movement that the guard told, seconds since the epoch."""
+    """Last movement that the guard reported, seconds since the epoch."""
     tries: int = 0
     deaths: int = 0
     bytes_down: int = 0
     ended: tuple[State, str] | None = None
     """How the last try ended, unless something moved since."""
-    told: tuple[State, str] | None = None
+    noted: tuple[State, str] | None = None
     """What the journal says of it."""
 
 
 @dataclass
 class _Asking:
-    line: Line
+    channel: Channel
     sites: Iterable[str]
     request: Request
     deadline_s: float
@@ -254,9 +159,9 @@ class _Asking:
             if first:
                 failpoints.reach("server.asked")
                 first = False
-            # Looked at before the replies are: whoever was idle and has no reply even
-            # now has none on the way.
-            activity = self.line.peers.activity()
+            # Read before the replies: a site that was idle and has no reply even now
+            # has none on the way.
+            activity = self.channel.participants.activity()
             came = False
             for message_id in list(self.under_way):
                 answer = self._pull(message_id)
@@ -269,10 +174,10 @@ class _Asking:
             self._look(activity)
             yield from self._late()
             if self.waiting and not came and not pushed:
-                time.sleep(self.line.poll_s)
+                time.sleep(self.channel.poll_s)
 
     def _barred(self) -> Iterator[Answer]:
-        for site, reason in self.line.peers.barred().items():
+        for site, reason in self.channel.participants.barred().items():
             if site in self.waiting:
                 yield self._end(site, "refused", reason)
 
@@ -282,23 +187,27 @@ class _Asking:
         due = [s for s, w in self.waiting.items() if w.message is None and w.due <= now]
         if not due:
             return False
-        nodes, connected = self.line.peers.nodes(), set(self.line.grid.get_node_ids())
-        activity = self.line.peers.activity()
-        content = self.request.content()
-        server = ConfigRecord({keys.VERSION: version("fedgex")})
+        nodes, connected = (
+            self.channel.participants.nodes(),
+            set(self.channel.grid.get_node_ids()),
+        )
+        activity = self.channel.participants.activity()
+        content = self.request.message().to_records()
+        server = Envelope(server=Server(version=version("fedgex"))).to_records()
         for site in due:
             wait, node = self.waiting[site], nodes.get(site)
             if node is None or node not in connected:
                 self._try_later(site, "failed", "its node is not connected")
                 continue
-            own = self.request.own(site)
-            records = {keys.SERVER: server, **self.line.peers.records(site), **own}
-            whole = RecordDict({**content, **records})
-            self._note_digest(site, whole, shared=not own)
+            envelope = self.channel.participants.envelope(site).to_records()
+            own = self.request.own
+            more = {} if own is None else own(site).to_records()
+            sent = RecordDict({**content, **server, **envelope, **more})
+            self._note_digest(site, sent, shared=own is None)
             message = Message(
-                whole, node, self.request.type, group_id=self.request.group
+                sent, node, self.request.type, group_id=self.request.group
             )
-            ids = list(self.line.grid.push_messages([message]))
+            ids = list(self.channel.grid.push_messages([message]))
             if not ids or not ids[0]:
                 self._try_later(site, "failed", "message not accepted")
                 continue
@@ -308,22 +217,22 @@ class _Asking:
             wait.sent_at, wait.before = time.time(), wait.progress
             wait.moved = activity[node].moved if node in activity else None
             wait.tries += 1
-            wait.bytes_down += size_bytes(whole)
+            wait.bytes_down += size_bytes(sent)
             self.under_way[ids[0]] = site
         return pushed
 
-    def _note_digest(self, site: str, whole: RecordDict, *, shared: bool) -> None:
+    def _note_digest(self, site: str, sent: RecordDict, *, shared: bool) -> None:
         """Compute the digest of a site's request, once for all where it is the same."""
         if site in self.asked:
             return
         digest = self.shared if shared else ""
-        self.asked[site] = digest or request_digest(self.request.type, whole)
+        self.asked[site] = digest or request_digest(self.request.type, sent)
         if shared:
             self.shared = self.asked[site]
 
     def _pull(self, message_id: str) -> Answer | None:
         """Fetch the reply to one message; return it if it settles its site."""
-        pulled = list(self.line.grid.pull_messages([message_id]))
+        pulled = list(self.channel.grid.pull_messages([message_id]))
         if not pulled:
             return None
         reply = pulled.pop()
@@ -339,35 +248,41 @@ class _Asking:
                 reason = f"Flower error {reply.error.code}: {reply.error.reason}"
                 self._died(site, "failed", reason)
             return None
-        code = said(reply.content)
+        content = reply.content
+        try:
+            code = refusal_code(content)
+        except UpdateError as error:
+            return self._end(site, "quarantined", str(error), size_bytes(content))
         if code is not None and code in self.temporary:
             if not superseded:
                 wait.progress = wait.before  # to be paused is no progress
                 self._try_later(site, "refused", code)
             return None
-        return self._settle(site, reply.content, code)
+        return self._settle(site, content, code)
 
     def _settle(self, site: str, content: RecordDict, code: str | None) -> Answer:
-        bytes_up = size_bytes(content)
+        bytes_up, asked = size_bytes(content), self.asked[site]
         try:
-            asked = self.asked[site]
-            sealed = self.line.peers.verify(site, self.request, asked, content)
-        except (TrustError, UpdateError) as error:
+            with boundary("the reply cannot be used: "):
+                signed = self.channel.participants.verify(
+                    site, self.request, asked, content
+                )
+        except UpdateError as error:
             return self._end(site, "quarantined", str(error), bytes_up)
         if code is not None:
             return self._end(site, "refused", code, bytes_up)
         return Answer(
             site=site,
-            state="contributed",
+            outcome=CONTRIBUTED,
             content=content,
-            sealed=sealed,
+            signed=signed,
             bytes_up=bytes_up,
             bytes_down=self.waiting.pop(site).bytes_down,
         )
 
     def _look(self, activity: Mapping[int, Activity]) -> None:
         """Note what moved, and find messages that their node no longer has."""
-        nodes = self.line.peers.nodes()
+        nodes = self.channel.participants.nodes()
         for site, wait in self.waiting.items():
             if wait.message is None or wait.node is None:
                 continue
@@ -402,25 +317,24 @@ class _Asking:
 
     def _try_later(self, site: str, state: State, reason: str) -> None:
         wait = self.waiting[site]
-        pause = min(PAUSE_S, self.line.poll_s * 2 ** min(wait.tries, 10))
+        pause = min(PAUSE_S, self.channel.poll_s * 2 ** min(wait.tries, 10))
         wait.message, wait.due = None, time.monotonic() + pause
         wait.ended = state, reason
-        if wait.told != wait.ended:
-            wait.told = wait.ended
+        if wait.noted != wait.ended:
+            wait.noted = wait.ended
             self._note("asked-again", site, state=state, reason=reason)
 
     def _end(self, site: str, state: State, reason: str, bytes_up: int = 0) -> Answer:
         return Answer(
             site=site,
-            state=state,
-            reason=reason,
+            outcome=SiteOutcome(state=state, reason=reason),
             bytes_up=bytes_up,
             bytes_down=self.waiting.pop(site).bytes_down,
         )
 
     def _note(self, event: str, site: str, **facts: str) -> None:
         logger.info("%s site=%s %s %s", self.request.group, site, event, facts)
-        self.line.journal.write(event, site=site, group=self.request.group, **facts)
+        self.channel.journal.write(event, site=site, group=self.request.group, **facts)
 
 
 def _text_size(record: ConfigRecord) -> int:

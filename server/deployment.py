@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,20 +25,32 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedgex.common import checkpoint, codes, keys
 from fedgex.common.contract import Contract
-from fedgex.common.errors import ConfigError, FederationError, TrustError
+from fedgex.common.errors import ConfigError, FederationError, TrustError, UpdateError
 from fedgex.common.files import write_atomic
+from fedgex.common.messages.fields import LastReceipt, Run, SignedText
+from fedgex.common.messages.replies import ContractReply, read_part
+from fedgex.common.messages.requests import ContractRequest, Envelope, ReleaseRequest
 from fedgex.common.pki import Signed
-from fedgex.common.receipt import Receipt, reply_digest, verify_part
-from fedgex.common.records import text, to_record
+from fedgex.common.receipt import Receipt, reply_digest, verify_chain, verify_part
+from fedgex.common.records import to_record
+from fedgex.common.study import Study
 from fedgex.server import studies
-from fedgex.server.asking import Activity, Line, Request, Sealed, ask, said
+from fedgex.server.asking import refusal_code, request_all
 from fedgex.server.consortium import Consortium
 from fedgex.server.journal import Journal
+from fedgex.server.participants import (
+    Activity,
+    Channel,
+    Outcomes,
+    Request,
+    SignedReply,
+    SiteOutcome,
+)
 from fedgex.server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -50,7 +62,7 @@ while a message is under way."""
 
 @dataclass(kw_only=True)
 class Deployment:
-    """The consortium's side of one run; its sites are the peers of `asking.ask`."""
+    """The hospitals of a contract, see `participants.Participants`."""
 
     consortium: Consortium
     signed: Signed
@@ -61,8 +73,8 @@ class Deployment:
     """The run's last receipt, JSON; it travels with every message."""
 
     @classmethod
-    def load(cls, settings: ServerSettings) -> Self | None:
-        """Open what the settings name; None in the simulator.
+    def load(cls, settings: ServerSettings) -> Self:
+        """Open the contract that the settings name.
 
         Raises
         ------
@@ -74,8 +86,7 @@ class Deployment:
         FederationError
             If the contract expired.
         """
-        if settings.state_dir is None:
-            return None
+        assert settings.state_dir is not None, "settings of a simulation"
         consortium = Consortium(settings.state_dir)
         path = settings.state_dir / "contracts" / f"{settings.contract}.json"
         try:
@@ -104,7 +115,27 @@ class Deployment:
             consortium=consortium, signed=signed, contract=contract, run=settings.run
         )
 
-    # ---- the peers of `asking.ask` ----
+    @property
+    def study(self) -> Study:
+        """The contract's study."""
+        return self.contract.study
+
+    @property
+    def contract_hash(self) -> str:
+        """The contract's hash."""
+        return self.signed.hash
+
+    @property
+    def expected(self) -> Collection[str]:
+        """The sites that the contract names."""
+        return self.contract.sites
+
+    def admit(self, site: str, name: str) -> None:
+        """Refuse a site that introduces itself by another name than its node has."""
+        if name != site:
+            raise UpdateError(
+                f'it calls itself "{name}", and its node is that of "{site}"'
+            )
 
     def nodes(self) -> Mapping[str, int]:
         """Return Flower's number of each node, from nodes.json as it is now."""
@@ -124,22 +155,18 @@ class Deployment:
             unknown, "not among the consortium's sites"
         )
 
-    def records(self, site: str) -> Mapping[str, ConfigRecord]:
+    def envelope(self, site: str) -> Envelope:
         """Name contract and run, and hand over the last receipt and the site's head."""
         head = _read(self._head(site))
         known = f"{head['index']}:{head['hash']}" if head else ""
-        return {
-            keys.RUN: ConfigRecord(
-                {keys.CONTRACT_HASH: self.signed.hash, keys.RUN_NAME: self.run}
-            ),
-            keys.RECEIPT: ConfigRecord(
-                {keys.JSON: self.last_receipt, keys.HEAD: known}
-            ),
-        }
+        return Envelope(
+            run=Run(contract=self.signed.hash, run=self.run),
+            receipt=LastReceipt(json_=self.last_receipt, head=known),
+        )
 
     def verify(
         self, site: str, request: Request, asked: str, reply: RecordDict
-    ) -> Sealed | None:
+    ) -> SignedReply | None:
         """Return the site's signed part; None where none is due.
 
         None is due for a refusal, for a released model, and for a contract, where the
@@ -152,22 +179,22 @@ class Deployment:
             If it is missing, cannot be trusted, or is of another site, run, round,
             question or reply.
         """
+        refused = refusal_code(reply) is not None
         if request.type == keys.CONTRACT:
-            if said(reply) is None:
+            if not refused:
                 self._keep_decision(site, reply)
             return None
         if request.type == keys.RELEASE:
             return None
-        record = reply.config_records.get(keys.PART)
-        if record is None:
-            if said(reply) is not None:
+        found = read_part(reply)
+        if found is None:
+            if refused:
                 return None
             raise TrustError(f'the reply is not signed: it has no "{keys.PART}"')
         certificate = self.consortium.site(site).certificate
-        content, signature = text(record, keys.JSON), text(record, keys.SIGNATURE)
         part = verify_part(
-            content,
-            signature,
+            found.json_,
+            found.signature,
             certificate,
             self.consortium.authority,
             revoked=self.consortium.revoked(),
@@ -189,50 +216,59 @@ class Deployment:
         ]
         if wrong:
             raise TrustError("; ".join(wrong))
-        return Sealed(
-            part=part, text=content, signature=signature, certificate=certificate
+        return SignedReply(
+            part=part,
+            text=found.json_,
+            signature=found.signature,
+            certificate=certificate,
         )
 
     # ---- receipts ----
 
-    def seal(self, receipt: Receipt) -> Signed:
+    def sign(self, receipt: Receipt) -> Signed:
         """Return the receipt with the coordinator's signature."""
         return Signed(receipt.to_json()).signed_by(
             self.consortium.coordinator_key, self.consortium.coordinator
         )
 
-    def committed(self, receipt: Signed, sealed: Mapping[str, Sealed]) -> None:
+    def committed(self, receipt: Signed, replies: Mapping[str, SignedReply]) -> None:
         """Remember a receipt that is on the disk, and the sites' heads in it."""
         self.last_receipt = receipt.to_json()
-        for site, seal in sealed.items():
+        for site, reply in replies.items():
             facts = {
-                **asdict(seal.part.head),
-                "part": seal.text,
-                "signature": seal.signature,
-                "certificate": seal.certificate,
+                **asdict(reply.part.head),
+                "part": reply.text,
+                "signature": reply.signature,
+                "certificate": reply.certificate,
             }
             path = self._head(site)
             path.parent.mkdir(mode=0o700, exist_ok=True)
             write_atomic(path, json.dumps(facts).encode())
 
+    def resume(self, receipts: Sequence[Signed]) -> None:
+        """Verify the receipts' chain, and hand on the last one from now on."""
+        verify_chain(receipts, self.consortium.authority)
+        self.last_receipt = receipts[-1].to_json() if receipts else ""
+
     # ---- the contract ----
 
-    def offer(
-        self, line: Line, deadline_s: float, temporary: Collection[str]
-    ) -> dict[str, dict[str, str | None]]:
+    def invite(
+        self,
+        channel: Channel,
+        deadline_s: float,
+        temporary: Collection[str] = codes.TEMPORARY,
+    ) -> Outcomes:
         """Take the contract to every site that it names; return how each answered.
 
-        What becomes of it is on the disk as it comes, for whoever waits for approvals.
+        What becomes of it is on the disk as it comes, for those who wait for approvals.
         """
-        contract = ConfigRecord({keys.JSON: self.signed.to_json()})
+        offer = ContractRequest(contract=SignedText(json_=self.signed.to_json()))
         request = Request(
-            type=keys.CONTRACT,
-            content=lambda: RecordDict({keys.SIGNED_CONTRACT: contract}),
-            group=keys.CONTRACT,
+            type=keys.CONTRACT, message=lambda: offer, group=keys.CONTRACT
         )
         folder = self.consortium.folder / "contracts" / self.signed.hash
         return _collect(
-            line,
+            channel,
             self.contract.sites,
             request,
             folder / "delivered.json",
@@ -248,10 +284,8 @@ class Deployment:
         TrustError, UpdateError
             If there is none, or it is not this site's.
         """
-        record = reply.config_records.get(keys.SITE, ConfigRecord())
-        signed = Signed.from_json(
-            text(record, keys.DECISION), f"the decision of {site}"
-        )
+        decision = ContractReply.from_records(reply).site.decision
+        signed = Signed.from_json(decision, f"the decision of {site}")
         signer = studies.record_answer(self.consortium, self.signed.hash, signed)
         if signer != site:
             raise TrustError(f"the decision is signed by {signer}, expected {site}")
@@ -261,21 +295,21 @@ class Deployment:
 
 
 def publish(grid: Grid, settings: ServerSettings) -> None:
-    """Take a signed contract to its sites, once; nobody's approval is waited for.
+    """Take a signed contract to its sites, once; no approval is waited for.
 
     Raises
     ------
     ConfigError, TrustError, FederationError
         As for `Deployment.load`, or if no administrator signed the contract.
     """
-    deployment = _loaded(settings)
+    deployment = Deployment.load(settings)
     if not deployment.consortium.signers(deployment.signed):
         raise TrustError(
             f"contract {deployment.signed.hash[:16]} bears no administrator's "
             "signature; have it signed, then publish it."
         )
-    line = _line(grid, deployment, settings)
-    deployment.offer(line, settings.start_deadline_s, PUBLISHED_ONCE)
+    channel = _channel(grid, deployment, settings)
+    deployment.invite(channel, settings.start_deadline_s, PUBLISHED_ONCE)
 
 
 def deliver(grid: Grid, settings: ServerSettings) -> None:
@@ -286,7 +320,7 @@ def deliver(grid: Grid, settings: ServerSettings) -> None:
     ConfigError, TrustError, FederationError
         As for `Deployment.load`, or if the bundle cannot be read.
     """
-    deployment = _loaded(settings)
+    deployment = Deployment.load(settings)
     bundle = settings.bundle
     assert bundle is not None, "settings without a bundle are refused"
     try:
@@ -299,12 +333,12 @@ def deliver(grid: Grid, settings: ServerSettings) -> None:
         deployment.last_receipt = (last / "receipt.json").read_text()
     request = Request(
         type=keys.RELEASE,
-        content=lambda: RecordDict({keys.BUNDLE: to_record({keys.BUNDLE: content})}),
+        message=lambda: ReleaseRequest(bundle=to_record({keys.BUNDLE: content})),
         group=keys.RELEASE,
     )
     folder = deployment.consortium.folder / "releases"
     _collect(
-        _line(grid, deployment, settings),
+        _channel(grid, deployment, settings),
         deployment.contract.sites,
         request,
         folder / f"{settings.run}.delivered.json",
@@ -313,45 +347,43 @@ def deliver(grid: Grid, settings: ServerSettings) -> None:
     )
 
 
-def _loaded(settings: ServerSettings) -> Deployment:
-    deployment = Deployment.load(settings)
-    assert deployment is not None, "settings without a state_dir are refused"
-    return deployment
-
-
-def _line(grid: Grid, deployment: Deployment, settings: ServerSettings) -> Line:
+def _channel(grid: Grid, deployment: Deployment, settings: ServerSettings) -> Channel:
     settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    journal = Journal(settings.run_dir / "journal.jsonl")
-    return Line(grid=grid, peers=deployment, journal=journal, poll_s=settings.poll_s)
+    return Channel(
+        grid=grid,
+        participants=deployment,
+        journal=Journal(settings.run_dir / "journal.jsonl"),
+        poll_s=settings.poll_s,
+    )
 
 
 def _collect(
-    line: Line,
+    channel: Channel,
     sites: Collection[str],
     request: Request,
     path: Path,
     *,
     deadline_s: float,
     temporary: Collection[str],
-) -> dict[str, dict[str, str | None]]:
+) -> Outcomes:
     """Ask all sites and keep on the disk what each answered, from the first on."""
-    outcome: dict[str, dict[str, str | None]] = {
-        site: {"state": "waiting", "reason": None} for site in sorted(sites)
-    }
+    outcomes: dict[str, SiteOutcome] = {}
 
     def keep() -> None:
+        waiting = {site: {"state": "waiting", "reason": None} for site in sites}
+        known = waiting | {site: each.to_json() for site, each in outcomes.items()}
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        told = {"at": at, "sites": outcome}
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(told, indent=1, sort_keys=True).encode())
+        content = json.dumps({"at": at, "sites": known}, indent=1, sort_keys=True)
+        write_atomic(path, content.encode())
 
     keep()
-    for answer in ask(
-        line, sorted(sites), request, deadline_s=deadline_s, temporary=temporary
+    for answer in request_all(
+        channel, sorted(sites), request, deadline_s=deadline_s, temporary=temporary
     ):
-        outcome[answer.site] = {"state": answer.state, "reason": answer.reason}
+        outcomes[answer.site] = answer.outcome
         keep()
-    return outcome
+    return dict(sorted(outcomes.items()))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -364,5 +396,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _short(value: object) -> object:
-    """Shorten digests, which nobody reads whole."""
+    """Shorten digests."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else value

@@ -28,7 +28,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ class Journal:
         failpoints.reach("journal.before")
         files.append(self.path, lambda _: line.encode() + b"\n", mode=0o644)
         failpoints.reach("journal.written")
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Note the failure of a run with its reason, and let it go on its way."""
+        try:
+            yield
+        except Exception as error:
+            self.write("run-failed", reason=str(error))
+            raise
 
 
 def read(path: Path) -> list[dict[str, Any]]:

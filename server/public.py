@@ -1,14 +1,12 @@
 """The server's public cohort: whether a study wants one, and the patients in it.
 
-What is computed from it is in server/public_start.py.
+What is computed from it is in common/federation.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Study
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 
 FOLDER = "public"
 """Folder of the consortium's state directory with the public cohort."""
-MIN_PATIENTS = 30
-"""With fewer, a mean and a standard deviation say little."""
 
 
 def is_wanted(study: Study) -> bool:
@@ -53,29 +49,18 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
     ConfigError
         If there is none, or it has too few patients.
     """
-    from fedgex.common.cohort import load_cohort  # pandas, which most need not load
+    # pandas and torch, which most callers do not need
+    from fedgex.common.cohort import load_cohort
+    from fedgex.common.federation import MIN_PUBLIC_PATIENTS
 
     require(study, folder)
     if not is_wanted(study) or folder is None:
         return None
     cohort = load_cohort(folder)
-    if cohort.n_patients < MIN_PATIENTS:
+    if cohort.n_patients < MIN_PUBLIC_PATIENTS:
         raise ConfigError(
             f"the public cohort in {folder} has {cohort.n_patients} patients; expected "
-            f"{MIN_PATIENTS} or more. Put a larger one there, or leave study.public "
-            "out."
+            f"{MIN_PUBLIC_PATIENTS} or more. Put a larger one there, or leave "
+            "study.public out."
         )
     return cohort
-
-
-def well_known(cohort: Cohort, min_share: float) -> frozenset[str]:
-    """Return the genes that enough samples have a value of.
-
-    Parameters
-    ----------
-    min_share
-        Least share of the samples, as the study's `vocabulary.min_patient_share`.
-    """
-    counts = (~np.isnan(cohort.expression)).sum(axis=0)
-    enough = counts >= max(MIN_PATIENTS, min_share * len(cohort.patients))
-    return frozenset(g for g, k in zip(cohort.genes, enough, strict=True) if k)

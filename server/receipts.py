@@ -1,8 +1,8 @@
-"""The receipt of each round: made, sealed, and verified when a run goes on.
+"""The receipt of each round: made, signed, and verified when a run goes on.
 
-It lies beside the parameters that it is about, and names the receipt before. Between
+It lies with the parameters that it is about, and names the receipt before. Between
 hospitals the coordinator signs it and it holds what the sites signed; in the simulator
-it has the same form, and nobody's signature.
+it has the same form, without signatures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from fedgex.common.receipt import (
     Receipt,
     SitePart,
     parameters_digest,
-    verify_chain,
 )
-from fedgex.server.deployment import Deployment
+from fedgex.server.participants import Participants
 from fedgex.server.rounds import RoundOutcome
 
 
@@ -30,7 +29,7 @@ def make(
     last: Checkpoint,
     new: Checkpoint,
     outcome: RoundOutcome,
-    deployment: Deployment | None,
+    participants: Participants,
 ) -> Signed:
     """Return the receipt of the round that led from one checkpoint to the next."""
     if last.receipt is None:
@@ -41,8 +40,8 @@ def make(
         before = Receipt.read_signed(signed)
         index, previous, incoming = before.index + 1, signed.hash, before.outgoing
     receipt = Receipt(
-        contract=new.study.hash if deployment is None else deployment.signed.hash,
-        run=new.study.name if deployment is None else deployment.run,
+        contract=participants.contract_hash,
+        run=participants.run or new.study.name,
         index=index,
         phase=new.phase,
         round=new.round,
@@ -52,12 +51,10 @@ def make(
         previous=previous,
         time=datetime.now(UTC),
     )
-    if deployment is None:
-        return Signed(receipt.to_json())
-    return deployment.seal(receipt)
+    return participants.sign(receipt)
 
 
-def verify(checkpoints: Path, last: Checkpoint, deployment: Deployment | None) -> None:
+def verify(checkpoints: Path, last: Checkpoint, participants: Participants) -> None:
     """Refuse to go on from a checkpoint whose receipts do not hold.
 
     Parameters
@@ -76,8 +73,7 @@ def verify(checkpoints: Path, last: Checkpoint, deployment: Deployment | None) -
     """
     paths = sorted(checkpoints.glob("[0-9]*/receipt.json"))
     receipts = [Signed.from_json(path.read_bytes(), str(path)) for path in paths]
-    if deployment is not None:
-        verify_chain(receipts, deployment.consortium.authority)
+    participants.resume(receipts)
     read = [Receipt.read_signed(signed) for signed in receipts]
     hashes = [NO_RECEIPT, *(signed.hash for signed in receipts)]
     for path, receipt, previous in zip(paths, read, hashes, strict=False):
@@ -103,21 +99,19 @@ def verify(checkpoints: Path, last: Checkpoint, deployment: Deployment | None) -
 
 
 def _entry(name: str, outcome: RoundOutcome) -> SitePart:
-    site, sealed = outcome.sites[name], outcome.sealed.get(name)
-    contributed = site["state"] == "contributed"
+    site, signed = outcome.sites[name], outcome.signed.get(name)
     facts: Mapping[str, object] = {}
-    if sealed is not None:
+    if signed is not None:
         facts = {
-            "patients": sealed.part.patients if contributed else None,
-            "update": sealed.part.reply,
-            "part": sealed.text,
-            "signature": sealed.signature,
-            "certificate": sealed.certificate,
+            "patients": signed.part.patients if site.contributed else None,
+            "update": signed.part.reply,
+            "part": signed.text,
+            "signature": signed.signature,
+            "certificate": signed.certificate,
         }
-    elif contributed:
-        patients = site["num_examples"]
+    elif site.metrics is not None:
+        patients = site.metrics.num_examples
         facts = {"patients": "suppressed" if patients is None else patients}
     return SitePart.read(
-        {"state": site["state"], "reason": site["reason"], **facts},
-        f"the part of {name}",
+        {"state": site.state, "reason": site.reason, **facts}, f"the part of {name}"
     )

@@ -1,6 +1,6 @@
 """One study from the first message to the last checkpoint.
 
-    the opening (server/opening.py) -> rounds of each phase -> judgement
+    initialization (server/opening.py) -> rounds of each phase -> judgement
 
 After every round the model is judged on the hold-out and a checkpoint written, with the
 receipt of who contributed. A run that was killed goes on from its last checkpoint and
@@ -19,52 +19,40 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from fedgex.common import checkpoint, failpoints, keys, tasks
+from fedgex.common import checkpoint, failpoints, federation, keys, tasks
 from fedgex.common.arrays import Arrays
 from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import CheckpointError, FederationError
+from fedgex.common.federation import Aggregate
 from fedgex.common.files import exclusive_lock, write_atomic
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.memory import resident_mb
+from fedgex.common.messages.fields import Round
+from fedgex.common.messages.requests import TrainRequest
 from fedgex.common.records import to_record
 from fedgex.common.study import PRETRAINING, Study
-from fedgex.server import (
-    evaluation,
-    privacy,
-    public,
-    public_start,
-    receipts,
-    rounds,
-    secure_rounds,
-)
+from fedgex.server import evaluation, privacy, public, receipts, rounds, secure_rounds
 from fedgex.server.aggregation import Array
-from fedgex.server.asking import Request
-from fedgex.server.deployment import Deployment
 from fedgex.server.journal import Journal, read
-from fedgex.server.opening import (
-    Opening,
-    standardisation_record,
-    study_record,
-    vocabulary_record,
-)
-from fedgex.server.rounds import Site
+from fedgex.server.opening import Initialization
+from fedgex.server.participants import Channel, Outcomes, Participants, Request
+from fedgex.server.rounds import RoundOutcome, Site
 from fedgex.server.settings import ServerSettings
 from fedgex.server.strategy import combine, step
 
 logger = logging.getLogger(__name__)
 
 Parameters = Mapping[str, Array]
-Combined = tuple[rounds.RoundOutcome, dict[str, Array], dict[str, NDArray[np.generic]]]
-"""What came of a round, the next parameters, and the server optimiser's state."""
+Combined = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
+"""The next parameters, and the server optimiser's state, see `federation.Aggregate`."""
 
 
-def conduct(grid: Grid, settings: ServerSettings) -> None:
+def conduct(grid: Grid, settings: ServerSettings, participants: Participants) -> None:
     """Begin a run, or go on with it, and bring it to its end.
 
     Raises
@@ -75,32 +63,31 @@ def conduct(grid: Grid, settings: ServerSettings) -> None:
     CheckpointError
         If the run's folder belongs to another study, or its receipts do not hold.
     ConfigError, TrustError
-        If the settings, the contract of a run between hospitals, or the public cohort
-        that the study wants, cannot be used.
+        If the settings, or the public cohort that the study wants, cannot be used.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     busy = "another process conducts this run; wait for it, or stop it."
     with exclusive_lock(settings.run_dir / "lock", busy, FederationError):
         journal = Journal(settings.run_dir / "journal.jsonl")
-        try:
-            _Run(grid, settings, journal).conduct()
-        except Exception as error:
-            journal.write("run-failed", reason=str(error))
-            raise
+        channel = Channel(
+            grid=grid,
+            participants=participants,
+            journal=journal,
+            poll_s=settings.poll_s,
+        )
+        with journal.failures():
+            _Run(channel, settings).conduct()
 
 
 class _Run:
     """The state that the steps of a run share."""
 
-    def __init__(self, grid: Grid, settings: ServerSettings, journal: Journal) -> None:
-        self.grid, self.settings, self.journal = grid, settings, journal
-        self.deployment = Deployment.load(settings)
-        self.study = (
-            settings.read_study()
-            if self.deployment is None
-            else self.deployment.contract.study
-        )
+    def __init__(self, channel: Channel, settings: ServerSettings) -> None:
+        self.channel, self.settings = channel, settings
+        self.journal, self.participants = channel.journal, channel.participants
+        self.study = self.participants.study
         self.checkpoints = settings.run_dir / "checkpoints"
+        self.spool = settings.run_dir / "spool"
         self.checkpoints.mkdir(exist_ok=True)
         self.holdout: Patients | None = None
         self.public: Patients | None = None
@@ -110,18 +97,13 @@ class _Run:
         last = None if found is None else self._reopened(checkpoint.load(found))
         begins = last is None or self._begins_on_public(last)
         cohort = public.load(self.study, self.settings.public) if begins else None
-        opening = Opening(
-            grid=self.grid,
-            settings=self.settings,
-            study=self.study,
-            journal=self.journal,
-            deployment=self.deployment,
-            public_cohort=cohort,
+        opening = Initialization(
+            channel=self.channel, settings=self.settings, public_cohort=cohort
         )
-        opening.gather()
-        self.line, self.absent = opening.line, opening.absent
+        opening.connect()
+        self.absent = opening.absent
         if last is None:
-            last = opening.begin()
+            last = opening.initial_checkpoint()
             checkpoint.save(last, self.checkpoints / _name(self.study, last))
         sites = opening.sites(last.vocabulary)
         self.journal.write(
@@ -172,9 +154,7 @@ class _Run:
                 f"{self.checkpoints} belongs to study {last.study.hash[:12]}, this is "
                 f"{self.study.hash[:12]}; choose another folder, or the same study."
             )
-        receipts.verify(self.checkpoints, last, self.deployment)
-        if self.deployment is not None and last.receipt is not None:
-            self.deployment.last_receipt = last.receipt
+        receipts.verify(self.checkpoints, last, self.participants)
         return last
 
     # ---- rounds ----
@@ -184,90 +164,77 @@ class _Run:
     ) -> Checkpoint:
         """Run one round, judge its model, and write the checkpoint and the journal."""
         failpoints.reach("server.before_round")
-        started = time.monotonic()
-        study = self.study
+        started, study = time.monotonic(), self.study
         known = self.public if number == 1 else None
-        whole = public_start.begin(study, phase, last.parameters, known)
-        incoming = tasks.updated(study, phase, tasks.sent(study, phase, whole))
+        begun = federation.begin_phase(study, phase, last.parameters, known)
         request = Request(
             type=keys.TRAIN,
-            content=lambda: self._content(last, whole, phase, number),
+            message=lambda: TrainRequest(
+                study=study,
+                vocabulary=last.vocabulary,
+                standardisation=last.standardisation,
+                model=to_record(tasks.sent(study, phase, begun)),
+                round=Round(phase=phase, number=number),
+            ),
             group=f"{phase}-{number}",
             phase=phase,
             round=number,
         )
-        remembered = last.server if last.phase == phase else {}
-        train = self._in_the_open if study.secure_aggregation is None else self._secure
-        outcome, combined, server = train(sites, request, incoming, remembered)
-        new = dataclasses.replace(
-            last,
-            phase=phase,
-            round=number,
-            parameters=whole | combined,
-            server=server,
-        )
+        train = self._plain if study.secure_aggregation is None else self._secure
+        incoming = federation.global_parameters(study, phase, begun)
+        outcome, aggregate = train(sites, request, incoming)
+        new = federation.next_model(last, begun, phase, number, aggregate)
+        shutil.rmtree(self.spool, ignore_errors=True)
         failpoints.reach("server.combined")
         return self._commit(last, new, outcome, started)
 
-    def _in_the_open(
-        self, sites: list[Site], request: Request, incoming: Parameters, state: Arrays
-    ) -> Combined:
+    def _plain(
+        self, sites: list[Site], request: Request, incoming: Parameters
+    ) -> tuple[RoundOutcome, Aggregate]:
         """Have the sites train, and combine the update of each."""
-        spool = self.settings.run_dir / "spool"
         outcome = rounds.train_round(
-            self.line,
+            self.channel,
             sites,
             request,
             incoming,
             self.study,
             absent=self.absent,
-            spool_dir=spool,
+            spool_dir=self.spool,
         )
         rule, noise = self.study.strategy, self.study.privacy.site
-        new = combine(rule, incoming, outcome.updates, request.round, state, noise)
-        shutil.rmtree(spool)
-        return outcome, *new
+
+        def aggregate(incoming: Parameters, state: Arrays) -> Combined:
+            updates = outcome.updates
+            return combine(rule, incoming, updates, request.round, state, noise)
+
+        return outcome, aggregate
 
     def _secure(
-        self, sites: list[Site], request: Request, incoming: Parameters, state: Arrays
-    ) -> Combined:
+        self, sites: list[Site], request: Request, incoming: Parameters
+    ) -> tuple[RoundOutcome, Aggregate]:
         """Have the sites train, and see nothing but the sum of their updates."""
         outcome, mean = secure_rounds.train_round(
-            self.line,
+            self.channel,
             sites,
             request,
             incoming,
             self.study,
             absent=self.absent,
             folder=self.settings.run_dir / "secure",
-            contract=self.deployment.signed.hash
-            if self.deployment
-            else self.study.hash,
-            run=self.deployment.run if self.deployment else "",
         )
         rule, noise = self.study.strategy, self.study.privacy.site
-        n = sum(site["state"] == "contributed" for site in outcome.sites.values())
-        return outcome, *step(rule, incoming, mean, n, request.round, state, noise)
+        n = sum(site.contributed for site in outcome.sites.values())
 
-    def _content(
-        self, last: Checkpoint, whole: Mapping[str, Any], phase: str, number: int
-    ) -> RecordDict:
-        """Return what every site is sent in a round."""
-        return RecordDict(
-            {
-                keys.STUDY: study_record(self.study),
-                keys.VOCABULARY: vocabulary_record(last.vocabulary),
-                keys.STANDARDISATION: standardisation_record(last.standardisation),
-                keys.MODEL: to_record(tasks.sent(self.study, phase, dict(whole))),
-                keys.ROUND: ConfigRecord({keys.PHASE: phase, keys.NUMBER: number}),
-            }
-        )
+        def aggregate(incoming: Parameters, state: Arrays) -> Combined:
+            return step(rule, incoming, mean, n, request.round, state, noise)
+
+        return outcome, aggregate
 
     def _commit(
         self,
         last: Checkpoint,
         new: Checkpoint,
-        outcome: rounds.RoundOutcome,
+        outcome: RoundOutcome,
         started: float,
     ) -> Checkpoint:
         """Judge the new model, and put it on the disk together with its receipt."""
@@ -281,19 +248,18 @@ class _Run:
             "round": new.round,
             "rounds": self.study.phases[new.phase].rounds,
             "train_loss": _mean(outcome.sites, "train_loss"),
-            "judged_loss": _mean(outcome.sites, "judged_loss"),
-            "sites": outcome.sites,
+            "judged_loss": _mean(outcome.sites, "pre_training_loss"),
+            "sites": {name: each.to_json() for name, each in outcome.sites.items()},
             "holdout": holdout,
             "epsilon": privacy.spent(self.study, new.phase, new.round),
             "bytes_up": outcome.bytes_up,
             "bytes_down": outcome.bytes_down,
         }
-        receipt = receipts.make(last, new, outcome, self.deployment)
+        receipt = receipts.make(last, new, outcome, self.participants)
         new = dataclasses.replace(new, metrics=metrics, receipt=receipt.to_json())
         folder = self.checkpoints / _name(self.study, new)
         checkpoint.save(new, folder, new.receipt)
-        if self.deployment is not None:
-            self.deployment.committed(receipt, outcome.sealed)
+        self.participants.committed(receipt, outcome.signed)
         self.journal.write(
             "round",
             **metrics,
@@ -312,7 +278,7 @@ class _Run:
             )
 
     def _judge(self, last: Checkpoint, holdout: Patients) -> None:
-        """Judge the finished model and the linear references on the whole hold-out."""
+        """Judge the finished model and the linear references on the hold-out."""
         study, n_genes = self.study, len(last.vocabulary)
         path = self.settings.run_dir / "covariance.safetensors"
         covariance = load_file(path)["covariance"] if path.exists() else None
@@ -351,21 +317,22 @@ def _name(study: Study, at: Checkpoint) -> str:
     return f"{total:05d}-{at.phase}-{at.round:05d}"
 
 
-def _mean(sites: Mapping[str, Mapping[str, Any]], key: str) -> float | None:
-    """Return the mean of a number over the sites that contributed and told it.
+def _mean(sites: Outcomes, name: str) -> float | None:
+    """Return the mean of a number over the sites that contributed and reported it.
 
-    By patients, or plain if one of them withholds how many it has; None if none told.
+    By patients, or plain if one of them withholds how many it has; None if no site
+    reported it.
     """
-    told = [
-        site
-        for site in sites.values()
-        if site["state"] == "contributed" and site[key] is not None
+    reported = [
+        (value, each.metrics.num_examples)
+        for each in sites.values()
+        if each.metrics is not None
+        and (value := getattr(each.metrics, name)) is not None
     ]
-    if not told:
+    if not reported:
         return None
-    patients = [site["num_examples"] for site in told]
-    weights = None if None in patients else patients
-    return float(np.average([site[key] for site in told], weights=weights))
+    values, patients = zip(*reported, strict=True)
+    return float(np.average(values, weights=None if None in patients else patients))
 
 
 def _numbers(values: NDArray[np.floating]) -> list[float | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
 
 from fedgex.common import pki
 from fedgex.common.errors import FedgexError
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Receipt, verify_chain
-from fedgex.server import journal, orders, runs, studies, watch
+from fedgex.server import journal, orders, run_monitor, runs, studies
 from fedgex.server.command_line import (
     NOT_RUNNING,
     REFUSED,
@@ -33,7 +31,6 @@ from fedgex.server.consortium import Consortium
 
 run = typer.Typer(no_args_is_help=True, help="Launch, watch, stop and resume runs.")
 
-POLL_S = 0.5
 ABSENT_S = 60.0
 """The server may be away for so long, as it is while it starts again."""
 Name = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
@@ -225,35 +222,24 @@ def receipts(consortium: Consortium, folder: Path) -> list[dict[str, Any]]:
 
 def _follow(found: Consortium, watched: runs.Run, form: str) -> str:
     """Show the run until it is no longer under way; return how it stands then."""
-    progress, offset, console = watch.Progress(), 0, Console()
-    path = watched.folder / "journal.jsonl"
     last_served = -math.inf  # a server that is away from the start is not waited for
-    live = Live(console=console, auto_refresh=False)
-    drawn = form == "text" and console.is_terminal
-    if drawn:
-        live.start()
-    try:
-        while True:
-            # Asked before reading, so that nothing is missed.
-            state, now = watched.state, time.monotonic()
-            if found.is_served():
-                last_served = now
-            events, offset = journal.tail(path, offset)
-            for event in events:
-                progress.apply(event)
-                if form == "json":
-                    typer.echo(json.dumps(event))
-                elif not drawn and event["event"] == "round":
-                    typer.echo(watch.line(progress))
-            if drawn:
-                view = watch.display(watched.name, state, progress)
-                live.update(view, refresh=True)
-            if state != "running" or now - last_served > ABSENT_S:
-                return state
-            time.sleep(POLL_S)
-    finally:
-        if drawn:
-            live.stop()
+    standing = watched.state
+
+    def over(_: run_monitor.RunState) -> bool:
+        nonlocal standing, last_served
+        standing, now = watched.state, time.monotonic()
+        if found.is_served():
+            last_served = now
+        return standing != "running" or now - last_served > ABSENT_S
+
+    run_monitor.follow(
+        watched.folder / "journal.jsonl",
+        over,
+        Console(),
+        title=watched.name,
+        as_json=form == "json",
+    )
+    return standing
 
 
 def _order(state: Path, kind: orders.Kind, run: str, key: Path, form: str) -> None:

@@ -1,4 +1,4 @@
-"""One round under secure aggregation: the server learns the sum of the updates alone.
+"""One round under secure aggregation: the server learns the sum of the updates only.
 
     keys -> shares -> train (masked) -> confirm -> unmask
 
@@ -11,71 +11,83 @@ as another attempt, under new keys; the sites mask the update that they have.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 
-from fedgex.common import exchange, failpoints, keys
+from fedgex.common import failpoints, keys
 from fedgex.common import secure_aggregation as protocol
 from fedgex.common.errors import FederationError, TrustError, UpdateError
 from fedgex.common.files import write_atomic
-from fedgex.common.receipt import Part
-from fedgex.common.records import packed, text
+from fedgex.common.messages.codec import boundary
+from fedgex.common.messages.fields import (
+    Attempt,
+    Participant,
+    Shared,
+    Survived,
+    TrainingMetrics,
+)
+from fedgex.common.messages.replies import (
+    ConfirmReply,
+    KeysReply,
+    SharesReply,
+    UnmaskReply,
+)
+from fedgex.common.messages.requests import (
+    ConfirmRequest,
+    Envelope,
+    KeysRequest,
+    Own,
+    SharesRequest,
+    TrainRequest,
+)
+from fedgex.common.records import packed
 from fedgex.common.secure_aggregation import (
-    Context,
     FixedPoint,
     Group,
-    PublicKeys,
     Words,
 )
 from fedgex.common.study import FEWEST_SUMMED, Study
 from fedgex.server.aggregation import Array
-from fedgex.server.asking import Answer, Line, Request, Sealed, ask
-from fedgex.server.rounds import (
-    RoundOutcome,
-    Site,
-    read_numbers,
-    require_signed_count,
+from fedgex.server.asking import Answer, request_all
+from fedgex.server.participants import (
+    Channel,
+    Outcomes,
+    Request,
+    SiteOutcome,
 )
+from fedgex.server.rounds import RoundOutcome, Site, read_reply
+from fedgex.server.secure_record import Record, proof, signed_reply
 from fedgex.server.strategy import Spooled
 
 logger = logging.getLogger(__name__)
 
-FILE = "exchange.json"
 ROUNDING = 1e-6
 """Share by which the sum may be longer than its bound."""
 
-Own = Callable[[str], Mapping[str, ConfigRecord]]
-Numbers = dict[str, int]
-Lost = dict[str, dict[str, Any]]
-"""State and reason of each site that is not heard of any more."""
+Shares = dict[str, int]
 Parsed = TypeVar("Parsed")
 
 
 class _RareGeneError(Exception):
-    """Whoever is left would show the update of one or two sites for a gene."""
+    """The sites that are left would show the update of one or two for a gene."""
 
 
 def train_round(
-    line: Line,
+    channel: Channel,
     sites: list[Site],
     request: Request,
     incoming: Mapping[str, Array],
     study: Study,
     *,
-    absent: Mapping[str, Mapping[str, Any]],
+    absent: Outcomes,
     folder: Path,
-    contract: str,
-    run: str,
 ) -> tuple[RoundOutcome, dict[str, Array]]:
     """Run one round; return who contributed, and the mean of their parameters.
 
@@ -86,14 +98,10 @@ def train_round(
     incoming
         Parameters that the sites' changes are of.
     absent
-        State and reason of the sites that are not asked at all.
+        Outcomes of the sites that are not asked at all.
     folder
         Where the exchange lies, from the first question of a round until the next
         round begins.
-    contract
-        Its hash; in a simulation, the study's.
-    run
-        Its name; in a simulation empty, and one is drawn.
 
     Raises
     ------
@@ -101,82 +109,51 @@ def train_round(
         If fewer sites than the threshold or the quorum, or not all mandatory ones,
         came to the end of a step. Nothing is aggregated in any other way.
     """
-    lost: Lost = {}
+    lost: dict[str, SiteOutcome] = {}
     while True:
-        context = _begin(folder, contract, run, request)
-        round_ = _Exchange(
-            line=line,
+        record = Record.begin(folder, channel.participants, request)
+        exchange = _Exchange(
+            channel=channel,
             sites={site.name: site for site in sites if site.name not in lost},
             request=request,
             incoming=incoming,
             study=study,
-            folder=folder,
-            context=context,
-            absent={name: dict(state) for name, state in absent.items()} | lost,
+            record=record,
+            absent={**absent, **lost},
         )
         try:
-            return round_.conduct()
+            return exchange.conduct()
         except _RareGeneError:
-            lost |= round_.record["lost"]
-            line.journal.write(
+            lost |= record.lost
+            channel.journal.write(
                 "exchange-repeated",
                 group=request.group,
-                attempt=context.attempt,
+                attempt=record.context.attempt,
                 without=sorted(lost),
             )
 
 
-def _begin(folder: Path, contract: str, run: str, request: Request) -> Context:
-    """Go on with the exchange of this round, or begin its next attempt."""
-    before = _read(folder)
-    if before is None:
-        attempt, drawn = 1, f"simulated-{secrets.token_hex(8)}"
-    else:
-        last = Context(**before["context"])
-        drawn = last.run
-        same = (last.phase, last.round) == (request.phase, request.round)
-        if same and not before["over"]:
-            return last
-        attempt = last.attempt + 1 if same else 1
-    context = Context(
-        contract=contract,
-        run=run or drawn,
-        phase=request.phase,
-        round=request.round,
-        attempt=attempt,
-    )
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _write(folder, {"context": asdict(context), "over": False, "lost": {}})
-    shutil.rmtree(folder / "masked", ignore_errors=True)
-    return context
-
-
 @dataclass(kw_only=True)
 class _Exchange:
-    """One attempt. What `record` holds is on the disk."""
+    """One attempt at a round."""
 
-    line: Line
+    channel: Channel
     sites: Mapping[str, Site]
     request: Request
     incoming: Mapping[str, Array]
     study: Study
-    folder: Path
-    context: Context
-    absent: Mapping[str, dict[str, Any]]
-    record: dict[str, Any] = field(init=False)
-    """Steps that are done: keys, shares, trained, tags; and who was lost, and why."""
+    record: Record
+    absent: Outcomes
     bytes_up: int = 0
     bytes_down: int = 0
 
     def conduct(self) -> tuple[RoundOutcome, dict[str, Array]]:
         """Take every step that is not done yet."""
         started = time.monotonic()
-        found = _read(self.folder)
-        assert found is not None, "an attempt begins on the disk"
-        self.record = found
-        sent = self.request.content()
-        self.base = {k: sent[k] for k in (keys.STUDY, keys.VOCABULARY, keys.ROUND)}
-        self.n_genes = len(next(iter(self.sites.values())).measured)
+        self.context, self.done = self.record.context, self.record.values
+        asked = self._train_request()
+        self._asked = {k: getattr(asked, k) for k in ("study", "vocabulary", "round")}
+        self.n_genes = len(asked.vocabulary)
         self.size = sum(array.size for array in self.incoming.values())
         for name, step in (
             ("keys", self._keys),
@@ -184,21 +161,24 @@ class _Exchange:
             ("trained", self._train),
             ("tags", self._confirm),
         ):
-            if name not in self.record:
-                self.record[name] = step()
-                _write(self.folder, self.record)
+            if name not in self.done:
+                self.done[name] = step()
+                self.record.write()
         total = self._sum()
-        trained: dict[str, dict[str, Any]] = self.record["trained"]
+        trained: dict[str, dict[str, Any]] = self.done["trained"]
         contributed = {
-            name: {"state": "contributed", "reason": None, **each["numbers"]}
+            name: SiteOutcome(
+                state="contributed",
+                metrics=TrainingMetrics.from_names(each["numbers"]),
+            )
             for name, each in trained.items()
         }
         failpoints.reach("server.collected")
         outcome = RoundOutcome(
             updates=[],
             sites=dict(sorted({**self._missing(), **contributed}.items())),
-            sealed={
-                name: _sealed(each["sealed"])
+            signed={
+                name: signed_reply(each["sealed"])
                 for name, each in trained.items()
                 if each["sealed"]
             },
@@ -212,101 +192,112 @@ class _Exchange:
 
     def _keys(self) -> dict[str, Any]:
         def parse(answer: Answer, content: RecordDict) -> dict[str, str]:
-            record = content.config_records[keys.PUBLIC_KEYS]
-            protocol.measured(exchange.read_keys(record), self.n_genes)
-            told = (keys.CHANNEL, keys.MASK, keys.MEASURED)
-            return {key: text(record, key) for key in told} | _proof(answer.sealed)
+            advertised = KeysReply.from_records(content).advertised
+            protocol.measured(advertised.public, self.n_genes)
+            public = {k: v for k, v in advertised.encode().items() if k != keys.ATTEMPT}
+            return public | proof(answer.signed)
 
-        found = self._ask(keys.SECURE_KEYS, self.sites, parse)
+        request = KeysRequest(**self._asked, attempt=Attempt(**self._attempt))
+        found, lost = self._ask(keys.SECURE_KEYS, self.sites, lambda: request, parse)
+        self.record.lose(lost)
         self._require(found, FEWEST_SUMMED, "made keys")
         return found
 
     def _shares(self) -> dict[str, Any]:
-        told = {name: json.dumps(each) for name, each in self.record["keys"].items()}
+        participants = self._participants()
 
         def parse(answer: Answer, content: RecordDict) -> dict[str, Any]:
-            boxes = exchange.from_hex(content.config_records[keys.BOXES])
-            if set(boxes) != set(told) - {answer.site}:
+            reply = SharesReply.from_records(content)
+            if set(reply.boxes) != set(participants) - {answer.site}:
                 raise UpdateError("its shares are not for the other participants")
-            record = content.config_records[keys.EXCHANGE]
             return {
-                "boxes": {name: box.hex() for name, box in boxes.items()},
-                "commitment": text(record, keys.COMMITMENT),
+                "boxes": {name: box.hex() for name, box in reply.boxes.items()},
+                "commitment": reply.commitment.commitment,
             }
 
-        content = {keys.PUBLIC_KEYS: ConfigRecord(dict(told))}
-        found = self._ask(keys.SECURE_SHARES, told, parse, content)
+        request = SharesRequest(
+            **self._asked, attempt=Attempt(**self._attempt), participants=participants
+        )
+        sites = list(participants)
+        found, lost = self._ask(keys.SECURE_SHARES, sites, lambda: request, parse)
+        self.record.lose(lost)
         self._require(found, self._group().threshold, "shared their secrets")
         return found
 
     def _train(self) -> dict[str, Any]:
-        shared: dict[str, Any] = self.record["shares"]
+        shared: dict[str, Any] = self.done["shares"]
 
-        def boxes(site: str) -> Mapping[str, ConfigRecord]:
-            own = {
-                name: each["boxes"][site]
-                for name, each in shared.items()
-                if name != site
-            }
-            return {keys.BOXES: ConfigRecord(dict(own))}
+        def own(site: str) -> Own:
+            boxes = {n: each["boxes"] for n, each in shared.items() if n != site}
+            return Own(
+                boxes={n: bytes.fromhex(each[site]) for n, each in boxes.items()}
+            )
 
         def parse(answer: Answer, content: RecordDict) -> dict[str, Any]:
+            reply = read_reply(answer, self.study)
+            if reply.masked is None:
+                raise UpdateError(f'the reply has no "{keys.MASKED}"')
             path = self._path(answer.site)
             path.parent.mkdir(exist_ok=True, mode=0o700)
-            write_atomic(path, packed(content.array_records[keys.MASKED]))
+            write_atomic(path, packed(reply.masked))
             self._masked(answer.site)
-            numbers = read_numbers(content, self.study)
-            require_signed_count(answer.sealed, numbers["num_examples"])
-            return {"numbers": numbers, "sealed": _proof(answer.sealed)}
+            return {
+                "numbers": reply.metrics.by_name(),
+                "sealed": proof(answer.signed),
+            }
 
-        told = self._told({keys.SHARERS: sorted(shared)})
-        found = self._ask(keys.TRAIN, shared, parse, told, own=boxes, model=True)
+        attempt = Shared(**self._attempt, sharers=tuple(sorted(shared)))
+
+        def message() -> TrainRequest:
+            return dataclasses.replace(self._train_request(), attempt=attempt)
+
+        found, lost = self._ask(keys.TRAIN, shared, message, parse, own=own)
+        self.record.lose(lost)
         group = self._group()
         self._require(found, group.threshold, "sent masked updates")
         summed = group.counts(shared, self.n_genes) >= FEWEST_SUMMED
         left = group.counts(found, self.n_genes)
         if (summed & (left > 0) & (left < FEWEST_SUMMED)).any():
-            self._end()
+            self.record.end()
             raise _RareGeneError
         return found
 
     def _confirm(self) -> dict[str, Any]:
-        survivors = self.record["trained"]
+        survivors = self.done["trained"]
 
         def parse(answer: Answer, content: RecordDict) -> dict[str, str]:
-            tags = exchange.from_hex(content.config_records[keys.CONFIRMATIONS])
+            tags = ConfirmReply.from_records(content).confirmations
             if set(tags) != set(survivors) - {answer.site}:
                 raise UpdateError("it does not confirm to the other survivors")
             return {name: tag.hex() for name, tag in tags.items()}
 
-        silent: Lost = {}
-        told, least = self._told(self._lists()), self._group().threshold
-        found = self._ask(keys.SECURE_CONFIRM, survivors, parse, told, silent)
-        if len(found) < least:
-            self._end()
+        request = ConfirmRequest(**self._asked, attempt=self._survived())
+        sites = list(survivors)
+        found, silent = self._ask(keys.SECURE_CONFIRM, sites, lambda: request, parse)
+        if len(found) < (least := self._group().threshold):
+            self.record.end()
             raise self._too_few(found, least, "confirmed the list", silent)
         return found
 
     def _sum(self) -> Words:
         """Ask for the shares, and take the masks off the sum."""
-        tags: dict[str, dict[str, str]] = self.record["tags"]
-        sharers, survivors = self.record["shares"], self.record["trained"]
+        tags: dict[str, dict[str, str]] = self.done["tags"]
+        sharers, survivors = self.done["shares"], self.done["trained"]
         gone = sorted(set(sharers) - set(survivors))
 
-        def confirmed(site: str) -> Mapping[str, ConfigRecord]:
+        def own(site: str) -> Own:
             own = {name: each[site] for name, each in tags.items() if name != site}
-            return {keys.CONFIRMATIONS: ConfigRecord(dict(own))}
+            return Own(confirmations={n: bytes.fromhex(t) for n, t in own.items()})
 
-        def parse(answer: Answer, content: RecordDict) -> tuple[Numbers, Numbers]:
-            records = content.config_records
-            return (
-                _shares(records[keys.SEED_SHARES], survivors),
-                _shares(records[keys.MASK_SHARES], gone),
-            )
+        def parse(answer: Answer, content: RecordDict) -> tuple[Shares, Shares]:
+            reply = UnmaskReply.from_records(content)
+            return _shares(reply.seeds, survivors), _shares(reply.masks, gone)
 
-        silent: Lost = {}
-        told, group = self._told(self._lists()), self._group()
-        found = self._ask(keys.SECURE_UNMASK, tags, parse, told, silent, own=confirmed)
+        group = self._group()
+        request = ConfirmRequest(**self._asked, attempt=self._survived())
+        found, silent = self._ask(
+            keys.SECURE_UNMASK, list(tags), lambda: request, parse, own=own
+        )
         if len(found) < group.threshold:
             raise self._too_few(found, group.threshold, "gave out shares", silent)
         total = np.zeros(self.size, dtype=np.uint32)
@@ -330,7 +321,7 @@ class _Exchange:
 
     def _mean(self, total: Words) -> dict[str, Array]:
         """Return the mean of the parameters that the sum leads to."""
-        survivors, group = list(self.record["trained"]), self._group()
+        survivors, group = list(self.done["trained"]), self._group()
         rule = self.study.secure_aggregation
         assert rule is not None
         fixed = FixedPoint(rule.clip, len(group.keys))
@@ -357,81 +348,74 @@ class _Exchange:
         self,
         kind: str,
         sites: Collection[str],
+        message: Callable[[], Envelope],
         parse: Callable[[Answer, RecordDict], Parsed],
-        content: Mapping[str, ConfigRecord] | None = None,
-        lost: Lost | None = None,
         *,
-        own: Own = lambda site: {},
-        model: bool = False,
-    ) -> dict[str, Parsed]:
-        """Return what each site answered, read by `parse`.
-
-        Parameters
-        ----------
-        content
-            What is sent besides study, vocabulary, round and attempt.
-        lost
-            Takes the state and reason of every other site; by default the round's,
-            whose updates do not count.
-        model
-            Whether the model travels too.
-        """
-        lost = self.record["lost"] if lost is None else lost
-        more = {**self._told({}), **(content or {})}
-
-        def whole() -> RecordDict:
-            first = dict(self.request.content()) if model else self.base
-            return RecordDict({**first, **more})
-
-        request = dataclasses.replace(self.request, type=kind, content=whole, own=own)
+        own: Callable[[str], Own] | None = None,
+    ) -> tuple[dict[str, Parsed], dict[str, SiteOutcome]]:
+        """Return what each site answered, read by `parse`, and why others did not."""
+        request = dataclasses.replace(self.request, type=kind, message=message, own=own)
         found: dict[str, Parsed] = {}
-        deadline_s = self.study.rounds.deadline_s
-        for answer in ask(self.line, sorted(sites), request, deadline_s=deadline_s):
-            name, state, reason = answer.site, answer.state, answer.reason
+        lost: dict[str, SiteOutcome] = {}
+        for answer in request_all(
+            self.channel,
+            sorted(sites),
+            request,
+            deadline_s=self.study.rounds.deadline_s,
+        ):
+            name, outcome = answer.site, answer.outcome
             self.bytes_up += answer.bytes_up
             self.bytes_down += answer.bytes_down
             if answer.content is not None:
                 try:
-                    found[name] = parse(answer, answer.content)
+                    with boundary("the reply cannot be used: "):
+                        found[name] = parse(answer, answer.content)
                     continue
-                except (KeyError, UpdateError, TrustError) as error:
-                    state, reason = "quarantined", f"the reply cannot be used: {error}"
+                except UpdateError as error:
+                    outcome = SiteOutcome(state="quarantined", reason=str(error))
                 finally:
                     del answer  # before the next is fetched
-            lost[name] = {"state": state, "reason": reason}
-            group = self.request.group
-            logger.warning(
-                "%s %s site=%s state=%s %s", group, kind, name, state, reason
-            )
-        return found
+            lost[name] = outcome
+            where = self.request.group, kind, name, outcome.state, outcome.reason
+            logger.warning("%s %s site=%s state=%s %s", *where)
+        return found, lost
 
-    def _told(self, lists: Mapping[str, list[str]]) -> dict[str, ConfigRecord]:
-        attempt, run = self.context.attempt, self.context.run
-        record = ConfigRecord({keys.ATTEMPT: attempt, keys.RUN_NAME: run})
-        record.update(lists)
-        return {keys.EXCHANGE: record}
+    def _train_request(self) -> TrainRequest:
+        asked = self.request.message()
+        assert isinstance(asked, TrainRequest)
+        return asked
 
-    def _lists(self) -> dict[str, list[str]]:
-        return {
-            keys.SHARERS: sorted(self.record["shares"]),
-            keys.SURVIVORS: sorted(self.record["trained"]),
-        }
+    @property
+    def _attempt(self) -> dict[str, Any]:
+        return {"attempt": self.context.attempt, "run": self.context.run}
+
+    def _survived(self) -> Survived:
+        return Survived(
+            **self._attempt,
+            sharers=tuple(sorted(self.done["shares"])),
+            survivors=tuple(sorted(self.done["trained"])),
+        )
+
+    def _participants(self) -> dict[str, Participant]:
+        found: dict[str, dict[str, str]] = self.done["keys"]
+        return {name: Participant.decode(each) for name, each in found.items()}
 
     def _group(self) -> Group:
+        public = {name: each.public for name, each in self._participants().items()}
         try:
-            return Group(self.context, _public(self.record["keys"]))
+            return Group(self.context, public)
         except TrustError as error:
-            self._end()
+            self.record.end()
             raise FederationError(f"{self.request.group}: {error}") from error
 
     def _path(self, name: str) -> Path:
-        return self.folder / "masked" / f"{name}.safetensors"
+        return self.record.folder / "masked" / f"{name}.safetensors"
 
     def _masked(self, name: str) -> Words:
         """Read a masked update from the disk, checked."""
         arrays = Spooled(self._path(name))
         if set(arrays) != {keys.MASKED}:
-            raise UpdateError(f'the masked update is not "{keys.MASKED}" alone')
+            raise UpdateError(f'the masked update is not only "{keys.MASKED}"')
         words = np.asarray(arrays[keys.MASKED])
         if words.shape != (self.size,) or words.dtype != np.uint32:
             raise UpdateError(
@@ -440,31 +424,26 @@ class _Exchange:
             )
         return words.astype(np.uint32, copy=False)
 
-    def _missing(self) -> Lost:
-        """Return state and reason of everybody whose update does not count."""
-        late = {"state": "failed", "reason": "was not there when keys were made"}
-        known = {*self.record.get("keys", self.sites), *self.record["lost"]}
+    def _missing(self) -> dict[str, SiteOutcome]:
+        """Return the outcome of everybody whose update does not count."""
+        late = SiteOutcome(state="failed", reason="was not there when keys were made")
+        known = {*self.done.get("keys", self.sites), *self.done["lost"]}
         came = {name: late for name in self.sites if name not in known}
-        return {**self.absent, **came, **self.record["lost"]}
+        return {**self.absent, **came, **self.record.lost}
 
     def _require(self, names: Collection[str], least: int, did: str) -> None:
         rule = self.study.rounds
         least = max(least, rule.quorum)
         if len(names) < least or set(rule.mandatory_sites) - set(names):
-            self._end()
+            self.record.end()
             raise self._too_few(names, least, did, self._missing())
 
-    def _end(self) -> None:
-        """Have the round's next try be another attempt: no shares have left yet."""
-        self.record["over"] = True
-        _write(self.folder, self.record)
-
     def _too_few(
-        self, names: Collection[str], least: int, did: str, lost: Lost
+        self, names: Collection[str], least: int, did: str, lost: Outcomes
     ) -> FederationError:
         missing = sorted(set(self.study.rounds.mandatory_sites) - set(names))
         others = "; ".join(
-            f"{name}: {each['state']} ({each['reason']})"
+            f"{name}: {each.state} ({each.reason})"
             for name, each in sorted(lost.items())
         )
         return FederationError(
@@ -476,47 +455,8 @@ class _Exchange:
         )
 
 
-def _public(told: Mapping[str, Mapping[str, str]]) -> dict[str, PublicKeys]:
-    return {
-        name: exchange.read_keys(ConfigRecord(dict(each)))
-        for name, each in told.items()
-    }
-
-
-def _shares(record: ConfigRecord, of: Collection[str]) -> dict[str, int]:
+def _shares(found: Mapping[str, bytes], of: Collection[str]) -> Shares:
     """Read shares of exactly these sites' secrets."""
-    found = exchange.from_hex(record)
     if set(found) != set(of):
         raise UpdateError("the shares are not those that were asked for")
     return {name: protocol.share(content) for name, content in found.items()}
-
-
-def _proof(sealed: Sealed | None) -> dict[str, str]:
-    if sealed is None:
-        return {}
-    return {
-        keys.JSON: sealed.text,
-        keys.SIGNATURE: sealed.signature,
-        keys.CERTIFICATE: sealed.certificate,
-    }
-
-
-def _sealed(proof: Mapping[str, str]) -> Sealed:
-    return Sealed(
-        part=Part.from_json(proof[keys.JSON], "a site's part"),
-        text=proof[keys.JSON],
-        signature=proof[keys.SIGNATURE],
-        certificate=proof[keys.CERTIFICATE],
-    )
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    path = folder / FILE
-    if not path.exists():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    write_atomic(folder / FILE, json.dumps(record, sort_keys=True).encode())

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import UpdateError
+from fedgex.common.federation import Update
 from fedgex.common.model import PER_GENE
 from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server import aggregation
@@ -29,25 +30,6 @@ Parameters = Mapping[str, Array]
 """Exactly the parameters that travel, by name."""
 Aggregated = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
 """The next parameters, and the state for the next round; empty for most rules."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """One site's accepted update, its arrays on disk."""
-
-    site: str
-    path: Path
-    """Safetensors file of the arrays that travelled."""
-    num_examples: int | None
-    """None if the site withholds it."""
-    num_loss_terms: int | None
-    """None if the site withholds it."""
-    measured: NDArray[np.bool_]
-    """Genes of the vocabulary that the site measures, shape (V,)."""
-
-    def read(self, name: str) -> Array:
-        """Read one array."""
-        return Spooled(self.path)[name]
 
 
 class Spooled(Mapping[str, Array]):
@@ -284,7 +266,7 @@ def _each(
 
     def arrays(name: str) -> Iterator[Array]:
         for update in updates:
-            array = update.read(name)
+            array = update.arrays[name]
             yield incoming[name] + array if rule.update == "delta" else array
 
     def weights(name: str) -> list[Weight]:

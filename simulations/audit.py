@@ -43,10 +43,11 @@ from fedgex.common.model import GexBert
 from fedgex.common.seeds import derive, generator
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Privacy, Study
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.simulations import in_process
 from fedgex.simulations.effort import CANARIES, SHADOWS
-from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.split import PUBLIC, Split, split
+from fedgex.simulations.processes import each_done
+from fedgex.simulations.scenario import Scenario, shortened
+from fedgex.simulations.split import PUBLIC, Split, read_cohort, split
+from fedgex.simulations.training import begin, train, vocabulary
 
 RESTORATION = "restoration"
 DELTA = 1e-5
@@ -149,7 +150,7 @@ def audit(
         If the data do not fit, the study has no pretraining, or no site has enough
         patients for two halves.
     """
-    study = in_process.shortened(scenario.study, effort.rounds)
+    study = shortened(scenario.study, effort.rounds)
     if PRETRAINING not in study.phases:
         raise ConfigError(
             "the study has no pretraining, which the audit attacks; set "
@@ -244,7 +245,7 @@ def _ground(study: Study, parts: Split, out: Path) -> tuple[_Ground, list[str]]:
     """Read the sites; those too small for two halves are left out with a note."""
     sites, small = {}, []
     for name in parts.sites:
-        cohort = in_process.read(out / "sites" / name, study)
+        cohort = read_cohort(out / "sites" / name, study)
         if len(cohort.patients) >= 2 * study.minimum_cohort:
             sites[name] = cohort
         else:
@@ -258,11 +259,11 @@ def _ground(study: Study, parts: Split, out: Path) -> tuple[_Ground, list[str]]:
     notes = list(parts.notes)
     if small:
         notes.append(f"left out, too small for two halves: {', '.join(small)}")
-    public = in_process.read(out / PUBLIC, study) if parts.public_size else None
+    public = read_cohort(out / PUBLIC, study) if parts.public_size else None
     ground = _Ground(
         sites=sites,
         public=public,
-        genes=in_process.vocabulary(study, sites, public),
+        genes=vocabulary(study, sites, public),
         seed=derive(study.seed, "audit"),
     )
     return ground, notes
@@ -327,7 +328,7 @@ def _all(
     todo = [job for job in jobs if not paths[job.name].exists()]
     console.print(f"{len(jobs)} models, {len(todo)} to train", highlight=False)
 
-    attacked = in_process.each_done(partial(_attacked, ground), todo, workers)
+    attacked = each_done(partial(_attacked, ground), todo, workers)
     for done, (job, found) in enumerate(attacked, start=1):
         unfinished = paths[job.name].with_suffix(".partial.npz")
         np.savez(unfinished, allow_pickle=False, **found)
@@ -343,19 +344,23 @@ def _attacked(ground: _Ground, job: _Job) -> Losses:
     """
     study = job.study
     members = {
-        name: in_process.take(cohort, ground.of(name, job.inside))
+        name: cohort.take(ground.of(name, job.inside))
         for name, cohort in ground.sites.items()
     }
-    begun = in_process.start(study, ground.genes, members, ground.public)
+    begun = begin(study, ground.genes, members, ground.public)
     canaries = _canaries(ground, len(job.inserted))
-    training = {}
+    patients_of = {}
     for name, cohort in members.items():
         patients = to_patients(cohort, ground.genes, begun.standardisation)
         own = [i for i, (site, _) in enumerate(canaries) if site == name]
         added = [canaries[i][1] for i in own if job.inserted[i]]
-        training[name] = Patients.joined([patients, *added])
+        patients_of[name] = Patients.joined([patients, *added])
     # No attack looks at survival, and no other phase hears of it.
-    whole = in_process.federate(study, begun, training, without=(SURVIVAL,))
+    public = None
+    if ground.public is not None:
+        public = to_patients(ground.public, ground.genes, begun.standardisation)
+    trained = train(begun, patients_of, public=public, without=(SURVIVAL,))
+    whole = trained.parameters
     everybody = Patients.joined(
         [
             to_patients(cohort, ground.genes, begun.standardisation)
@@ -478,10 +483,10 @@ def _inversions(
 ) -> Iterator[Inversion]:
     """Yield how well patients of the largest site are recovered, by size of batch."""
     members = {
-        name: in_process.take(cohort, ground.of(name, ground.half("members")))
+        name: cohort.take(ground.of(name, ground.half("members")))
         for name, cohort in ground.sites.items()
     }
-    begun = in_process.start(study, ground.genes, members, ground.public)
+    begun = begin(study, ground.genes, members, ground.public)
     largest = max(members, key=lambda name: len(members[name].patients))
     patients = to_patients(members[largest], ground.genes, begun.standardisation)
     backbone = _backbone(study, ground.genes, begun.parameters)

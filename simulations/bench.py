@@ -29,6 +29,7 @@ from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
 from fedgex.common import model, tasks
 from fedgex.common.cohort import save_cohort
+from fedgex.common.federation import Update
 from fedgex.common.fitting import fit, pretraining_loss
 from fedgex.common.harmonise import Patients
 from fedgex.common.masking import draw_hidden
@@ -44,7 +45,7 @@ from fedgex.common.study import (
     StrategyRule,
 )
 from fedgex.server import journal
-from fedgex.server.strategy import Update, combine
+from fedgex.server.strategy import Spooled, combine
 from fedgex.simulations import cohorts, run
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import split
@@ -369,7 +370,7 @@ def _aggregate(sizes: Sizes, file: Path, n_updates: int) -> tuple[float, float]:
     updates = [
         Update(
             site=f"site-{i:03d}",
-            path=file,
+            arrays=Spooled(file),
             num_examples=100 + i,
             num_loss_terms=1,
             measured=measured,

@@ -21,12 +21,13 @@ from safetensors.numpy import save_file
 
 from fedgex.common import secure_aggregation as protocol
 from fedgex.common import tasks
+from fedgex.common.federation import Update
 from fedgex.common.fitting import fit, pretraining_loss
 from fedgex.common.model import GexBert, n_parameters
 from fedgex.common.parameters import parameters
 from fedgex.common.secure_aggregation import Context, FixedPoint, Group, PrivateKeys
 from fedgex.common.study import Pretraining, StrategyRule
-from fedgex.server.strategy import Update, combine
+from fedgex.server.strategy import Spooled, combine
 from fedgex.simulations.bench import LEARNING_RATE, SEED, Row, new_backbone, synthetic
 
 Change = Mapping[str, NDArray[np.float32]]
@@ -143,7 +144,7 @@ def _aggregate(size: Size, file: Path, incoming: Change) -> None:
     updates = [
         Update(
             site=f"site-{i:03d}",
-            path=file,
+            arrays=Spooled(file),
             num_examples=1,
             num_loss_terms=1,
             measured=np.ones(size.n_genes, dtype=np.bool_),

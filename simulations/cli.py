@@ -55,7 +55,7 @@ Form = Annotated[Format, typer.Option("--format", help="A table for people, or J
 
 @app.callback()
 def main() -> None:
-    """Run whole federations on this machine, with the apps that hospitals run."""
+    """Run federations on this machine: `run` with the apps that hospitals run."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
 
@@ -238,10 +238,10 @@ def compare(
     ] = False,
 ) -> None:
     """Judge every method on the same hospitals never seen, one question at a time."""
-    from fedgex.simulations.benchmark import command  # takes seconds
+    from fedgex.simulations import evaluation
 
     try:
-        lines = command.benchmark(
+        page = evaluation.evaluate(
             question,
             data,
             out,
@@ -253,8 +253,7 @@ def compare(
         )
     except FedgexError as error:
         _refuse(error)
-    for line in lines:
-        typer.echo(line)
+    typer.echo(page, nl=False)
 
 
 @app.command()

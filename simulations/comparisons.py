@@ -20,20 +20,25 @@ from safetensors.numpy import load_file, save_file
 
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.common import tasks
+from fedgex.common import federation, tasks
 from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.fitting import fit, round_learning_rate
 from fedgex.common.harmonise import Patients, to_patients
 from fedgex.common.imputers import Imputer, NearestNeighbours, fit_mixture
-from fedgex.common.parameters import parameters
-from fedgex.common.phases import phase_loss, take_part, trained_parameters
-from fedgex.common.seeds import derive
-from fedgex.common.statistics import by_type
-from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
+from fedgex.common.phases import take_part
+from fedgex.common.statistics import Standardisation
+from fedgex.common.study import (
+    CLASSIFICATION,
+    SURVIVAL,
+    Privacy,
+    StrategyRule,
+    Study,
+)
 from fedgex.common.survival_metrics import kaplan_meier, logrank_p
 from fedgex.common.tasks import Parameters
-from fedgex.server import evaluation, public_start
-from fedgex.simulations import in_process, references
+from fedgex.common.vocabulary import Vocabulary
+from fedgex.server import evaluation
+from fedgex.simulations import references, training
+from fedgex.simulations.processes import process_pool
 
 PANEL_SIZES = (8, 16, 32, 64, 128, 256)
 POOLED = "pooled"
@@ -86,7 +91,7 @@ def open_federation(
 
 
 def train_all(
-    federation: Federation, kinds: set[str], folder: Path, workers: int, told: Told
+    finished: Federation, kinds: set[str], folder: Path, workers: int, told: Told
 ) -> dict[str, dict[str, NDArray[np.float32]]]:
     """Train without federation, for as many epochs as the federated model.
 
@@ -104,22 +109,22 @@ def train_all(
     """
     jobs: dict[str, Patients] = {}
     if POOLED in kinds:
-        jobs[POOLED] = federation.pooled
+        jobs[POOLED] = finished.pooled
     if "alone" in kinds:
-        jobs |= {f"alone-{name}": rows for name, rows in federation.sites.items()}
+        jobs |= {f"alone-{name}": rows for name, rows in finished.sites.items()}
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.safetensors" for name in jobs}
     todo = [name for name in jobs if not paths[name].exists()]
     told("training for comparison", len(jobs) - len(todo), len(jobs))
-    with in_process.processes(workers) as pool:
+    with process_pool(workers) as pool:
         running = [
             pool.submit(
                 _train_and_save,
-                federation.study,
+                finished.final,
                 name,
                 jobs[name],
-                federation.start,
-                federation.public,
+                finished.start,
+                finished.public,
                 paths[name],
             )
             for name in todo
@@ -136,11 +141,13 @@ def train(
     patients: Patients,
     start: Parameters | None,
     public: Patients | None,
+    scale: Standardisation,
+    genes: Vocabulary,
 ) -> dict[str, NDArray[np.float32]]:
-    """Train every phase on one set of patients; return the whole model.
+    """Train every phase on one set of patients; return the state dict.
 
-    A phase that no patient can take part in is left out. There is no privacy here: it
-    is what the patients could teach.
+    A federation of one site without privacy: its update is the next model. A phase that
+    no patient can take part in is left out.
 
     Parameters
     ----------
@@ -149,36 +156,30 @@ def train(
     public
         Public cohort to begin each fine-tuning on.
     """
-    n_genes = patients.values.shape[1]
-    whole = tasks.initial(study, n_genes) if start is None else dict(start)
-    if study.linear_rank and start is None:
-        values, types = patients.values.numpy(), patients.cancer_type
-        own = by_type(values, types, study.linear_types, study.minimum_cohort)
-        whole |= tasks.linear_start(study, own)
-    for phase, training in study.phases.items():
-        rows = take_part(study, phase, patients)
-        if len(rows) == 0:
-            continue
-        whole = public_start.begin(study, phase, whole, public)
-        model = tasks.load(study, n_genes, phase, whole)
-        loss = phase_loss(study, model, rows)
-        for number in range(1, training.rounds + 1):
-            fit(
-                trained_parameters(study, phase, model),
-                loss,
-                len(rows),
-                training,
-                learning_rate=round_learning_rate(training, number),
-                seed=derive(study.seed, name, phase, number),
-            )
-        trained = parameters(tasks.named(phase, model))
-        whole |= {k: v for k, v in trained.items() if k in whole}
-    return whole
+    if start is None:
+        first: dict[str, NDArray[np.float32]] = tasks.initial(study, len(genes))
+        if study.linear_rank:
+            least = study.minimum_cohort
+            groups = federation.cross_products(study, patients, least)
+            first |= tasks.linear_start(study, groups)
+    else:
+        first = dict(start)
+    by_itself = study.model_copy(
+        update={
+            "minimum_cohort": 1,
+            "privacy": Privacy(),
+            "secure_aggregation": None,
+            "strategy": StrategyRule(name="fedavg", weights="equal", per_gene=False),
+        }
+    )
+    model = training.model_of(by_itself, genes, scale, first, [name])
+    trained = training.train(model, {name: patients}, public=public)
+    return dict(trained.parameters)
 
 
-def imputation(federation: Federation, told: Told) -> dict[str, Any]:
+def imputation(finished: Federation, told: Told) -> dict[str, Any]:
     """Judge nearest neighbours and the mixture by cancer type, from pooled rows."""
-    study, pooled = federation.study, federation.pooled
+    study, pooled = finished.study, finished.pooled
     values = pooled.values.numpy()
     imputers: dict[str, Imputer] = {"knn": NearestNeighbours(values)}
     typed = {i: name for i, name in enumerate(pooled.cancer_type) if name is not None}
@@ -188,7 +189,7 @@ def imputation(federation: Federation, told: Told) -> dict[str, Any]:
     for done, (name, imputer) in enumerate(imputers.items()):
         told("reference imputers", done, len(imputers))
         judged = evaluation.judge_imputer(
-            imputer, federation.holdout, study.evaluation, study.seed
+            imputer, finished.holdout, study.evaluation, study.seed
         )
         scores[name] = evaluation.as_numbers(judged)
     told("reference imputers", len(imputers), len(imputers))
@@ -196,17 +197,17 @@ def imputation(federation: Federation, told: Told) -> dict[str, Any]:
 
 
 def survival(
-    federation: Federation, models: Mapping[str, tasks.Parameters], told: Told
+    finished: Federation, models: Mapping[str, tasks.Parameters], told: Told
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return C-index tables, and Kaplan-Meier curves by federated risk, per cohort."""
-    study, holdout, pooled = federation.study, federation.holdout, federation.pooled
+    study, holdout, pooled = finished.study, finished.holdout, finished.pooled
     if SURVIVAL not in study.phases:
         return {}, {}
     risks = {
         name: evaluation.predict_risk(study, m, holdout) for name, m in models.items()
     }
     risks["federated"] = evaluation.predict_risk(
-        study, federation.final.parameters, holdout
+        study, finished.final.parameters, holdout
     )
     table: dict[str, Any] = {}
     curves: dict[str, Any] = {}
@@ -218,7 +219,7 @@ def survival(
             for name, risk in risks.items()
             if name in ("federated", POOLED)
         }
-        judged["alone"] = _mean_alone(federation, cohort, risks)
+        judged["alone"] = _mean_alone(finished, cohort, risks)
         judged |= _cox(pooled, holdout, cohort, study.seed)
         table[cohort] = judged
         curves |= _curves(holdout, cohort, risks["federated"])
@@ -227,24 +228,24 @@ def survival(
 
 
 def classification(
-    federation: Federation, models: Mapping[str, tasks.Parameters], told: Told
+    finished: Federation, models: Mapping[str, tasks.Parameters], told: Told
 ) -> dict[str, Any]:
     """Return accuracy and macro-F1 against panel size, for every method."""
-    study, genes = federation.study, federation.final.vocabulary.genes
+    study, genes = finished.study, finished.final.vocabulary.genes
     if CLASSIFICATION not in study.phases:
         return {}
     sizes = [size for size in PANEL_SIZES if size < len(genes)] + [len(genes)]
     panels = references.panels(genes, sizes, study.seed)
     named = dict(models)
-    named["federated"] = federation.final.parameters
+    named["federated"] = finished.final.parameters
     table: dict[str, Any] = {}
     for done, (size, panel) in enumerate(panels.items()):
         told("reference classifiers", done, len(panels))
         seen = torch.tensor([gene in set(panel) for gene in genes])
         scores = {
-            name: evaluation.judge_classes(study, model, federation.holdout, seen)
+            name: evaluation.judge_classes(study, model, finished.holdout, seen)
             for name, model in named.items()
-            if not name.startswith("alone-") or _can_classify(federation, name)
+            if not name.startswith("alone-") or _can_classify(finished, name)
         }
         alone = [score for name, score in scores.items() if name.startswith("alone-")]
         kept = {n: s for n, s in scores.items() if not n.startswith("alone-")}
@@ -253,7 +254,7 @@ def classification(
                 float(np.mean([accuracy for accuracy, _ in alone])),
                 float(np.mean([f1 for _, f1 in alone])),
             )
-        kept["logistic"] = _logistic(federation, seen)
+        kept["logistic"] = _logistic(finished, seen)
         for name, (accuracy, macro_f1) in kept.items():
             numbers = {"accuracy": accuracy, "macro_f1": macro_f1}
             table.setdefault(name, {})[str(size)] = numbers
@@ -271,7 +272,7 @@ def cached(path: Path, compute: Callable[[], Any]) -> Any:
 
 
 def _train_and_save(
-    study: Study,
+    final: Checkpoint,
     name: str,
     patients: Patients,
     start: Parameters | None,
@@ -279,32 +280,43 @@ def _train_and_save(
     path: Path,
 ) -> None:
     partial = path.with_suffix(".partial")
-    save_file(train(study, name, patients, start, public), partial)
+    save_file(
+        train(
+            final.study,
+            name,
+            patients,
+            start,
+            public,
+            final.standardisation,
+            final.vocabulary,
+        ),
+        partial,
+    )
     partial.replace(path)
 
 
 def _mean_alone(
-    federation: Federation, cohort: str, risks: Mapping[str, NDArray[np.float32]]
+    finished: Federation, cohort: str, risks: Mapping[str, NDArray[np.float32]]
 ) -> dict[str, Any]:
     """Return the mean C-index over sites that have the minimum cohort of this type.
 
     The SD is that between sites.
     """
-    study = federation.study
+    study = finished.study
     able = [
         f"alone-{name}"
-        for name, patients in federation.sites.items()
+        for name, patients in finished.sites.items()
         if take_part(study, SURVIVAL, patients).cancer_type.count(cohort)
         >= study.minimum_cohort
     ]
     judged = [
-        evaluation.judge_risk(federation.holdout, cohort, risks[name])
+        evaluation.judge_risk(finished.holdout, cohort, risks[name])
         for name in able
         if name in risks
     ]
     if not judged:
         nobody = evaluation.judge_risk(
-            federation.holdout, cohort, np.full(len(federation.holdout), np.nan)
+            finished.holdout, cohort, np.full(len(finished.holdout), np.nan)
         )
         return nobody | {"reason": "no site has the minimum cohort of this type"}
     found = [one["c_index"] for one in judged if one["c_index"] is not None]
@@ -364,18 +376,16 @@ def _curves(
     return {cohort: curve}
 
 
-def _can_classify(federation: Federation, name: str) -> bool:
+def _can_classify(finished: Federation, name: str) -> bool:
     """Whether a site has two cancer types to tell apart."""
-    patients = federation.sites[name.removeprefix("alone-")]
-    return (
-        len(set(take_part(federation.study, CLASSIFICATION, patients).cancer_type)) > 1
-    )
+    patients = finished.sites[name.removeprefix("alone-")]
+    return len(set(take_part(finished.study, CLASSIFICATION, patients).cancer_type)) > 1
 
 
-def _logistic(federation: Federation, seen: torch.Tensor) -> tuple[float, float]:
-    classes = federation.study.classification.classes
+def _logistic(finished: Federation, seen: torch.Tensor) -> tuple[float, float]:
+    classes = finished.study.classification.classes
     known = []
-    for patients in (federation.pooled, federation.holdout):
+    for patients in (finished.pooled, finished.holdout):
         target = patients.type_index(classes)
         values = patients.values.nan_to_num(0.0)[target >= 0][:, seen]
         known.append((values.numpy(), target[target >= 0].numpy()))

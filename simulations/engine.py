@@ -1,101 +1,91 @@
-"""Run server and sites on this machine, in Flower's simulation engine.
+"""Run server and sites on this machine, in one of two engines with the same results.
 
-A process of its own, so that it can be killed and started again like a real one: the
-federation goes on from its last checkpoint.
+    local     this process and a pool of others; the default
+    flower    Flower's simulation runtime on Ray (engine_flower.py)
+
+The engine is a process of its own, so that it can be killed and started again like a
+real server: the federation goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from flwr.simulation import run_simulation
+from flwr.app import Context, RecordDict
 
-import fedgex.client.app
-import fedgex.server.app
-from fedgex.client.app import SITES_VARIABLE
-from fedgex.common.processes import child_environment, end_with_parent
+from fedgex.common.processes import (
+    OFFLINE,
+    child_environment,
+    end_with_parent,
+    log_to_stderr,
+)
+from fedgex.server.settings import ServerSettings
+from fedgex.simulations.grid import SUPERLINK_NODE_ID, LocalGrid
+from fedgex.simulations.processes import process_pool
 
-OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""No telemetry, no update check, and Ray on the loopback interface only."""
+Engine = Literal["local", "flower"]
+POLL_S = 0.02
+"""Seconds between two looks of the server for replies."""
 
 
 def start(
-    *,
-    study: Path,
-    sites: Path,
-    n_sites: int,
-    holdout: Path,
-    public: Path | None,
-    run_dir: Path,
-    workers: int,
-    log: Path,
+    engine: Engine, settings: ServerSettings, sites: Path, *, workers: int, log: Path
 ) -> subprocess.Popen[bytes]:
     """Start a federation in a process of its own and return the process.
 
     Parameters
     ----------
+    settings
+        Of the server; written beside `log`.
     sites
         Folder of the sites' folders.
-    public
-        Folder of the server's public cohort, if it has one.
     workers
         Sites trained at the same time, each on one thread.
     log
-        File that takes everything the process prints.
+        File that receives everything the process prints.
     """
-    environment: Mapping[str, str] = {
-        **child_environment(),
-        **OFFLINE,
-        SITES_VARIABLE: str(sites.resolve()),
-        "FEDGEX_SERVER_STUDY": str(study.resolve()),
-        "FEDGEX_SERVER_RUN_DIR": str(run_dir.resolve()),
-        "FEDGEX_SERVER_HOLDOUT": str(holdout.resolve()),
-        "FEDGEX_SERVER_N_SITES": str(n_sites),
-        "FEDGEX_SERVER_POLL_S": "0.02",
-        "OMP_NUM_THREADS": "1",
-        **({} if public is None else {"FEDGEX_SERVER_PUBLIC": str(public.resolve())}),
-    }
-    arguments = [sys.executable, "-m", __name__, str(n_sites), str(workers)]
+    file = log.with_name("server.json")
+    file.write_text(settings.model_dump_json())
+    module = __name__ if engine == "local" else f"{__name__}_flower"
+    arguments = [str(file.resolve()), str(sites.resolve()), str(workers)]
     with log.open("ab") as output:
         return subprocess.Popen(
-            arguments,
-            env=environment,
+            [sys.executable, "-m", module, *arguments],
+            env={**child_environment(), **OFFLINE, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
 
 
-def main(n_sites: int, workers: int) -> None:
-    """Run the apps until the server's is done, or whoever started us is gone."""
-    logging.basicConfig(level=logging.INFO)
+def main(settings: Path, sites: Path, workers: int) -> None:
+    """Run the server's app in this process, and the sites' in a pool."""
+    import fedgex.server.app
+
+    log_to_stderr()
     end_with_parent()
-    run_simulation(
-        server_app=fedgex.server.app.app,
-        client_app=fedgex.client.app.app,
-        num_supernodes=n_sites,
-        backend_config={
-            "init_args": {"num_cpus": workers, "include_dashboard": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
+    context = Context(
+        run_id=1,
+        node_id=SUPERLINK_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config={"settings": str(settings)},
     )
+    pool = process_pool(workers) if workers > 1 else None
+    with pool or contextlib.nullcontext():
+        fedgex.server.app.app(LocalGrid(sites, pool, workers), context)
 
 
 if __name__ == "__main__":
     try:
-        main(int(sys.argv[1]), int(sys.argv[2]))
+        main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
     except Exception:
         logging.exception("the engine failed")
         logging.shutdown()
-        os._exit(1)  # Flower's threads would keep what failed alive for ever
+        os._exit(1)  # workers of the pool may be in the middle of a round

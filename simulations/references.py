@@ -1,7 +1,9 @@
-"""Simple models that stand in every table beside the federated one.
+"""Reference models on pooled rows, which a simulation compares with the federated one.
 
-They need all rows in one place, which only a simulation has; no hospital and no server
-runs them. N training rows, T test rows, G genes.
+Arguments, unless a function says otherwise: `train`, expression of N training rows and
+G genes, shape (N, G); `duration` (days) and `event` (0 or 1) of these, shape (N,);
+`test`, shape (T, G). A Cox model returns log-hazards of the test rows up to a constant,
+shape (T,); all zero if no event was observed.
 
 Every model standardises the genes with the mean and standard deviation of its training
 rows. A missing value (NaN) becomes the gene's training mean; a gene that the training
@@ -65,22 +67,11 @@ def cox_ridge(
 
     Parameters
     ----------
-    train
-        Expression, shape (N, G).
-    duration, event
-        Days and 0 or 1, of the training rows, each of shape (N,).
-    test
-        Expression, shape (T, G).
     seed
         Decides who is in which fold.
     n_clinical
         Last columns of `train` and `test` that are no genes but clinical covariates,
         whose ridge is CLINICAL_PENALTY, so that they need not compete with the genes.
-
-    Returns
-    -------
-    NDArray
-        Log-hazards up to a constant, shape (T,); all zero if no event was observed.
 
     References
     ----------
@@ -108,23 +99,9 @@ def cox_ridge(
 def clinical_cox(
     train: Floats, duration: Floats, event: Floats, test: Floats
 ) -> Floats:
-    """Return the risk of the test rows by a Cox model on a few clinical covariates.
+    """Return the risk by a Cox model on clinical covariates, ridge CLINICAL_PENALTY.
 
-    Its ridge is CLINICAL_PENALTY.
-
-    Parameters
-    ----------
-    train
-        Covariates, shape (N, C).
-    duration, event
-        Days and 0 or 1, of the training rows, each of shape (N,).
-    test
-        Covariates, shape (T, C).
-
-    Returns
-    -------
-    NDArray
-        Log-hazards up to a constant, shape (T,); all zero if no event was observed.
+    Covariates stand in the columns of `train` and `test`.
     """
     train, test = _standardise(train, test)
     ridge = np.full(train.shape[1], CLINICAL_PENALTY)
@@ -142,20 +119,8 @@ def pca_cox(
 
     Parameters
     ----------
-    train
-        Expression, shape (N, G).
-    duration, event
-        Days and 0 or 1, of the training rows, each of shape (N,).
-    test
-        Expression, shape (T, G).
     n_components
         Components of the training rows; fewer if these have a lower rank.
-
-    Returns
-    -------
-    NDArray
-        Log-hazards up to a constant, shape (T,); all zero if no event was observed, or
-        no gene varies.
     """
     train, test = _standardise(train, test)
     if not event.any() or not train.any():
@@ -173,21 +138,9 @@ def pca_cox(
 
 
 def logistic(train: Floats, labels: NDArray[Any], test: Floats) -> NDArray[Any]:
-    """Return the labels of the test rows by multinomial logistic regression.
+    """Return the labels of the test rows (T,) by multinomial logistic regression.
 
-    Parameters
-    ----------
-    train
-        Expression, shape (N, G).
-    labels
-        Of the training rows, shape (N,), two or more distinct ones.
-    test
-        Expression, shape (T, G).
-
-    Returns
-    -------
-    NDArray
-        Shape (T,).
+    `labels` are of the training rows, shape (N,), two or more distinct ones.
     """
     train, test = _standardise(train, test)
     model = LogisticRegression(C=LOGISTIC_C, max_iter=1000).fit(train, labels)
@@ -198,24 +151,10 @@ def logistic(train: Floats, labels: NDArray[Any], test: Floats) -> NDArray[Any]:
 def panels(
     genes: Sequence[str], sizes: Sequence[int], seed: int
 ) -> dict[int, tuple[str, ...]]:
-    """Draw nested random gene panels, each containing all smaller ones.
+    """Draw nested random gene panels, by size; each contains all smaller ones.
 
     Every method that is compared sees these genes; they depend on the set of `genes`
     and the seed, not on the order of `genes` or on the other sizes.
-
-    Parameters
-    ----------
-    genes
-        Symbols to draw from.
-    sizes
-        Numbers of genes, 1 or more each.
-    seed
-        Decides which genes.
-
-    Returns
-    -------
-    dict
-        Sorted genes by size.
 
     Raises
     ------

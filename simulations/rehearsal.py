@@ -28,6 +28,7 @@ from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import ConfigError, FederationError
 from fedgex.common.study import Study
 from fedgex.server import annotated_toml, journal
+from fedgex.server.settings import ServerSettings
 from fedgex.simulations import engine
 from fedgex.simulations.cohorts import new_data
 from fedgex.simulations.run import checked
@@ -310,20 +311,20 @@ class Rehearsal:
             shutil.copytree(self.folder / "split" / "sites" / name, sites / name)
         study = self.folder / "study.json"
         study.write_text(self.study.to_json())
-        process = engine.start(
-            study=study,
-            sites=sites,
+        public = self._checked(PUBLIC)
+        settings = ServerSettings(
+            study=study.resolve(),
+            run_dir=run_dir.resolve(),
+            holdout=self._checked(HOLDOUT).resolve(),
+            public=public.resolve() if public.exists() else None,
             n_sites=len(self.sites),
-            holdout=self._checked(HOLDOUT),
-            public=self._checked(PUBLIC) if self._checked(PUBLIC).exists() else None,
-            run_dir=run_dir,
-            workers=1,
-            log=self.folder / "engine.log",
+            poll_s=engine.POLL_S,
         )
+        log = self.folder / "engine.log"
+        process = engine.start("local", settings, sites, workers=1, log=log)
         if process.wait():
             raise FederationError(
-                f"the simulator ended with {process.returncode}; see "
-                f"{self.folder / 'engine.log'}"
+                f"the simulator ended with {process.returncode}; see {log}"
             )
         return digest(run_dir)
 

@@ -28,10 +28,11 @@ from fedgex.common.errors import CheckpointError, ConfigError, FederationError
 from fedgex.common.harmonise import to_patients
 from fedgex.common.protections import protections
 from fedgex.common.study import Study
-from fedgex.server import public
+from fedgex.server import public, run_monitor
 from fedgex.server.evaluation import mse_only
 from fedgex.server.journal import read
-from fedgex.simulations import comparisons, engine, progress
+from fedgex.server.settings import ServerSettings
+from fedgex.simulations import comparisons, engine
 from fedgex.simulations.comparisons import Federation, cached
 from fedgex.simulations.report import summary, write_report
 from fedgex.simulations.scenario import Scenario
@@ -83,7 +84,7 @@ def checked(folder: Path, study: Study) -> Path:
 
 
 def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> None:
-    """Run the federation in Flower's engine until it has finished.
+    """Run the federation in the scenario's engine until it has finished.
 
     Raises
     ------
@@ -96,18 +97,27 @@ def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> N
     study = out / "study.json"
     study.write_text(scenario.study.to_json())
     log = out / "engine.log"
-    process = engine.start(
-        study=study,
-        sites=out / "sites",
+    settings = ServerSettings(
+        study=study.resolve(),
+        run_dir=(out / "run").resolve(),
+        holdout=(out / HOLDOUT / "checked").resolve(),
+        public=(out / PUBLIC / "checked").resolve() if parts.public_size else None,
         n_sites=len(parts.sites),
-        holdout=out / HOLDOUT / "checked",
-        public=out / PUBLIC / "checked" if parts.public_size else None,
-        run_dir=out / "run",
+        poll_s=engine.POLL_S,
+    )
+    process = engine.start(
+        scenario.run.engine,
+        settings,
+        out / "sites",
         workers=scenario.run.workers,
         log=log,
     )
     try:
-        progress.watch(journal, lambda: process.poll() is not None, console)
+        run_monitor.follow(
+            journal,
+            lambda state: bool(state.ending) or process.poll() is not None,
+            console,
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)  # the engine winds up by itself
     finally:
@@ -117,14 +127,19 @@ def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> N
 
 
 def _claim(scenario: Scenario, out: Path) -> None:
-    """Write the scenario into `out`, or refuse if another one is there."""
-    path, text = out / "scenario.json", scenario.model_dump_json(indent=1)
-    if path.exists() and path.read_text() != text:
-        raise ConfigError(
-            f"{out} holds the run of another scenario ({path.name} differs); choose "
-            "another --out, or delete this one."
-        )
-    path.write_text(text)
+    """Write the scenario into `out`, or refuse if another one is there.
+
+    How it uses the machine may differ: no result depends on it.
+    """
+    path = out / "scenario.json"
+    if path.exists():
+        found = Scenario.read(json.loads(path.read_text()), str(path))
+        if found.model_copy(update={"run": scenario.run}) != scenario:
+            raise ConfigError(
+                f"{out} holds the run of another scenario ({path.name} differs); "
+                "choose another --out, or delete this one."
+            )
+    path.write_text(scenario.model_dump_json(indent=1))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

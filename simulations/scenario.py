@@ -128,6 +128,9 @@ class Run(Settings):
 
     workers: int = Field(default=2, ge=1)
     """Simulated sites that are trained at the same time."""
+    engine: Literal["local", "flower"] = "local"
+    """What carries the messages: processes of this machine, or Flower's own simulation
+    runtime, which needs Ray."""
 
 
 class Scenario(Settings):
@@ -214,6 +217,17 @@ def shipped() -> tuple[str, ...]:
     """Return the names of the scenarios that come with fedgex, sorted."""
     names = (file.name for file in _folder().iterdir())
     return tuple(sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml")))
+
+
+def shortened(study: Study, rounds: int | None) -> Study:
+    """Return the study with at most so many rounds a phase; None: as many as it has."""
+    if rounds is None:
+        return study
+    fewer = {
+        phase: settings.model_copy(update={"rounds": min(settings.rounds, rounds)})
+        for phase, settings in study.phases.items()
+    }
+    return study.model_copy(update=fewer)
 
 
 def _folder() -> Traversable:

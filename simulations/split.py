@@ -25,9 +25,11 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from fedgex.common.cohort import CLINICAL_COLUMNS, read_parquet
+from fedgex.client.data.cohort import load_cohort
+from fedgex.client.settings import SiteSettings
+from fedgex.common.cohort import CLINICAL_COLUMNS, Cohort, read_parquet
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.simulations.scenario import Columns, Data, Scenario, Sites
 
 REGION = "region"
@@ -102,6 +104,14 @@ def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
     _refuse_unknown_names(scenario, raw.clinical)
     assignment = _assign(scenario, raw.clinical)
     return _write(scenario, raw, assignment, out, inputs)
+
+
+def read_cohort(folder: Path, study: Study) -> Cohort:
+    """Read and check the patients in a folder of a split, the first sample of each."""
+    settings = SiteSettings.load(folder / "site.toml")
+    cohort, _ = load_cohort(settings, study.scale, tuple(study.phases))
+    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
+    return cohort.take(np.sort(first))
 
 
 def slugs(names: Iterable[str], reserved: Collection[str] = ()) -> dict[str, str]:

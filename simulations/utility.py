@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fedgex.client.local_training import refuse_large_delta
-from fedgex.common import privacy
+from fedgex.common import federation, privacy
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients, to_patients
@@ -44,11 +44,12 @@ from fedgex.common.study import (
 )
 from fedgex.common.tasks import Parameters
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.server import evaluation, public, public_start
-from fedgex.simulations import in_process, references
+from fedgex.server import evaluation, public
+from fedgex.simulations import references, training
 from fedgex.simulations.effort import EPSILONS, SEEDS
-from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.split import HOLDOUT, PUBLIC, split
+from fedgex.simulations.processes import each_done
+from fedgex.simulations.scenario import Scenario, shortened
+from fedgex.simulations.split import HOLDOUT, PUBLIC, read_cohort, split
 
 QUICK_ROUNDS = 2
 """Most rounds of a phase with --quick, which also takes one seed: enough to see that it
@@ -176,7 +177,7 @@ def utility(
     DataError
         If the study's delta is too large for a hospital.
     """
-    study = in_process.shortened(scenario.study, QUICK_ROUNDS if quick else None)
+    study = shortened(scenario.study, QUICK_ROUNDS if quick else None)
     rule = study.privacy.patient
     if rule is None:
         raise ConfigError(
@@ -190,15 +191,15 @@ def utility(
         )
     out.mkdir(parents=True, exist_ok=True)
     parts = split(scenario, data_dir, out)
-    sites = {name: in_process.read(out / "sites" / name, study) for name in parts.sites}
+    sites = {name: read_cohort(out / "sites" / name, study) for name in parts.sites}
     for cohort in sites.values():
         refuse_large_delta(study, cohort.n_patients)
-    known = in_process.read(out / PUBLIC, study)
+    known = read_cohort(out / PUBLIC, study)
     ground = _Ground(
         sites=sites,
         public=known,
-        holdout=in_process.read(out / HOLDOUT, study),
-        genes=in_process.vocabulary(study, sites, known),
+        holdout=read_cohort(out / HOLDOUT, study),
+        genes=training.vocabulary(study, sites, known),
     )
     numbers = [study.seed + k for k in range(1 if quick else seeds)]
     columns = {
@@ -326,7 +327,7 @@ def _all(
     folder.mkdir(exist_ok=True)
     todo = [cell for cell in cells if not (folder / cell.file).exists()]
     console.print(f"{len(cells)} models, {len(todo)} to train", highlight=False)
-    done = in_process.each_done(partial(_judged, ground), todo, workers)
+    done = each_done(partial(_judged, ground), todo, workers)
     for number, (cell, values) in enumerate(done, start=1):
         unfinished = (folder / cell.file).with_suffix(".partial")
         unfinished.write_text(json.dumps(values, indent=1))
@@ -343,17 +344,20 @@ def _judged(ground: _Ground, cell: _Cell) -> dict[str, float]:
     """Train one model; return its measures, and `seconds`."""
     started, study = time.monotonic(), cell.study
     known = ground.public if public.is_wanted(study) else None
-    begun = in_process.start(study, ground.genes, ground.sites, known)
+    begun = training.begin(study, ground.genes, ground.sites, known)
+    apart = None
+    if known is not None:
+        apart = to_patients(known, ground.genes, begun.standardisation)
     if cell.condition == PUBLIC_ALONE:
         whole = dict(begun.parameters)
         for phase in study.phases:
-            whole = public_start.begin(study, phase, whole, begun.public)
+            whole = federation.begin_phase(study, phase, whole, apart)
     else:
         patients = {
             name: to_patients(cohort, ground.genes, begun.standardisation)
             for name, cohort in ground.sites.items()
         }
-        whole = in_process.federate(study, begun, patients)
+        whole = dict(training.train(begun, patients, public=apart).parameters)
     values = _measures(ground, study, whole, begun.standardisation)
     return values | {"seconds": time.monotonic() - started}
 
@@ -391,7 +395,7 @@ def _measures(
     values: dict[str, float] = {}
     patients = to_patients(ground.holdout, ground.genes, scale)
     if PRETRAINING in study.phases:
-        unit = public_start.standardisation(ground.public, ground.genes)
+        unit = federation.public_standardisation(ground.public, ground.genes)
         imputer = evaluation.model_imputer(study, whole, len(ground.genes))
         scores = evaluation.judge_imputer(
             _Rescaled(imputer, scale, unit),

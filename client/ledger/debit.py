@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from flwr.app import Message
-
 from fedgex.client.identity import AUDIT
 from fedgex.client.ledger.book import Budget, Debit
 from fedgex.client.ledger.ledger import FILE, Ledger, LedgerError
@@ -22,9 +20,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, keys, privacy
 from fedgex.common.chain import Chain, Head
 from fedgex.common.files import exclusive_lock
-from fedgex.common.receipt import request_digest
-from fedgex.common.records import text
-from fedgex.common.study import Study
+from fedgex.common.messages.requests import TrainRequest
 
 CREATED, DEBITED = "ledger-created", "debited"
 """Events of the audit log; `ledger` holds the ledger's head."""
@@ -34,12 +30,7 @@ LOCK = "ledger.lock"
 
 
 def charge(
-    message: Message,
-    settings: SiteSettings,
-    study: Study,
-    phase: str,
-    number: int,
-    patients: Sequence[str],
+    request: TrainRequest, settings: SiteSettings, patients: Sequence[str]
 ) -> None:
     """Debit a round before anything of it is computed on patients.
 
@@ -57,21 +48,20 @@ def charge(
     LedgerError
         If the ledger cannot be used.
     """
+    study, order = request.study, request.round
     if study.privacy.patient is None:
         return
-    kind, content = message.metadata.message_type, message.content
-    record = content.config_records.get(keys.RUN)  # none in the simulator
     about = Debit(
-        contract="" if record is None else text(record, keys.CONTRACT_HASH),
-        run="" if record is None else text(record, keys.RUN_NAME),
-        type=kind,
-        phase=phase,
-        round=number,
-        request=request_digest(kind, content),
+        contract="" if request.run is None else request.run.contract,
+        run="" if request.run is None else request.run.run,  # none in the simulator
+        type=keys.TRAIN,
+        phase=order.phase,
+        round=order.number,
+        request=request.digest,
     )
     head = ready(settings.state_dir).debit(
         about,
-        privacy.invocations(study, phase, number),
+        privacy.invocations(study, order.phase, order.number),
         patients,
         budget=budget(settings.policy),
     )

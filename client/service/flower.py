@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -237,7 +237,7 @@ class SiteTask:
 
     @classmethod
     @contextmanager
-    def held(cls, port: int, token: str) -> Iterator[Callable[[], Self]]:
+    def held(cls, port: int, token: str) -> Iterator[Callable[[], SiteTask]]:
         """Keep a task alive at the SuperNode, and yield what fetches it."""
         from flwr.supercore.heartbeat import (
             HeartbeatSender,
@@ -249,7 +249,7 @@ class SiteTask:
         heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
         heartbeat.start()
 
-        def fetch() -> Self:
+        def fetch() -> SiteTask:
             message, context, _, fab = pull_task_input(client)
             return cls(message, context, fab.hash_str, len(fab.content), client)
 

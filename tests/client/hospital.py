@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography import x509
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -24,6 +25,8 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, failpoints, keys, pki
 from fedgex.common.contract import Contract
 from fedgex.common.pki import Signed
+from fedgex.common.records import to_record
+from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
 
 TOMORROW = datetime.now(UTC).date() + timedelta(days=1)
@@ -44,6 +47,20 @@ Authority = tuple[pki.Key, x509.Certificate]
 
 class Died(BaseException):
     """Ends a process as a signal would: nothing of it catches this."""
+
+
+def of_study(study: Study, model: int) -> dict[str, Any]:
+    """Return the records of a request to train a model."""
+    genes = Vocabulary(tuple(sorted(study.vocabulary.genes)))
+    scale = {"mean": np.zeros(len(genes)), "sd": np.ones(len(genes))}
+    return {
+        keys.STUDY: ConfigRecord({keys.JSON: study.to_json(), keys.HASH: study.hash}),
+        keys.VOCABULARY: ConfigRecord(
+            {keys.GENES: list(genes.genes), keys.HASH: genes.hash}
+        ),
+        keys.STANDARDISATION: to_record(scale),
+        keys.MODEL: to_record({"version": np.array([model])}),
+    }
 
 
 @dataclass
@@ -73,11 +90,10 @@ class Hospital:
                 keys.RUN: ConfigRecord(
                     {keys.CONTRACT_HASH: self.contract.hash, keys.RUN_NAME: "run-1"}
                 ),
-                keys.STUDY: ConfigRecord({keys.JSON: study.to_json()}),
+                **of_study(study, model),
                 keys.ROUND: ConfigRecord(
                     {keys.PHASE: "pretraining", keys.NUMBER: number}
                 ),
-                keys.MODEL: ConfigRecord({"version": model}),
             }
         )
         message = Message(content, 1, keys.TRAIN)

@@ -13,6 +13,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+import fedgex.client.answers
 import fedgex.client.app
 from fedgex.client.policy import FILE, TEMPLATE
 from fedgex.common import keys, tasks
@@ -156,7 +157,7 @@ def test_a_failure_leaves_as_the_code_of_its_kind(
     def load_cohort(*args: Any) -> None:
         fail()
 
-    monkeypatch.setattr(fedgex.client.app, "load_cohort", load_cohort)
+    monkeypatch.setattr(fedgex.client.answers, "load_cohort", load_cohort)
 
     assert code(ask(site, keys.PREPARE)) == expected
 
@@ -204,7 +205,8 @@ def test_a_run_that_asks_again_still_finds_the_panel_that_it_began_with(
     site: Path,
 ) -> None:
     first, second = (
-        {keys.RUN: ConfigRecord({keys.RUN_NAME: name})} for name in ("one", "two")
+        {keys.RUN: ConfigRecord({keys.CONTRACT_HASH: "", keys.RUN_NAME: name})}
+        for name in ("one", "two")
     )
     assert code(ask(site, keys.PREPARE, **first)) is None
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedgex.client.local_training import clipped, train_round
+from fedgex.client.local_training import train_round
 from fedgex.common import tasks
+from fedgex.common.federation import clipped
 from fedgex.common.harmonise import Patients
 from fedgex.common.study import Study
 

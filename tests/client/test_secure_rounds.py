@@ -7,27 +7,44 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedgex.client import secure_rounds
 from fedgex.client.secure_rounds import ExchangeError
+from fedgex.client.secure_state import AttemptState
 from fedgex.client.settings import SiteSettings
-from fedgex.common import exchange, keys, pki
+from fedgex.common import keys, pki
 from fedgex.common.chain import Head
+from fedgex.common.messages.fields import (
+    AdvertisedKeys,
+    Attempt,
+    Round,
+    TrainingMetrics,
+)
+from fedgex.common.messages.replies import TrainReply
+from fedgex.common.messages.requests import (
+    ConfirmRequest,
+    KeysRequest,
+    SharesRequest,
+    StatisticsRequest,
+    TrainRequest,
+    UnmaskRequest,
+)
 from fedgex.common.model import PER_GENE
 from fedgex.common.receipt import Part, reply_digest
 from fedgex.common.records import to_arrays, to_record
 from fedgex.common.secure_aggregation import FixedPoint, PrivateKeys
 from fedgex.common.study import Study
+from fedgex.common.vocabulary import Vocabulary
 
 NAMES = ("east", "north", "south", "west")
 GENES = 4
+VOCABULARY = Vocabulary(("EGFR", "KRAS", "MYC", "TP53"))
 ROWS = f"backbone.{PER_GENE[0]}"
 CLIP = 10.0
 STUDY = Study.read(
@@ -43,10 +60,7 @@ STUDY = Study.read(
 )
 
 
-@pytest.fixture(autouse=True)
-def _flower_knows_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+Asked = TypeVar("Asked", bound=StatisticsRequest)
 
 
 @dataclass
@@ -78,39 +92,39 @@ class Coordinator:
             "other": rng.normal(0, 1, 3).astype(np.float32),
         }
 
-    def message(self, **records: Any) -> Message:
+    def asked(self, kind: type[Asked], **records: Any) -> Asked:
+        """Return a request as a site reads it."""
         told = {keys.ATTEMPT: self.attempt, keys.RUN_NAME: "run-1"}
         record = ConfigRecord(told | records.pop("lists", {}))
-        content = RecordDict(
-            {
-                keys.STUDY: ConfigRecord({keys.HASH: self.study.hash}),
-                keys.ROUND: ConfigRecord(
-                    {keys.PHASE: self.phase, keys.NUMBER: self.number}
-                ),
-                keys.EXCHANGE: record,
-                **self.records,
-                **records,
-            }
+        order = Round(phase=self.phase, number=self.number)
+        asked = KeysRequest(
+            study=self.study,
+            vocabulary=VOCABULARY,
+            round=order,
+            attempt=Attempt(attempt=1, run=""),
         )
-        return Message(content, 1, keys.TRAIN)
+        return kind.from_records(
+            RecordDict(
+                {**asked.to_records(), keys.EXCHANGE: record, **self.records, **records}
+            )
+        )
 
     # ---- the steps, each of one site ----
 
     def advertise(self, name: str) -> ConfigRecord:
         panel = np.array(self.panels.get(name, [1] * GENES), dtype=np.bool_)
-        reply = secure_rounds.advertise(
-            self.message(), self.settings(name), self.study, panel
-        )
-        return reply.config_records[keys.PUBLIC_KEYS]
+        advertise = secure_rounds.advertise(lambda request, settings: panel)
+        reply = advertise(self.asked(KeysRequest), self.settings(name))
+        return reply.to_records().config_records[keys.PUBLIC_KEYS]
 
     def share(
         self, name: str, told: Mapping[str, Mapping[str, str]] | None = None
     ) -> dict[str, str]:
         told = self.keys if told is None else told
         lines = {name: json.dumps(each) for name, each in told.items()}
-        message = self.message(**{keys.PUBLIC_KEYS: ConfigRecord(dict(lines))})
-        reply = secure_rounds.share(message, self.settings(name), self.study)
-        return dict(reply.config_records[keys.BOXES])  # type: ignore[arg-type]
+        record = ConfigRecord(dict(lines))
+        request = self.asked(SharesRequest, **{keys.PUBLIC_KEYS: record})
+        return hexadecimal(secure_rounds.share(request, self.settings(name)).boxes)
 
     def train(
         self,
@@ -120,33 +134,32 @@ class Coordinator:
     ) -> RecordDict:
         own = {s: self.boxes[s][name] for s in sharers if s != name}
         model = to_record({"model": np.full(3, self.model, dtype=np.float32)})
-        message = self.message(
+        scale = {"mean": np.zeros(GENES), "sd": np.ones(GENES)}
+        request = self.asked(
+            TrainRequest,
             lists={keys.SHARERS: list(sharers)},
             **{
                 keys.BOXES: ConfigRecord(dict(own if boxes is None else boxes)),
-                keys.VOCABULARY: ConfigRecord({keys.HASH: "v"}),
-                keys.STANDARDISATION: to_record({"mean": np.zeros(GENES)}),
+                keys.STANDARDISATION: to_record(scale),
                 keys.MODEL: model,
             },
         )
 
         @secure_rounds.masked
-        def train(message: Message, settings: SiteSettings, study: Study) -> RecordDict:
+        def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
             self.trained[settings.name] += 1
             update = to_record(self.update(settings.name))
-            metrics = MetricRecord({keys.NUM_EXAMPLES: 20})
-            return RecordDict({keys.UPDATE: update, keys.METRICS: metrics})
+            return TrainReply(update=update, metrics=TrainingMetrics(num_examples=20))
 
-        return train(message, self.settings(name), self.study)
+        return train(request, self.settings(name)).to_records()
 
     def confirm(
         self, name: str, survivors: Collection[str] = NAMES, sharers: Any = NAMES
     ) -> dict[str, str]:
         lists = {keys.SHARERS: list(sharers), keys.SURVIVORS: list(survivors)}
-        reply = secure_rounds.confirm(
-            self.message(lists=lists), self.settings(name), self.study
-        )
-        return dict(reply.config_records[keys.CONFIRMATIONS])  # type: ignore[arg-type]
+        request = self.asked(ConfirmRequest, lists=lists)
+        reply = secure_rounds.confirm(request, self.settings(name))
+        return hexadecimal(reply.confirmations)
 
     def unmask(
         self,
@@ -158,22 +171,15 @@ class Coordinator:
         """Return for whose seed and for whose mask key the site gave a share."""
         lists = {keys.SHARERS: list(sharers), keys.SURVIVORS: list(survivors)}
         own = {sender: each[name] for sender, each in tags.items() if sender != name}
-        message = self.message(
-            lists=lists, **{keys.CONFIRMATIONS: ConfigRecord(dict(own))}
-        )
-        reply = secure_rounds.unmask(message, self.settings(name), self.study)
-        return (
-            set(reply.config_records[keys.SEED_SHARES]),
-            set(reply.config_records[keys.MASK_SHARES]),
-        )
+        record = ConfigRecord(dict(own))
+        request = self.asked(UnmaskRequest, lists=lists, **{keys.CONFIRMATIONS: record})
+        reply = secure_rounds.unmask(request, self.settings(name))
+        return set(reply.seeds), set(reply.masks)
 
     # ---- the steps of all ----
 
     def make_keys(self, names: Collection[str] = NAMES) -> None:
-        self.keys = {
-            name: {key: str(value) for key, value in self.advertise(name).items()}
-            for name in names
-        }
+        self.keys = {name: passed_on(self.advertise(name)) for name in names}
 
     def collect(self) -> dict[str, RecordDict]:
         """Come as far as masked updates."""
@@ -186,6 +192,20 @@ class Coordinator:
         tags = {name: self.confirm(name, survivors) for name in survivors}
         for name in survivors:
             self.unmask(name, tags, survivors)
+
+
+def passed_on(advertised: ConfigRecord) -> dict[str, str]:
+    """Return what the server tells the others of a site's keys."""
+    return {key: str(v) for key, v in advertised.items() if key != keys.ATTEMPT}
+
+
+def hexadecimal(parts: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: part.hex() for name, part in parts.items()}
+
+
+def other_keys(measured: NDArray[np.bool_]) -> ConfigRecord:
+    public = PrivateKeys.new().public(measured)
+    return ConfigRecord(AdvertisedKeys.of(public, 1).encode())
 
 
 @pytest.fixture
@@ -213,7 +233,7 @@ def test_masked_updates_differ_from_the_plain_ones_and_add_up_to_their_sum(
     for name, reply in replies.items():
         assert keys.UPDATE not in reply
         mine = np.array(words(reply), dtype=np.uint32)
-        state = secure_rounds._State.read(coordinator.folder / name / "secagg/run-1")
+        state = AttemptState.read(coordinator.folder / name / "secagg/run-1")
         assert state is not None
         seed = protocol._own_seed(state.group, name, state.private.seed)
         protocol._add(mine, seed, -1)
@@ -230,7 +250,7 @@ def test_the_numbers_beside_an_update_leave_as_they_are(
     coordinator: Coordinator,
 ) -> None:
     reply = coordinator.collect()["east"]
-    assert set(reply) == {keys.MASKED, keys.METRICS}
+    assert set(reply) == {keys.MASKED, keys.METRICS, keys.WITHHELD}
 
 
 def test_private_state_is_readable_by_its_owner_alone(coordinator: Coordinator) -> None:
@@ -370,9 +390,8 @@ def test_own_keys_that_were_changed_are_refused(
     coordinator: Coordinator, key: str
 ) -> None:
     coordinator.make_keys()
-    other = PrivateKeys.new().public(np.zeros(GENES, dtype=np.bool_))
-    forged = exchange.keys_record(other, 1)[key]
-    coordinator.keys["east"][key] = str(forged)
+    forged = other_keys(np.zeros(GENES, dtype=np.bool_))
+    coordinator.keys["east"][key] = str(forged[key])
     with pytest.raises(ExchangeError, match="our keys"):
         coordinator.share("east")
 
@@ -387,10 +406,8 @@ def test_a_second_list_of_participants_is_refused(coordinator: Coordinator) -> N
 
 def test_a_key_that_is_replaced_for_one_site_is_found(coordinator: Coordinator) -> None:
     coordinator.make_keys()
-    forged = exchange.keys_record(
-        PrivateKeys.new().public(np.ones(GENES, dtype=np.bool_)), 1
-    )
-    lie = coordinator.keys | {"west": {key: str(v) for key, v in forged.items()}}
+    forged = other_keys(np.ones(GENES, dtype=np.bool_))
+    lie = coordinator.keys | {"west": passed_on(forged)}
     coordinator.boxes = {
         name: coordinator.share(name, lie if name == "east" else None)
         for name in NAMES[:3]
@@ -636,8 +653,8 @@ def test_keys_under_another_authority_are_refused(deployed: Coordinator) -> None
 def test_a_replaced_key_does_not_fit_its_owners_signature(
     deployed: Coordinator, key: str
 ) -> None:
-    other = PrivateKeys.new().public(np.zeros(GENES, dtype=np.bool_))
-    deployed.keys["west"][key] = str(exchange.keys_record(other, 1)[key])
+    forged = other_keys(np.zeros(GENES, dtype=np.bool_))
+    deployed.keys["west"][key] = str(forged[key])
     with pytest.raises(ExchangeError, match=r"signed for another \['reply'\]"):
         deployed.share("east")
 
@@ -664,8 +681,7 @@ def test_keys_of_another_round_are_refused(
 def test_keys_of_another_attempt_are_refused(
     deployed: Coordinator, signers: Signers
 ) -> None:
-    public = exchange.read_keys(deployed.advertise("west"))
-    earlier = exchange.keys_record(public, 7)
+    earlier = ConfigRecord({**deployed.advertise("west"), keys.ATTEMPT: 7})
     deployed.keys["west"] |= signers.proof("west", earlier)
     with pytest.raises(ExchangeError, match=r"signed for another \['reply'\]"):
         deployed.share("east")

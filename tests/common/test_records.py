@@ -1,19 +1,17 @@
 """Parameters to Flower records and back, with everything wrong named at once."""
 
-import hashlib
 import struct
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.app import Array, ArrayRecord
 from torch import nn
 
 from fedgex.common.arrays import check
 from fedgex.common.errors import UpdateError
 from fedgex.common.parameters import load_parameters, parameters
-from fedgex.common.records import digest, floats, packed, text, to_arrays, to_record
+from fedgex.common.records import floats, packed, to_arrays, to_record
 
 
 def test_arrays_survive_the_record_in_name_value_and_precision():
@@ -195,116 +193,3 @@ def test_other_names_pass_unless_the_match_must_be_exact():
     check({"a": (1,)}, arrays)
     with pytest.raises(UpdateError, match=r"^extra is not asked for$"):
         check({"a": (1,)}, arrays, exact=True)
-
-
-@pytest.mark.parametrize(("record", "kind"), [({}, "NoneType"), ({"study": 3}, "int")])
-def test_text_that_is_no_text_is_refused_by_its_key(record, kind):
-    with pytest.raises(UpdateError, match=f'"study" is {kind}, not text'):
-        text(ConfigRecord(record), "study")
-
-
-def test_text_is_returned():
-    assert text(ConfigRecord({"study": "abc"}), "study") == "abc"
-
-
-def content(**changes) -> RecordDict:
-    records = {
-        "model": to_record({"b": np.eye(2, dtype=np.float32), "a": np.zeros(3)}),
-        "round": ConfigRecord(
-            {"phase": "survival", "number": 2, "raw": b"\x00\xff", "on": [True, False]}
-        ),
-        "metrics": MetricRecord({"loss": 0.1, "patients": 412}),
-    }
-    return RecordDict(records | changes)
-
-
-def test_the_digest_is_the_same_after_the_network():
-    arrived = recorddict_from_proto(recorddict_to_proto(content()))
-
-    assert digest(arrived) == digest(content())
-
-
-def test_the_order_of_records_and_keys_does_not_change_the_digest():
-    arrays = {name: Array(np.full(2, i)) for i, name in enumerate("ba")}
-    straight = content(several=ArrayRecord(arrays))
-
-    turned = RecordDict(dict(reversed(straight.items())))
-    turned["several"] = ArrayRecord(dict(reversed(arrays.items())))
-    turned["round"] = ConfigRecord(
-        dict(reversed(turned.config_records["round"].items()))
-    )
-
-    assert digest(turned) == digest(straight)
-
-
-def config(**values) -> dict[str, ConfigRecord]:
-    return {"round": ConfigRecord(values)}
-
-
-def model(**arrays) -> dict[str, ArrayRecord]:
-    return {"model": to_record(arrays)}
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (config(number=1), config(number=2)),
-        (config(number=1), config(number=1.0)),
-        (config(number=1), config(number=True)),
-        (config(number=1), config(number="1")),
-        (config(number=1), config(numbers=1)),
-        (config(number="ff"), config(number=b"ff")),
-        (config(number='{"bytes":"ff"}'), config(number=b"\xff")),
-        (config(number=[1, 2]), config(number=[2, 1])),
-        (config(number=1), {"round": MetricRecord({"number": 1})}),
-        (model(a=np.zeros(4)), model(a=np.zeros((2, 2)))),
-        (model(a=np.zeros(2, "f4")), model(a=np.zeros(1, "f8"))),
-        (model(a=np.zeros(2, "f4")), model(a=np.zeros(2, "i4"))),
-        (model(a=np.array([0.0])), model(a=np.array([-0.0]))),
-        (model(a=np.ones(1), b=np.zeros(1)), model(a=np.zeros(1), b=np.ones(1))),
-        (model(a=np.zeros(1)), model(b=np.zeros(1))),
-        ({"model": ArrayRecord()}, {"model": ConfigRecord()}),
-        ({"model": ArrayRecord()}, {"models": ArrayRecord()}),
-    ],
-)
-def test_another_name_type_shape_or_bit_gives_another_digest(one, other):
-    assert digest(RecordDict(one)) != digest(RecordDict(other))
-
-
-def test_an_array_cannot_pass_for_two():
-    array = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"data")
-    two = digest(RecordDict({"m": ArrayRecord({"a": array, "b": array})}))
-    record = ArrayRecord({"a": array})
-    separate = RecordDict({"m": record, "n": ArrayRecord({"b": array})})
-
-    assert two != digest(separate)
-
-
-def test_records_that_do_not_count_change_nothing():
-    named = content(server=ConfigRecord({"version": "0.1.0"}))
-
-    assert digest(named, without={"server", "receipt"}) == digest(content())
-    assert digest(named) != digest(content())
-
-
-def test_the_digest_is_that_of_each_part_behind_its_length():
-    def part(content: bytes) -> bytes:
-        return len(content).to_bytes(8, "big") + content
-
-    array = Array(dtype="float32", shape=(1,), stype="numpy.ndarray", data=b"data")
-    records = RecordDict(
-        {"m": ArrayRecord({"a": array}), "c": ConfigRecord({"y": 1.5, "x": b"\xff"})}
-    )
-    expected = (
-        part(b"c")
-        + part(b"ConfigRecord")
-        + part((2).to_bytes(8, "big"))
-        + part(b'{"x":{"bytes":"ff"},"y":1.5}')
-        + part(b"m")
-        + part(b"ArrayRecord")
-        + part((1).to_bytes(8, "big"))
-        + part(b'["a", "float32", [1], "numpy.ndarray"]')
-        + part(b"data")
-    )
-
-    assert digest(records) == hashlib.sha256(expected).hexdigest()

@@ -34,6 +34,7 @@ from fedgex.common.receipt import Receipt, verify_chain
 from fedgex.common.study import Study
 from fedgex.server import annotated_toml, studies
 from fedgex.server.consortium import Consortium, ConsortiumSettings, new_administrator
+from fedgex.server.deployment import Deployment
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 
@@ -305,7 +306,7 @@ class Alliance:
             }
         )
         with suppress(Killed):
-            conduct(grid, settings)
+            conduct(grid, settings, Deployment.load(settings))
         return Finished(run_dir=self.run_dir, exchanges=grid.exchanges)
 
     # ---- what is left ----

@@ -1,25 +1,19 @@
-"""A small consortium, and a Grid that runs the sites' real app in this process."""
+"""A small consortium, and the simulator's Grid with a hand in it."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-import fedgex.client.app
-from fedgex.client.app import SITES_VARIABLE
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
 from fedgex.common import checkpoint, keys
@@ -27,9 +21,11 @@ from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.cohort import save_cohort
 from fedgex.common.study import Study
 from fedgex.server import journal
+from fedgex.server.participants import Simulated
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations.cohorts import new_data
+from fedgex.simulations.grid import LocalGrid
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import split
 
@@ -56,11 +52,8 @@ class Exchange:
     reply_bytes: bytes
 
 
-class InProcessGrid(Grid):
-    """Hands each message to the sites' app at once; a node is a partition.
-
-    Contents are serialised both ways, so that neither side sees the other's objects.
-    """
+class InProcessGrid(LocalGrid):
+    """The simulator's grid, which notes what is exchanged, and may be disturbed."""
 
     def __init__(
         self, sites: Path, *, kill_after: int | None = None, alter: Alter | None = None
@@ -72,74 +65,32 @@ class InProcessGrid(Grid):
         kill_after
             Raise `Killed` instead of delivering any training message after so many.
         """
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-        names = sorted(path.name for path in sites.iterdir() if path.is_dir())
-        self.sites, self.kill_after, self.alter = sites, kill_after, alter
-        self.names = dict(enumerate(names, start=100))
-        self.contexts = {
-            node: Context(
-                run_id=1,
-                node_id=node,
-                node_config={"partition-id": i, "num-partitions": len(names)},
-                state=RecordDict(),
-                run_config={},
-            )
-            for i, node in enumerate(self.names)
-        }
+        super().__init__(sites)
+        self.kill_after, self.alter = kill_after, alter
         self.exchanges: list[Exchange] = []
-        self.replies: dict[str, Message] = {}
-        self.ids = (f"message-{i}" for i in itertools.count(1))
 
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> list[int]:
-        return list(self.names)
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        return [self._deliver(message, next(self.ids)) for message in messages]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self.replies.pop(i) for i in message_ids if i in self.replies]
-
-    def _deliver(self, message: Message, message_id: str) -> str:
+    def deliver(self, message: Message, message_id: str) -> Message:
         message_type = message.metadata.message_type
         trained = sum(e.message_type == keys.TRAIN for e in self.exchanges)
         if message_type == keys.TRAIN and trained == self.kill_after:
             raise Killed
         node = message.metadata.dst_node_id
         sent = Message(_parse(_bytes(message.content)), node, message_type)
-        sent.metadata.__dict__["_message_id"] = message_id
         if self.alter is not None:
             self.alter(self.names[node], sent)
-        sent_bytes = _bytes(sent.content)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(SITES_VARIABLE, str(self.sites))
-            reply = fedgex.client.app.app(sent, self.contexts[node])
+        reply = super().deliver(sent, message_id)
         reply_bytes = _bytes(reply.content)
-        reply.content = _parse(reply_bytes)
-        self.replies[message_id] = reply
         self.exchanges.append(
             Exchange(
                 site=self.names[node],
                 message_type=message_type,
                 message=sent.content,
                 reply=_parse(reply_bytes),  # the server empties its own
-                message_bytes=sent_bytes,
+                message_bytes=_bytes(sent.content),
                 reply_bytes=reply_bytes,
             )
         )
-        return message_id
+        return reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +161,8 @@ class Consortium:
             poll_s=0.001,
         )
         with contextlib.suppress(Killed):
-            conduct(grid, settings)
+            participants = Simulated(study=study, n_sites=len(grid.names))
+            conduct(grid, settings, participants)
         return Finished(run_dir=run_dir, exchanges=grid.exchanges)
 
     def patient_ids(self) -> list[str]:
@@ -258,12 +210,16 @@ def consortium(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
 
 
 def write_hospitals(
-    data: Path, *, n_genes: int = 40, patients_per_site: int = 30
+    data: Path,
+    *,
+    n_genes: int = 40,
+    patients_per_site: int = 30,
+    n_sites: int = N_SITES,
 ) -> Consortium:
     """Draw a consortium's data, and split it into its hospitals beside."""
     new_data(
         data,
-        n_sites=N_SITES,
+        n_sites=n_sites,
         n_holdouts=1,
         patients_per_site=patients_per_site,
         n_genes=n_genes,
@@ -272,7 +228,7 @@ def write_hospitals(
     out = data.with_name("split")
     scenario = Scenario.read(scenario_values(), "a test's scenario")
     parts = split(scenario, data, out)
-    assert len(parts.sites) == N_SITES
+    assert len(parts.sites) == n_sites
     holdout = out / "holdout" / "checked"
     settings = SiteSettings.load(out / "holdout" / "site.toml")
     study = scenario.study

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fedgex.client import local_training
 from fedgex.common import fitting, tasks
+from fedgex.common.federation import Update
 from fedgex.common.harmonise import Patients
 from fedgex.common.model import PER_GENE
-from fedgex.common.records import packed, to_record
 from fedgex.common.statistics import CrossProducts, GeneMoments, pool
 from fedgex.common.study import PRETRAINING, Study
-from fedgex.server.strategy import Update, combine
+from fedgex.server.strategy import combine
 
 N_GENES = 9
 SIZES = {"h1": 4, "h2": 7, "h3": 13}
@@ -84,11 +84,9 @@ def step(
     result = local_training.train_round(
         rules, PRETRAINING, 1, own, incoming, site=site, floor=1, state_dir=folder
     )
-    path = folder / f"{site}.safetensors"
-    path.write_bytes(packed(to_record(result.update)))
     return Update(
         site=site,
-        path=path,
+        arrays=result.update,
         num_examples=result.report.num_examples,
         num_loss_terms=result.report.num_loss_terms,
         measured=own.measured.any(dim=0).numpy(),
@@ -96,7 +94,7 @@ def step(
 
 
 def read(update: Update, incoming: Parameters) -> dict[str, NDArray[np.floating]]:
-    return {name: update.read(name) for name in incoming}
+    return {name: update.arrays[name] for name in incoming}
 
 
 @pytest.mark.parametrize("form", ["parameters", "delta"])

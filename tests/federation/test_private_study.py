@@ -13,11 +13,11 @@ import pytest
 from flwr.app import RecordDict
 
 from fedgex.client.local_training import DELTA_TOO_LARGE
-from fedgex.common import keys
+from fedgex.common import federation, keys
 from fedgex.common.errors import FederationError
 from fedgex.common.records import to_arrays
 from fedgex.common.study import Study
-from fedgex.server import public
+from fedgex.server.participants import Simulated
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 
@@ -72,7 +72,7 @@ def run(consortium: Consortium, folder: Path, of: Study, sites: Path) -> Finishe
         poll_s=0.001,
     )
     try:
-        conduct(grid, settings)
+        conduct(grid, settings, Simulated(study=of, n_sites=len(grid.names)))
     finally:
         finished = Finished(run_dir=folder, exchanges=grid.exchanges)
     return finished
@@ -80,7 +80,7 @@ def run(consortium: Consortium, folder: Path, of: Study, sites: Path) -> Finishe
 
 @pytest.fixture(autouse=True)
 def _a_small_public_cohort_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(public, "MIN_PATIENTS", 10)
+    monkeypatch.setattr(federation, "MIN_PUBLIC_PATIENTS", 10)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_sums_over_patients_are_refused(
                 keys.SERVER: ConfigRecord({keys.VERSION: version("fedgex")}),
             }
         )
-        grid.push_messages([Message(content, 100, kind)])
+        grid.pull_messages(grid.push_messages([Message(content, 100, kind)]))
         reply = grid.exchanges[-1].reply
         assert _keys(reply) == {"refusal": {"code"}}
         assert reply.config_records[keys.REFUSAL][keys.CODE] == "FX-SITE-002"

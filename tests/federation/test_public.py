@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fedgex.common import checkpoint, keys
+from fedgex.common import checkpoint, federation, keys
 from fedgex.common.cohort import load_cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import to_patients
 from fedgex.common.study import Study
-from fedgex.server import public
 
 from ..conftest import OF_DELTAS
 
@@ -36,7 +35,7 @@ NOISY: dict[str, Any] = (
 
 @pytest.fixture(autouse=True)
 def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(public, "MIN_PATIENTS", 10)
+    monkeypatch.setattr(federation, "MIN_PUBLIC_PATIENTS", 10)
 
 
 def with_public(consortium: Consortium, **rule: Any) -> Study:

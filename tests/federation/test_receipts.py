@@ -32,6 +32,7 @@ from fedgex.common.vocabulary import Vocabulary
 from fedgex.server import annotated_toml
 from fedgex.server.consortium import Consortium as Alliance
 from fedgex.server.consortium import ConsortiumSettings, SiteRequest
+from fedgex.server.deployment import Deployment
 from fedgex.server.journal import read
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
@@ -121,7 +122,7 @@ def test_a_site_with_an_update_far_beyond_the_others_is_quarantined_by_name(
 
     def app(message: Message, context: Context) -> Message:
         reply = honest(message, context)
-        bad = context.node_config["partition-id"] == 1
+        bad = consortium.names[1] in str(context.node_config["site-toml"])
         if bad and keys.UPDATE in reply.content.array_records:
             arrays = to_arrays(reply.content.array_records[keys.UPDATE])
             far = {name: (1e4 * array).astype("f4") for name, array in arrays.items()}
@@ -187,7 +188,7 @@ class Deployed:
         (self.alliance.folder / "nodes.json").write_text(json.dumps(nodes))
         with monkeypatch.context() as patch:
             patch.setattr(fedgex.client.app, "app", app)
-            conduct(grid, self.settings)
+            conduct(grid, self.settings, Deployment.load(self.settings))
 
     @property
     def settings(self) -> ServerSettings:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from fedgex.client import secure_rounds
 from fedgex.client.ledger.ledger import Ledger
-from fedgex.common import checkpoint, keys
+from fedgex.common import checkpoint, federation, keys
 from fedgex.common.errors import FederationError
 from fedgex.common.model import PER_GENE
 from fedgex.common.receipt import NO_RECEIPT
 from fedgex.common.records import to_arrays
 from fedgex.common.study import Study
-from fedgex.server import public
+from fedgex.server.participants import Simulated
 from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 
@@ -368,8 +368,8 @@ def with_public(
     )
     grid = InProcessGrid(sites, alter=killed_after(messages))
     with pytest.MonkeyPatch.context() as patch, suppress(Killed):
-        patch.setattr(public, "MIN_PATIENTS", 10)
-        conduct(grid, settings)
+        patch.setattr(federation, "MIN_PUBLIC_PATIENTS", 10)
+        conduct(grid, settings, Simulated(study=study, n_sites=N_SITES))
     return Finished(run_dir=run_dir, exchanges=grid.exchanges)
 
 

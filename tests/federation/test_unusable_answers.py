@@ -115,7 +115,7 @@ def conduct(
         def app(message: Message, context: Context) -> Message:
             reply = honest(message, context)
             asked = message.metadata.message_type == message_type
-            if asked and context.node_config["partition-id"] == BAD:
+            if asked and consortium.names[BAD] in str(context.node_config["site-toml"]):
                 tamper(reply.content)
             return reply
 

@@ -1,7 +1,6 @@
 """`fedgex-admin` as its reader sees it: what it prints, refuses, and exits with."""
 
 import dataclasses
-import io
 import json
 import socket
 import threading
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from rich.console import Console
 from typer.testing import CliRunner
 
 from fedgex.common import checkpoint, pki, tasks
@@ -24,10 +22,10 @@ from fedgex.common.receipt import NO_RECEIPT, Part, Receipt, SitePart
 from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.server import orders, watch
+from fedgex.server import orders
 from fedgex.server.cli import app
 from fedgex.server.consortium import Consortium
-from fedgex.server.journal import Journal, read
+from fedgex.server.journal import Journal
 
 
 @dataclasses.dataclass
@@ -494,10 +492,10 @@ def test_watch_tells_each_round_with_error_epsilon_time_and_absences(
     lines = admin("run", "watch", "small").stdout.splitlines()
 
     assert lines == [
-        "phase=pretraining round=1/2 restoration_mse=0.250 epsilon=none left=0:00:10 "
-        "absent=nobody",
-        "phase=pretraining round=2/2 restoration_mse=0.125 epsilon=none left=0:00:00 "
-        "absent=south late (no answer in 5 s)",
+        "phase=pretraining round=1/2 train_loss=0.500 restoration_mse=0.250 "
+        "epsilon=none left=0:00:10 absent=nobody",
+        "phase=pretraining round=2/2 train_loss=0.500 restoration_mse=0.125 "
+        "epsilon=none left=0:00:00 absent=south late (no answer in 5 s)",
     ]
 
 
@@ -510,15 +508,6 @@ def test_a_contract_says_what_protects_in_it(
 
         (line,) = admin.json(*words)["protections"]
         assert line.startswith("None: updates")
-
-
-def test_epsilon_so_far_is_told_for_each_guarantee(run: Path) -> None:
-    progress = watch.Progress()
-    for event in read(run / "journal.jsonl"):
-        told = {"epsilon": {"patient": 3.214, "site": 12}}
-        progress.apply(event | (told if event["event"] == "round" else {}))
-
-    assert "epsilon=patient:3.21,site:12.00" in watch.line(progress)
 
 
 def test_watch_gives_one_line_of_json_an_event(admin: Shell, run: Path) -> None:
@@ -544,45 +533,6 @@ def test_watch_does_not_wait_for_a_server_that_is_not_there(
 
     result = admin("run", "watch", "small", exit_code=4)
     assert "the server is not running" in result.stderr
-
-
-def test_the_display_shows_each_hospital_with_state_and_reason(run: Path) -> None:
-    progress = watch.Progress()
-    for event in read(run / "journal.jsonl"):
-        progress.apply(event)
-    console = Console(record=True, width=100, file=io.StringIO())
-
-    console.print(watch.display("small", "running", progress))
-
-    text = console.export_text()
-    lines = [" ".join(line.strip("│ \n").split()) for line in text.splitlines()]
-    assert "rounds 2 of 2" in lines
-    assert "restoration 0.125 hold-out MSE" in lines
-    assert "epsilon none" in lines
-    assert "north contributed 2 rounds" in lines
-    assert "south late 1 rounds no answer in 5 s" in lines
-
-
-def test_a_round_told_twice_counts_once_and_unknown_times_are_left_out() -> None:
-    progress = watch.Progress()
-    plan = [{"phase": "pretraining", "rounds": 4}]
-    start = {"event": "run-started", "study": "s", "sites": ["a"], "plan": plan}
-    told = {"event": "round", "phase": "pretraining", "sites": {}, "holdout": {}}
-    failed = {"event": "run-failed", "reason": "killed"}
-
-    for event in (
-        start,
-        told | {"round": 1, "seconds": 20.0},
-        told | {"round": 2, "seconds": None},
-        failed,
-        start,
-        told | {"round": 2, "seconds": None},
-    ):
-        progress.apply(event)
-
-    assert len(progress.rounds) == 2
-    assert progress.left_s == 40.0
-    assert progress.ending is None
 
 
 # ---- models ----

@@ -16,13 +16,17 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgex.common import codes, keys
+from fedgex.common.messages.requests import Envelope
 from fedgex.common.records import to_record
+from fedgex.common.study import Study
 from fedgex.server import asking, journal
-from fedgex.server.asking import MAX_DEATHS, Activity, Answer, Line, Request, Simulated
+from fedgex.server.asking import MAX_DEATHS, Answer
 from fedgex.server.journal import Journal
+from fedgex.server.participants import Activity, Channel, Request, Simulated
 
 SITES = {"h1": 1, "h2": 2, "h3": 3}
 DEADLINE_S, POLL_S = 60.0, 1.0
+STUDY = Study.read({"name": "small"}, "a test's study")
 
 Reply = RecordDict | Error
 Script = Sequence[tuple[float, Reply] | None]
@@ -92,9 +96,13 @@ class ScriptedGrid:
         return [t - 1_000 for t, m in self.sent if m.metadata.dst_node_id == node]
 
 
-@dataclass(frozen=True)
+def simulated(by_name: Mapping[str, int]) -> Simulated:
+    return Simulated(study=STUDY, n_sites=len(by_name), by_name=dict(by_name))
+
+
+@dataclass(kw_only=True)
 class Watched(Simulated):
-    """Peers of whom the guard saw something, as of the clock."""
+    """Sites of whom the guard saw something, as of the clock."""
 
     clock: Clock
     moved: Mapping[int, Sequence[float]] = field(default_factory=dict)
@@ -136,16 +144,17 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal.jsonl"
 
 
-def ask(grid: ScriptedGrid, path: Path, peers: Simulated | None = None) -> list[Answer]:
-    line = Line(
+def ask(grid: ScriptedGrid, path: Path, sites: Simulated | None = None) -> list[Answer]:
+    channel = Channel(
         grid=cast(Grid, grid),
-        peers=peers or Simulated({s: n for s, n in SITES.items() if n in grid.scripts}),
+        participants=sites
+        or simulated({s: n for s, n in SITES.items() if n in grid.scripts}),
         journal=Journal(path),
         poll_s=POLL_S,
     )
-    sites = [site for site, node in SITES.items() if node in grid.scripts]
-    request = Request(type=keys.PREPARE, content=RecordDict, group="prepare")
-    return list(asking.ask(line, sites, request, deadline_s=DEADLINE_S))
+    asked = [site for site, node in SITES.items() if node in grid.scripts]
+    request = Request(type=keys.PREPARE, message=Envelope, group="prepare")
+    return list(asking.request_all(channel, asked, request, deadline_s=DEADLINE_S))
 
 
 def events(path: Path, name: str) -> list[dict[str, object]]:
@@ -162,7 +171,7 @@ def test_each_site_is_answered_for_once_and_the_late_ones_come_last(
 
     answers = ask(grid, path)
 
-    assert [(a.site, a.state, a.reason) for a in answers] == [
+    assert [(a.site, a.outcome.state, a.outcome.reason) for a in answers] == [
         ("h2", "contributed", None),
         ("h3", "refused", "FX-SITE-001"),
         ("h1", "late", "no answer in 60 s"),
@@ -189,7 +198,7 @@ def test_a_site_whose_app_died_is_asked_again(clock: Clock, path: Path) -> None:
 
     (answer,) = ask(grid, path)
 
-    assert answer.state == "contributed"
+    assert answer.outcome.state == "contributed"
     assert len(grid.times(1)) == 2
     (again,) = events(path, "asked-again")
     assert again["site"] == "h1"
@@ -204,7 +213,7 @@ def test_a_paused_site_is_asked_every_five_seconds_at_most_and_noted_once(
 
     (answer,) = ask(grid, path)
 
-    assert answer.state == "contributed"
+    assert answer.outcome.state == "contributed"
     times = grid.times(1)
     pauses = [b - a for a, b in itertools.pairwise(times)]
     assert min(pauses) >= POLL_S
@@ -220,7 +229,7 @@ def test_what_passes_and_does_not_within_the_deadline_is_the_sites_reason(
 
     (answer,) = ask(grid, path)
 
-    assert (answer.state, answer.reason) == ("refused", code)
+    assert (answer.outcome.state, answer.outcome.reason) == ("refused", code)
     assert DEADLINE_S < clock.now - 1_000 < DEADLINE_S + 10
 
 
@@ -228,11 +237,13 @@ def test_bytes_of_refusals_do_not_hold_a_paused_site_in_the_round(
     clock: Clock, path: Path
 ) -> None:
     grid = ScriptedGrid(clock, {1: [(1, no("FX-SITE-004"))]})
-    peers = Watched({"h1": 1}, clock, moved={1: range(10_000)})
+    peers = Watched(
+        study=STUDY, n_sites=1, by_name={"h1": 1}, clock=clock, moved={1: range(10_000)}
+    )
 
     (answer,) = ask(grid, path, peers)
 
-    assert (answer.state, answer.reason) == ("refused", "FX-SITE-004")
+    assert (answer.outcome.state, answer.outcome.reason) == ("refused", "FX-SITE-004")
     assert clock.now - 1_000 < DEADLINE_S + 10
 
 
@@ -241,7 +252,7 @@ def test_a_node_that_is_away_is_asked_when_it_is_back(clock: Clock, path: Path) 
 
     (answer,) = ask(grid, path)
 
-    assert answer.state == "contributed"
+    assert answer.outcome.state == "contributed"
     (time,) = grid.times(1)
     assert 30 <= time <= 36
 
@@ -251,18 +262,28 @@ def test_a_node_that_stays_away_has_failed(clock: Clock, path: Path) -> None:
 
     (answer,) = ask(grid, path)
 
-    assert (answer.state, answer.reason) == ("failed", "its node is not connected")
+    assert (answer.outcome.state, answer.outcome.reason) == (
+        "failed",
+        "its node is not connected",
+    )
 
 
 def test_a_node_that_is_idle_without_an_answer_is_asked_again(
     clock: Clock, path: Path
 ) -> None:
     grid = ScriptedGrid(clock, {1: [None, (0, yes())]})
-    peers = Watched({"h1": 1}, clock, moved={1: [1]}, idle={1: [20]})
+    peers = Watched(
+        study=STUDY,
+        n_sites=1,
+        by_name={"h1": 1},
+        clock=clock,
+        moved={1: [1]},
+        idle={1: [20]},
+    )
 
     (answer,) = ask(grid, path, peers)
 
-    assert answer.state == "contributed"
+    assert answer.outcome.state == "contributed"
     first, second = grid.times(1)
     assert (first, second >= 20, second < 30) == (0, True, True)
 
@@ -271,11 +292,13 @@ def test_an_empty_poll_just_before_the_message_arrived_loses_nothing(
     clock: Clock, path: Path
 ) -> None:
     grid = ScriptedGrid(clock, {1: [(30, yes())]})
-    peers = Watched({"h1": 1}, clock, idle={1: [2.9]})
+    peers = Watched(
+        study=STUDY, n_sites=1, by_name={"h1": 1}, clock=clock, idle={1: [2.9]}
+    )
 
     (answer,) = ask(grid, path, peers)
 
-    assert answer.state == "contributed"
+    assert answer.outcome.state == "contributed"
     assert grid.times(1) == [0]
 
 
@@ -284,7 +307,9 @@ def test_the_answer_to_a_superseded_message_counts_and_a_second_is_a_duplicate(
 ) -> None:
     slow, again, other = (40, yes("first")), (30, yes("second")), (58, yes())
     grid = ScriptedGrid(clock, {1: [slow, again], 2: [other]})
-    peers = Watched({"h1": 1, "h2": 2}, clock, idle={1: [20]})
+    peers = Watched(
+        study=STUDY, n_sites=1, by_name={"h1": 1, "h2": 2}, clock=clock, idle={1: [20]}
+    )
 
     answers = ask(grid, path, peers)
 
@@ -298,21 +323,29 @@ def test_the_death_of_a_superseded_message_changes_nothing(
     clock: Clock, path: Path
 ) -> None:
     grid = ScriptedGrid(clock, {1: [(25, CRASHED), (20, yes())]})
-    peers = Watched({"h1": 1}, clock, idle={1: [15]})
+    peers = Watched(
+        study=STUDY, n_sites=1, by_name={"h1": 1}, clock=clock, idle={1: [15]}
+    )
 
     (answer,) = ask(grid, path, peers)
 
-    assert answer.state == "contributed"
+    assert answer.outcome.state == "contributed"
     assert len(grid.times(1)) == 2
 
 
 def test_whoever_moves_is_not_late(clock: Clock, path: Path) -> None:
     grid = ScriptedGrid(clock, {1: [(1_000, yes())], 2: [None]})
-    peers = Watched({"h1": 1, "h2": 2}, clock, moved={1: range(0, 1_000, 50)})
+    peers = Watched(
+        study=STUDY,
+        n_sites=1,
+        by_name={"h1": 1, "h2": 2},
+        clock=clock,
+        moved={1: range(0, 1_000, 50)},
+    )
 
     answers = ask(grid, path, peers)
 
-    assert [(a.site, a.state) for a in answers] == [
+    assert [(a.site, a.outcome.state) for a in answers] == [
         ("h2", "late"),
         ("h1", "contributed"),
     ]
@@ -320,11 +353,13 @@ def test_whoever_moves_is_not_late(clock: Clock, path: Path) -> None:
 
 def test_whoever_stops_moving_is_late_so_much_later(clock: Clock, path: Path) -> None:
     grid = ScriptedGrid(clock, {1: [None]})
-    peers = Watched({"h1": 1}, clock, moved={1: [30, 80]})
+    peers = Watched(
+        study=STUDY, n_sites=1, by_name={"h1": 1}, clock=clock, moved={1: [30, 80]}
+    )
 
     (answer,) = ask(grid, path, peers)
 
-    assert answer.state == "late"
+    assert answer.outcome.state == "late"
     assert 80 + DEADLINE_S <= clock.now - 1_000 <= 80 + DEADLINE_S + 5
 
 
@@ -332,11 +367,17 @@ def test_an_app_that_dies_whenever_it_is_asked_does_not_hold_up_the_round(
     clock: Clock, path: Path
 ) -> None:
     grid = ScriptedGrid(clock, {1: [(30, CRASHED)]})
-    peers = Watched({"h1": 1}, clock, moved={1: range(100_000)})
+    peers = Watched(
+        study=STUDY,
+        n_sites=1,
+        by_name={"h1": 1},
+        clock=clock,
+        moved={1: range(100_000)},
+    )
 
     (answer,) = ask(grid, path, peers)
 
-    assert answer.state == "failed"
+    assert answer.outcome.state == "failed"
     assert clock.now - 1_000 < (MAX_DEATHS + 3) * 60
 
 
@@ -344,11 +385,17 @@ def test_a_revoked_site_is_not_asked_and_its_answer_is_not_waited_for(
     clock: Clock, path: Path
 ) -> None:
     grid = ScriptedGrid(clock, {1: [(0, yes())], 2: [(50, yes())]})
-    peers = Watched({"h1": 1, "h2": 2}, clock, revoked={"h1": 0, "h2": 10})
+    peers = Watched(
+        study=STUDY,
+        n_sites=1,
+        by_name={"h1": 1, "h2": 2},
+        clock=clock,
+        revoked={"h1": 0, "h2": 10},
+    )
 
     answers = ask(grid, path, peers)
 
-    assert [(a.site, a.state, a.reason) for a in answers] == [
+    assert [(a.site, a.outcome.state, a.outcome.reason) for a in answers] == [
         ("h1", "refused", "revoked"),
         ("h2", "refused", "revoked"),
     ]
@@ -371,16 +418,18 @@ def test_the_arrays_of_one_answer_are_in_memory_at_a_time(
             return pulled
 
     grid = Forgetful(clock, {node: [(0, yes())] for node in SITES.values()})
-    line = Line(
+    channel = Channel(
         grid=cast(Grid, grid),
-        peers=Simulated(SITES),
+        participants=simulated(SITES),
         journal=Journal(path),
         poll_s=POLL_S,
     )
-    request = Request(type=keys.PREPARE, content=RecordDict, group="prepare")
+    request = Request(type=keys.PREPARE, message=Envelope, group="prepare")
     gc.disable()
     try:
-        for answer in asking.ask(line, SITES, request, deadline_s=DEADLINE_S):
+        for answer in asking.request_all(
+            channel, SITES, request, deadline_s=DEADLINE_S
+        ):
             assert answer.content is not None
             (array,) = answer.content.array_records[keys.MODEL].values()
             arrays.append(weakref.ref(array))

@@ -17,20 +17,21 @@ from fedgex.common import contract as contract_module
 from fedgex.common import keys, pki
 from fedgex.common.chain import Head
 from fedgex.common.errors import ConfigError, FederationError, TrustError
+from fedgex.common.messages.requests import Envelope
 from fedgex.common.pki import Signed
 from fedgex.common.receipt import Part, Receipt, reply_digest, request_digest
 from fedgex.common.records import to_arrays
 from fedgex.server import deployment as deployment_module
 from fedgex.server import studies
-from fedgex.server.asking import Activity, Request, Sealed
 from fedgex.server.deployment import Deployment, deliver, publish
+from fedgex.server.participants import Activity, Request, SignedReply
 from fedgex.server.settings import ServerSettings
 
 SITES = ("north", "south")
 NODES = {"north": 11, "south": 12}
 ROUND_3 = Request(
     type=keys.TRAIN,
-    content=RecordDict,
+    message=Envelope,
     group="pretraining-3",
     phase="pretraining",
     round=3,
@@ -77,20 +78,10 @@ def settings(admitted: Any, contract: str) -> ServerSettings:
 
 @pytest.fixture
 def deployed(settings: ServerSettings) -> Deployment:
-    found = Deployment.load(settings)
-    assert found is not None
-    return found
+    return Deployment.load(settings)
 
 
 # ---- opening ----
-
-
-def test_there_is_none_in_the_simulator(tmp_path: Path) -> None:
-    settings = ServerSettings(
-        study=tmp_path / "study.json", run_dir=tmp_path, n_sites=2
-    )
-
-    assert Deployment.load(settings) is None
 
 
 def test_a_contract_that_was_changed_is_refused(
@@ -124,7 +115,7 @@ def test_an_upgrade_within_the_contracts_window_goes_on(
     window = ".".join(version("fedgex").split(".")[:2])
     monkeypatch.setattr(deployment_module, "version", lambda name: f"{window}.{patch}")
 
-    assert Deployment.load(settings) is not None
+    assert Deployment.load(settings).run == "small-1"
 
 
 def test_another_minor_version_is_refused_and_says_what_to_install(
@@ -187,7 +178,14 @@ def sign(admitted: Any, contract: str) -> Callable[..., RecordDict]:
         }
         text = Part.read(values | changed, "test").to_json()
         signature = pki.sign(admitted.sites[signer], text.encode())
-        reply[keys.PART] = ConfigRecord({keys.JSON: text, keys.SIGNATURE: signature})
+        certificate = admitted.consortium.sites()[signer].certificate
+        reply[keys.PART] = ConfigRecord(
+            {
+                keys.JSON: text,
+                keys.SIGNATURE: signature,
+                keys.CERTIFICATE: certificate,
+            }
+        )
         return reply
 
     return sign
@@ -196,11 +194,11 @@ def sign(admitted: Any, contract: str) -> Callable[..., RecordDict]:
 def test_a_reply_that_its_site_signed_is_taken(
     deployed: Deployment, sign: Callable[..., RecordDict]
 ) -> None:
-    sealed = deployed.verify("north", ROUND_3, ASKED, sign())
+    signed = deployed.verify("north", ROUND_3, ASKED, sign())
 
-    assert sealed is not None
-    assert sealed.part.head == Head(7, "a" * 64)
-    assert sealed.part.patients == 40
+    assert signed is not None
+    assert signed.part.head == Head(7, "a" * 64)
+    assert signed.part.patients == 40
 
 
 @pytest.mark.parametrize(
@@ -251,9 +249,10 @@ def test_a_revoked_sites_signature_counts_no_more(
 def test_a_committed_receipt_and_its_heads_travel_with_the_next_message(
     deployed: Deployment, sign: Callable[..., RecordDict]
 ) -> None:
-    assert deployed.records("north")[keys.RECEIPT] == {keys.JSON: "", keys.HEAD: ""}
-    sealed = cast(Sealed, deployed.verify("north", ROUND_3, ASKED, sign()))
-    receipt = deployed.seal(
+    before = deployed.envelope("north").to_records()
+    assert before[keys.RECEIPT] == {keys.JSON: "", keys.HEAD: ""}
+    signed = cast(SignedReply, deployed.verify("north", ROUND_3, ASKED, sign()))
+    receipt = deployed.sign(
         Receipt.read(
             {
                 "contract": deployed.signed.hash,
@@ -271,14 +270,16 @@ def test_a_committed_receipt_and_its_heads_travel_with_the_next_message(
         )
     )
 
-    deployed.committed(receipt, {"north": sealed})
+    deployed.committed(receipt, {"north": signed})
 
     authority = deployed.consortium.authority
     assert receipt.signers(authority, "coordinator") == ("alliance",)
-    records = deployed.records("north")
+    records = deployed.envelope("north").to_records().config_records
     assert records[keys.RECEIPT][keys.HEAD] == f"7:{'a' * 64}"
     assert records[keys.RECEIPT][keys.JSON] == receipt.to_json()
-    assert deployed.records("south")[keys.RECEIPT][keys.HEAD] == ""
+    south = deployed.envelope("south").receipt
+    assert south is not None
+    assert south.head == ""
     assert records[keys.RUN] == {
         keys.CONTRACT_HASH: deployed.signed.hash,
         keys.RUN_NAME: "small-1",
@@ -406,15 +407,15 @@ def test_a_released_model_is_delivered_byte_for_byte_and_noted(
     }
 
 
-def test_a_sealed_part_keeps_the_text_that_was_signed(
+def test_a_verified_part_keeps_the_text_that_was_signed(
     deployed: Deployment, sign: Callable[..., RecordDict]
 ) -> None:
     reply = sign()
 
-    sealed = cast(Sealed, deployed.verify("north", ROUND_3, ASKED, reply))
+    signed = cast(SignedReply, deployed.verify("north", ROUND_3, ASKED, reply))
 
     record = reply.config_records[keys.PART]
-    assert (sealed.text, sealed.signature) == (
+    assert (signed.text, signed.signature) == (
         record[keys.JSON],
         record[keys.SIGNATURE],
     )

@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-from fedgex.common import fitting, tasks
+from fedgex.common import federation, fitting, tasks
 from fedgex.common.cohort import Cohort, save_cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import to_patients
 from fedgex.common.model import GexBert
-from fedgex.common.statistics import OTHERS
+from fedgex.common.statistics import OTHERS, CrossProducts, Standardisation
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
-from fedgex.server import public, public_start
+from fedgex.server import public
 
 GENES = ("A", "B", "C", "D", "E", "F", "G", "H")
 VOCABULARY = Vocabulary(GENES)
@@ -51,11 +51,23 @@ def cohort(n: int = N, lacking: tuple[str, ...] = (), seed: int = 0) -> Cohort:
     )
 
 
+def cross_products(
+    study: Study, known: Cohort, scale: Standardisation
+) -> dict[str, CrossProducts]:
+    patients = to_patients(known, VOCABULARY, scale)
+    return federation.cross_products(study, patients, federation.MIN_PUBLIC_PATIENTS)
+
+
+def observed(known: Cohort, share: float) -> set[str]:
+    least = federation.MIN_PUBLIC_PATIENTS
+    return {*federation.observed_genes(known, min_count=least, min_share=share)}
+
+
 def test_the_scale_is_mean_and_sd_with_one_sample_a_patient():
     known = cohort()
     known.expression[3, 2] = np.nan
 
-    scale = public_start.standardisation(known, VOCABULARY)
+    scale = federation.public_standardisation(known, VOCABULARY)
 
     firsts = known.expression[:N].astype(np.float64)
     np.testing.assert_allclose(scale.mean, np.nanmean(firsts, axis=0), rtol=1e-9)
@@ -64,9 +76,9 @@ def test_the_scale_is_mean_and_sd_with_one_sample_a_patient():
 
 def test_the_covariance_is_that_of_the_standardised_patients():
     known = cohort()
-    scale = public_start.standardisation(known, VOCABULARY)
+    scale = federation.public_standardisation(known, VOCABULARY)
 
-    groups = public_start.cross_products(study(), known, VOCABULARY, scale)
+    groups = cross_products(study(), known, scale)
 
     expected = np.corrcoef(known.expression[:N].astype(np.float64), rowvar=False)
     assert set(groups) == {OTHERS}
@@ -78,9 +90,9 @@ def test_types_of_thirty_patients_are_told_apart():
     known.clinical.loc[60:, "cancer_type"] = "z"  # 20 of them, and 30 x and y each
     known.clinical.loc[[0, 1], "cancer_type"] = None  # 29 x and y each
     known.clinical.loc[60, "cancer_type"] = "x"  # 30 x
-    scale = public_start.standardisation(known, VOCABULARY)
+    scale = federation.public_standardisation(known, VOCABULARY)
 
-    groups = public_start.cross_products(told, known, VOCABULARY, scale)
+    groups = cross_products(told, known, scale)
 
     expected = known.expression[:80][(known.clinical["cancer_type"] == "x")[:80]]
     assert set(groups) == {"x", OTHERS}
@@ -97,8 +109,8 @@ def test_a_gene_is_well_known_in_thirty_samples_that_are_the_share_asked_for():
     known.expression[:11, 1] = np.nan
     known.expression[:12, 2] = np.nan
 
-    assert set(GENES) - public.well_known(known, 0.1) == {"C"}
-    assert set(GENES) - public.well_known(known, 1.0) == {"A", "B", "C"}
+    assert set(GENES) - observed(known, 0.1) == {"C"}
+    assert set(GENES) - observed(known, 1.0) == {"A", "B", "C"}
 
 
 def test_genes_that_the_cohort_lacks_or_has_of_few_are_counted_and_named():
@@ -106,7 +118,7 @@ def test_genes_that_the_cohort_lacks_or_has_of_few_are_counted_and_named():
     known.expression[: N - 29, 0] = np.nan  # 29 patients are left
 
     with pytest.raises(ConfigError) as refused:
-        public_start.standardisation(known, VOCABULARY)
+        federation.public_standardisation(known, VOCABULARY)
 
     message = str(refused.value)
     assert "7 of the study's 8 genes (A, B, C, D, E and 2 others)" in message
@@ -135,12 +147,12 @@ def pretrained(seed: int = 1, epochs: int = 2, linear_rank: int = 2) -> dict[str
     told = study(linear_rank=linear_rank, epochs=epochs)
     told = told.model_copy(update={"seed": seed})
     known = cohort()
-    scale = public_start.standardisation(known, VOCABULARY)
+    scale = federation.public_standardisation(known, VOCABULARY)
     start = tasks.initial(study(linear_rank=linear_rank), len(GENES))
-    groups = public_start.cross_products(told, known, VOCABULARY, scale)
+    groups = cross_products(told, known, scale)
     start |= tasks.linear_start(told, groups)
     return {"start": start} | {
-        "end": public_start.fit_phase(
+        "end": federation.fit_public(
             told, "pretraining", to_patients(known, VOCABULARY, scale), start
         )
     }
@@ -171,7 +183,7 @@ def test_pretraining_lowers_the_loss_of_restoration():
     # Without a linear start, which knows all that there is to know of two factors.
     known, told = cohort(), study(linear_rank=0, epochs=20)
     done = pretrained(epochs=20, linear_rank=0)
-    scale = public_start.standardisation(known, VOCABULARY)
+    scale = federation.public_standardisation(known, VOCABULARY)
     patients = to_patients(known, VOCABULARY, scale)
 
     def loss(whole: dict[str, Any]) -> float:
@@ -186,10 +198,10 @@ def test_pretraining_lowers_the_loss_of_restoration():
 
 def fine_tuned(told: Study, known: Cohort) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the model before and after classification began."""
-    scale = public_start.standardisation(known, VOCABULARY)
+    scale = federation.public_standardisation(known, VOCABULARY)
     patients = to_patients(known, VOCABULARY, scale)
     start = tasks.initial(told, len(GENES))
-    return start, public_start.begin(told, "classification", start, patients)
+    return start, federation.begin_phase(told, "classification", start, patients)
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "tuned"])

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from fedgex.common import keys
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import FederationError, FedgexError
+from fedgex.common.messages.requests import ReleaseRequest
 from fedgex.common.records import packed, to_record
 from fedgex.common.study import RoundRule, Study
-from fedgex.server.asking import Line, Request, Simulated
 from fedgex.server.journal import Journal
+from fedgex.server.participants import Channel, Request, Simulated, SiteOutcome
 from fedgex.server.rounds import RoundOutcome, Site, train_round
 
 EXPECTED = {"bias": (2,), "weight": (2, 3)}
@@ -174,7 +175,7 @@ def run(tmp_path: Path) -> Run:
         floor: int = 10,
         weighted_by: str | None = keys.NUM_EXAMPLES,
         update: str = "parameters",
-        absent: dict[str, dict[str, str]] | None = None,
+        absent: dict[str, SiteOutcome] | None = None,
         clip: float | None = None,
         **replies: Reply,
     ) -> RoundOutcome:
@@ -183,12 +184,6 @@ def run(tmp_path: Path) -> Run:
             i: replies.get(name, reply()) for i, name in enumerate(NAMES, start=1)
         }
         nodes = {name: i for i, name in enumerate(NAMES, start=1)}
-        line = Line(
-            grid=cast(Grid, FakeGrid(answers, deaf)),
-            peers=Simulated(nodes),
-            journal=Journal(tmp_path / "journal.jsonl"),
-            poll_s=0.01,
-        )
         study = Study.model_validate(
             {
                 "name": "small",
@@ -202,15 +197,21 @@ def run(tmp_path: Path) -> Run:
             }
             | ({} if clip is None else site_privacy(clip))
         )
+        channel = Channel(
+            grid=cast(Grid, FakeGrid(answers, deaf)),
+            participants=Simulated(study=study, n_sites=3, by_name=nodes),
+            journal=Journal(tmp_path / "journal.jsonl"),
+            poll_s=0.01,
+        )
         return train_round(
-            line,
+            channel,
             [
                 Site(name=name, measured=np.array([True, i > 1, False]), n_patients=100)
                 for name, i in nodes.items()
             ],
             Request(
                 type=keys.TRAIN,
-                content=lambda: RecordDict({keys.MODEL: to_record(good_arrays())}),
+                message=lambda: ReleaseRequest(bundle=to_record(good_arrays())),
                 group="pretraining-1",
                 phase="pretraining",
                 round=1,
@@ -233,7 +234,7 @@ def test_every_good_update_is_taken_with_its_numbers(run: Run) -> None:
     assert outcome.updates[0].measured.tolist() == [True, False, False]
     assert outcome.updates[1].measured.tolist() == [True, True, False]
     assert outcome.updates[2].read("bias").tolist() == [1.0, 2.0]
-    assert outcome.sites["h3"] == {
+    assert outcome.sites["h3"].to_json() == {
         "state": "contributed",
         "reason": None,
         "num_examples": 70,
@@ -254,7 +255,7 @@ def withholding(*names: str) -> RecordDict:
 def test_a_withheld_number_is_none_and_never_nought(run: Run) -> None:
     outcome = run(h2=withholding(keys.TRAIN_LOSS, keys.SECONDS))
 
-    assert outcome.sites["h2"] == {
+    assert outcome.sites["h2"].to_json() == {
         "state": "contributed",
         "reason": None,
         "num_examples": 40,
@@ -274,7 +275,7 @@ def test_patients_may_be_withheld_where_updates_are_weighted_otherwise(
 
     assert outcome.updates[1].num_examples is None
     assert outcome.updates[1].num_loss_terms is None
-    assert outcome.sites["h2"]["num_examples"] is None
+    assert outcome.sites["h2"].to_json()["num_examples"] is None
 
 
 def test_nobody_withholds_the_number_that_weighs_its_update(run: Run) -> None:
@@ -283,9 +284,10 @@ def test_nobody_withholds_the_number_that_weighs_its_update(run: Run) -> None:
         h2=withholding(keys.NUM_EXAMPLES, keys.NUM_LOSS_TERMS),
     )
 
-    assert outcome.sites["h2"]["state"] == "quarantined"
+    assert outcome.sites["h2"].state == "quarantined"
     assert (
-        outcome.sites["h2"]["reason"] == '"num-examples" is not a number of 0 or more'
+        outcome.sites["h2"].reason
+        == '"num-examples" is withheld, and updates are weighted by it'
     )
 
 
@@ -294,7 +296,7 @@ def test_half_precision_is_as_good_as_single(run: Run) -> None:
 
     outcome = run(h2=reply(halves))
 
-    assert outcome.sites["h2"]["state"] == "contributed"
+    assert outcome.sites["h2"].state == "contributed"
 
 
 CANNOT_BE_AGGREGATED: dict[str, tuple[RecordDict, str]] = {
@@ -359,27 +361,35 @@ CANNOT_BE_AGGREGATED: dict[str, tuple[RecordDict, str]] = {
         "bias is of type complex64, expected floating point",
     ),
     "no arrays": (without(keys.UPDATE), 'the reply has no "update"'),
-    "no metrics": (without(keys.METRICS), 'the reply has no "metrics"'),
+    "no metrics": (without(keys.METRICS), '"metrics": it is missing'),
+    "another record": (
+        RecordDict({**reply(), "more": ConfigRecord({"a": 1})}),
+        "it holds 'more', which is not asked for",
+    ),
+    "another metric": (
+        reply(median_age=63),
+        "\"metrics\": it holds 'median-age', which is not asked for",
+    ),
     "no number of patients": (
         reply(num_examples=None),
-        '"num-examples" is not a number of 0 or more',
+        "'num-examples' is missing and not withheld",
     ),
-    "no loss": (reply(train_loss=None), '"train-loss" is not a number of 0 or more'),
+    "no loss": (reply(train_loss=None), "'train-loss' is missing and not withheld"),
     "a loss that is not a number": (
         reply(train_loss=float("nan")),
-        '"train-loss" is not a number of 0 or more',
+        '"metrics": train-loss: Input should be a finite number',
     ),
     "an infinite number of patients": (
         reply(num_examples=float("inf")),
-        '"num-examples" is not a number of 0 or more',
+        '"metrics": num-examples: Input should be a valid integer',
     ),
     "a negative number of loss terms": (
         reply(num_loss_terms=-1),
-        '"num-loss-terms" is not a number of 0 or more',
+        '"metrics": num-loss-terms: Input should be greater than or equal to 0',
     ),
     "several numbers for one": (
         reply(num_examples=[40, 40]),
-        '"num-examples" is not a number of 0 or more',
+        '"metrics": num-examples: Input should be a valid integer',
     ),
     "too few patients": (reply(num_examples=9), "trained on fewer than 10 patients"),
 }
@@ -400,7 +410,7 @@ def test_a_reply_that_cannot_be_aggregated_is_quarantined_and_says_why(
     with caplog.at_level(logging.WARNING, logger="fedgex"):
         outcome = run(h2=content)
 
-    assert outcome.sites["h2"] == {"state": "quarantined", "reason": reason}
+    assert outcome.sites["h2"].to_json() == {"state": "quarantined", "reason": reason}
     assert [update.site for update in outcome.updates] == ["h1", "h3"]
     assert not (tmp_path / "h2.safetensors").exists()
     [warning] = caplog.messages
@@ -410,36 +420,42 @@ def test_a_reply_that_cannot_be_aggregated_is_quarantined_and_says_why(
 def test_exactly_the_floor_is_enough_patients(run: Run) -> None:
     outcome = run(h2=reply(num_examples=10), floor=10)
 
-    assert outcome.sites["h2"]["state"] == "contributed"
+    assert outcome.sites["h2"].state == "contributed"
 
 
 def test_a_site_that_refuses_is_named_with_its_code(run: Run) -> None:
     outcome = run(h1=refusal("FX-SITE-003"))
 
-    assert outcome.sites["h1"] == {"state": "refused", "reason": "FX-SITE-003"}
+    assert outcome.sites["h1"].to_json() == {
+        "state": "refused",
+        "reason": "FX-SITE-003",
+    }
     assert [update.site for update in outcome.updates] == ["h2", "h3"]
 
 
 def test_an_error_of_flower_fails_its_site_alone(run: Run) -> None:
     outcome = run(h3=Error(code=3, reason="client app crashed"))
 
-    assert outcome.sites["h3"]["state"] == "failed"
-    assert outcome.sites["h3"]["reason"] == "Flower error 3: client app crashed"
+    assert outcome.sites["h3"].state == "failed"
+    assert outcome.sites["h3"].reason == "Flower error 3: client app crashed"
     assert [update.site for update in outcome.updates] == ["h1", "h2"]
 
 
 def test_a_site_that_does_not_answer_in_time_is_late(run: Run) -> None:
     outcome = run(h2=None)
 
-    assert outcome.sites["h2"] == {"state": "late", "reason": "no answer in 0.05 s"}
+    assert outcome.sites["h2"].to_json() == {
+        "state": "late",
+        "reason": "no answer in 0.05 s",
+    }
     assert [update.site for update in outcome.updates] == ["h1", "h3"]
 
 
 def test_a_node_that_takes_no_message_has_failed(run: Run) -> None:
     outcome = run(deaf=frozenset({1}))
 
-    assert outcome.sites["h1"]["state"] == "failed"
-    assert outcome.sites["h1"]["reason"] == "message not accepted"
+    assert outcome.sites["h1"].state == "failed"
+    assert outcome.sites["h1"].reason == "message not accepted"
     assert [update.site for update in outcome.updates] == ["h2", "h3"]
 
 
@@ -505,7 +521,7 @@ def test_an_update_with_a_norm_far_beyond_the_others_is_quarantined(
     # The model began with zeros: the norm of the others is sqrt(1 + 4 + 6 * 1).
     outcome = run(h2=reply(times(10.01)), update=kind)
 
-    assert outcome.sites["h2"] == {
+    assert outcome.sites["h2"].to_json() == {
         "state": "quarantined",
         "reason": "its change of the model has norm 33.2, more than 10 times the "
         "others' median of 3.32",
@@ -522,7 +538,7 @@ def test_the_ratio_of_norms_is_the_studys(run: Run) -> None:
 
     outcome = run(h2=reply(times(2.1)), rule=rule)
 
-    assert outcome.sites["h2"]["state"] == "quarantined"
+    assert outcome.sites["h2"].state == "quarantined"
 
 
 def test_two_updates_are_too_few_to_call_one_of_them_large(run: Run) -> None:
@@ -543,7 +559,7 @@ def test_the_quorum_counts_after_norms_were_compared(run: Run) -> None:
 def test_a_site_that_was_not_asked_stands_among_the_others_with_its_reason(
     run: Run,
 ) -> None:
-    gone = {"state": "refused", "reason": "FX-STUDY-002"}
+    gone = SiteOutcome(state="refused", reason="FX-STUDY-002")
 
     outcome = run(absent={"h0": gone})
 
@@ -563,7 +579,7 @@ def test_a_change_longer_than_the_clip_by_more_than_rounding_is_quarantined(
     outcome = run(clip=2.0, h1=of_norm(2.001), h2=of_norm(2.01), h3=of_norm(0.5))
 
     assert [update.site for update in outcome.updates] == ["h1", "h3"]
-    assert "more than the 2 of privacy.site.clip" in outcome.sites["h2"]["reason"]
+    assert "more than the 2 of privacy.site.clip" in str(outcome.sites["h2"].reason)
 
 
 def test_under_site_level_privacy_no_site_decides_whether_another_counts(

@@ -13,12 +13,13 @@ from safetensors.numpy import load_file, save_file
 from fedgex.common import study
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import UpdateError
+from fedgex.common.federation import Update
 from fedgex.common.model import PER_GENE, GexBert, preset
 from fedgex.common.parameters import parameters
 from fedgex.common.records import packed, to_record
 from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server import strategy
-from fedgex.server.strategy import Spooled, Update, combine
+from fedgex.server.strategy import Spooled, combine
 
 GENES = "backbone.encoder.tokens.identity.weight"  # a row for each gene, (4, 2)
 SHARED = "backbone.encoder.norm.weight"  # (3,)
@@ -53,7 +54,7 @@ def update(
     path.write_bytes(packed(to_record(arrays)))
     return Update(
         site=site,
-        path=path,
+        arrays=Spooled(path),
         num_examples=patients,
         num_loss_terms=terms,
         measured=np.array(measured, dtype=bool),
@@ -311,11 +312,11 @@ def test_a_spooled_update_is_read_back_bit_by_bit(tmp_path: Path) -> None:
     spooled = update(tmp_path, "a", arrays)
 
     for name, array in arrays.items():
-        np.testing.assert_array_equal(spooled.read(name), array)
+        np.testing.assert_array_equal(spooled.arrays[name], array)
 
 
 def test_a_spooled_update_is_a_mapping_in_order_of_name(tmp_path: Path) -> None:
-    spooled = Spooled(update(tmp_path, "a", random_arrays(3)).path)
+    spooled = update(tmp_path, "a", random_arrays(3)).arrays
 
     assert list(spooled) == sorted(SHAPES)
     assert len(spooled) == len(SHAPES)

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from fedgex.common.audit import AuditReport
 from fedgex.common.errors import ConfigError
-from fedgex.simulations import audit, in_process
+from fedgex.simulations import audit
 from fedgex.simulations.cli import app
-from fedgex.simulations.scenario import Scenario
+from fedgex.simulations.scenario import Scenario, shortened
 
 from ..conftest import attack
 from . import small
@@ -58,9 +58,9 @@ def test_an_audit_writes_numbers_table_and_curves(done: Path) -> None:
 def test_a_shortened_audit_is_of_another_study() -> None:
     study = scenario(pretraining={"rounds": 3}).study
 
-    assert in_process.shortened(study, audit.QUICK.rounds).pretraining.rounds == 2
-    assert in_process.shortened(study, audit.QUICK.rounds).hash != study.hash
-    assert in_process.shortened(study, SMALL.rounds) == study
+    assert shortened(study, audit.QUICK.rounds).pretraining.rounds == 2
+    assert shortened(study, audit.QUICK.rounds).hash != study.hash
+    assert shortened(study, SMALL.rounds) == study
 
 
 def test_half_of_each_sites_patients_are_members(done: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import tomllib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,17 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, keys, privacy
 from fedgex.common.chain import Chain
 from fedgex.common.contract import Contract
+from fedgex.common.messages.fields import Round, Server
+from fedgex.common.messages.replies import Reply
+from fedgex.common.messages.requests import TrainRequest, read_request
 from fedgex.common.pki import Signed
+from fedgex.common.records import to_record
+from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Study
+from fedgex.common.vocabulary import Vocabulary
 
 from .. import hospital
-from ..hospital import Died, as_bytes, code, death_at, join_and_approve, round_of
+from ..hospital import Died, as_bytes, code, death_at, join_and_approve
 
 CONTRACT = f"""\
 {hospital.CONTRACT}\
@@ -58,6 +65,19 @@ def after(rounds: int) -> float:
     return privacy.epsilon(history, DELTA)
 
 
+def asked_to_train(study: Study) -> TrainRequest:
+    genes = Vocabulary(("MYC", "TP53"))
+    unit = Standardisation.identity(len(genes))
+    return TrainRequest(
+        server=Server(version=version("fedgex")),
+        study=study,
+        vocabulary=genes,
+        standardisation=unit,
+        model=to_record({}),
+        round=Round(phase="pretraining", number=1),
+    )
+
+
 @dataclass
 class Hospital(hospital.Hospital):
     """A hospital whose app debits its patients before it does little."""
@@ -78,10 +98,9 @@ class Hospital(hospital.Hospital):
         policy.write_text(TEMPLATE.replace("privacy_epsilon = 8.0 ", new))
 
     def app(self, message: Message, context: Context) -> Message:
-        number = round_of(message)
-        debit.charge(
-            message, self.settings, STUDY, "pretraining", number, self.patients
-        )
+        request = read_request(message.metadata.message_type, message.content)
+        assert isinstance(request, TrainRequest)
+        debit.charge(request, self.settings, self.patients)
         return super().app(message, context)
 
     def why(self) -> str:
@@ -254,9 +273,8 @@ def test_a_hospital_that_demands_privacy_takes_part_where_patients_have_it() -> 
 
 def test_a_study_without_patient_privacy_needs_no_ledger(north: Hospital) -> None:
     study = Study.read({"name": "plain"}, "a test's study")
-    message = Message(RecordDict(), 1, keys.TRAIN)
 
-    debit.charge(message, north.settings, study, "pretraining", 1, PATIENTS)
+    debit.charge(asked_to_train(study), north.settings, PATIENTS)
 
     assert debit.existing(north.state_dir) is None
     assert not (north.state_dir / FILE).exists()
@@ -265,8 +283,8 @@ def test_a_study_without_patient_privacy_needs_no_ledger(north: Hospital) -> Non
 def test_the_app_tells_codes_and_nothing_else(
     north: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedgex.client.app, "_study", lambda *_: STUDY)
-    message = Message(RecordDict(), 1, keys.TRAIN)
+    content = asked_to_train(STUDY).to_records()
+    message = Message(content, 1, keys.TRAIN)
     message.metadata.__dict__["_message_id"] = "message-1"
     config = {"site-toml": str(north.site_toml)}
     context = Context(
@@ -275,7 +293,7 @@ def test_the_app_tells_codes_and_nothing_else(
     told = {}
     for error in (LedgerError("of patient-0042"), BudgetError("of patient-0042")):
 
-        def fail(*_: object, error: LedgerError = error) -> RecordDict:
+        def fail(*_: object, error: LedgerError = error) -> Reply:
             raise error
 
         reply = fedgex.client.app.answer(fail)(message, context).content

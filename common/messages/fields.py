@@ -1,0 +1,263 @@
+"""The named values of each record, with their types and bounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Self
+
+from flwr.app import MetricRecord
+from pydantic import Field
+
+from fedgex.common.chain import Head
+from fedgex.common.errors import MessageError
+from fedgex.common.messages.codec import Fields
+from fedgex.common.secure_aggregation import PublicKeys
+from fedgex.common.study import Name, Study
+from fedgex.common.vocabulary import Vocabulary
+
+Text = Annotated[str, Field(max_length=1 << 24)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Ordinal = Annotated[int, Field(ge=1, le=10**9)]
+Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Symbol = Annotated[str, Field(min_length=1, max_length=64)]
+Symbols = Annotated[tuple[Symbol, ...], Field(max_length=200_000, strict=False)]
+Sites = Annotated[tuple[Name, ...], Field(max_length=10_000, strict=False)]
+
+
+class Server(Fields):
+    """The server's software."""
+
+    version: Text
+
+
+class Run(Fields):
+    """The run that a message belongs to."""
+
+    contract: Text
+    """Hash."""
+    run: Text
+    """Empty while a contract is published."""
+
+
+class LastReceipt(Fields):
+    """The run's last receipt, and how much of a hospital's audit log is known."""
+
+    json_: Text
+    """Signed by the coordinator; empty before the first."""
+    head: Annotated[str, Field(pattern=r"^(\d{1,12}:[0-9a-f]{64})?$")]
+    """Last line of the log that a receipt holds, `index:hash`; empty if none does."""
+
+    @property
+    def known(self) -> Head | None:
+        """The head of the log, if one is known."""
+        index, _, digest = self.head.partition(":")
+        return Head(int(index), digest) if self.head else None
+
+
+class SignedText(Fields):
+    """A text that was signed."""
+
+    json_: Text
+
+
+class SignedPart(Fields):
+    """What a hospital signs of its reply, see `receipt.Part`."""
+
+    json_: Text
+    signature: Text
+    certificate: Text
+    """PEM."""
+
+
+class StudyText(Fields):
+    """A study, and its hash."""
+
+    json_: Text
+    hash: Text
+
+    @classmethod
+    def of(cls, study: Study) -> Self:
+        """Return the study's canonical text."""
+        return cls(json_=study.to_json(), hash=study.hash)
+
+    def study(self) -> Study:
+        """Return the study, whose text must be canonical and have this hash."""
+        study = Study.from_json(self.json_, "the study sent")
+        if (self.json_, self.hash) != (study.to_json(), study.hash):
+            raise MessageError("the study differs from its hash")
+        return study
+
+
+class Genes(Fields):
+    """A vocabulary, and its hash."""
+
+    genes: Symbols
+    hash: Text
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Self:
+        """Return the vocabulary's genes."""
+        return cls(genes=vocabulary.genes, hash=vocabulary.hash)
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the vocabulary, which must have this hash."""
+        vocabulary = Vocabulary(self.genes)
+        if self.hash != vocabulary.hash:
+            raise MessageError("the vocabulary differs from its hash")
+        return vocabulary
+
+
+class Round(Fields):
+    """A round of a phase."""
+
+    phase: Name
+    number: Ordinal
+
+
+class Attempt(Fields):
+    """An attempt at the secure aggregation of a round."""
+
+    attempt: Ordinal
+    run: Text
+    """The run's name; in a simulation, drawn."""
+
+
+class Shared(Attempt):
+    """An attempt at which hospitals have shared their secrets."""
+
+    sharers: Sites
+
+
+class Survived(Shared):
+    """An attempt at which masked updates have come."""
+
+    survivors: Sites
+
+
+class AdvertisedKeys(Fields):
+    """Public keys of a hospital for one attempt, as it sends and signs them."""
+
+    attempt: Ordinal
+    channel: Text
+    mask: Text
+    measured: Text
+
+    @property
+    def public(self) -> PublicKeys:
+        """The keys, from hexadecimal."""
+        return _public_keys(self.channel, self.mask, self.measured)
+
+    @classmethod
+    def of(cls, public: PublicKeys, attempt: int) -> Self:
+        """Return the keys in hexadecimal."""
+        return cls(
+            attempt=attempt,
+            channel=public.channel.hex(),
+            mask=public.mask.hex(),
+            measured=public.measured.hex(),
+        )
+
+
+class Participant(Fields):
+    """Public keys of a hospital as the server passes them on, and who signed them."""
+
+    channel: Text
+    mask: Text
+    measured: Text
+    json_: Text | None = None
+    signature: Text | None = None
+    certificate: Text | None = None
+
+    @property
+    def public(self) -> PublicKeys:
+        """The keys, from hexadecimal."""
+        return _public_keys(self.channel, self.mask, self.measured)
+
+    def to_json(self) -> str:
+        """Return the text that travels."""
+        return json.dumps(self.encode())
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` returned."""
+        found = cls.decode(json.loads(text))
+        assert found.public  # or it raises
+        return found
+
+
+class Commitment(Fields):
+    """A hospital's commitment to its seed, hexadecimal."""
+
+    commitment: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Introduction(Fields):
+    """What a hospital reports before the first round."""
+
+    name: Name
+    version: Text
+    genes: Symbols
+    shares_cross_products: bool
+    num_patients: Count | None = None
+
+
+class Decision(Fields):
+    """A hospital's decision about a contract, as it signed it."""
+
+    name: Name
+    decision: Text
+
+
+class Hospital(Fields):
+    """A hospital."""
+
+    name: Name
+
+
+class Withheld(Fields):
+    """Numbers that a hospital's policy keeps back."""
+
+    metrics: Annotated[tuple[Symbol, ...], Field(max_length=99, strict=False)]
+
+
+class CohortSize(Fields):
+    """Number of patients of a hospital; None: withheld."""
+
+    KIND = MetricRecord
+    num_patients: Count | None = None
+
+
+class TrainingMetrics(Fields):
+    """Numbers of a round of training at one hospital; None: withheld."""
+
+    KIND = MetricRecord
+    num_examples: Count | None = None
+    num_loss_terms: Count | None = None
+    train_loss: Measure | None = None
+    pre_training_loss: Measure | None = None
+    """Mean loss of the incoming model."""
+    seconds: Measure | None = None
+
+    def by_name(self) -> dict[str, float | None]:
+        """Return the numbers as the journal names them."""
+        values = self.model_dump(by_alias=True)
+        return {name.replace("-", "_"): value for name, value in values.items()}
+
+    @classmethod
+    def from_names(cls, values: Mapping[str, float | None]) -> Self:
+        """Read what `by_name` returned."""
+        return cls.decode({k.replace("_", "-"): v for k, v in values.items()})
+
+
+class RefusalCode(Fields):
+    """Why a hospital does not do as asked."""
+
+    code: Annotated[str, Field(pattern=r"^FX-[A-Z]{1,20}-\d{3}$")]
+
+
+def _public_keys(*texts: str) -> PublicKeys:
+    channel, mask, measured = map(bytes.fromhex, texts)
+    if len(channel) != 32 or len(mask) != 32:
+        raise MessageError("a public key is not of 32 bytes")
+    return PublicKeys(channel=channel, mask=mask, measured=measured)

@@ -1,0 +1,1 @@
+"""What a trained model uses: attributions, gene programmes, known marker genes."""

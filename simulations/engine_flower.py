@@ -1,0 +1,151 @@
+"""Flower's own simulation runtime, by the command that Flower supports: `flwr run`.
+
+A SuperLink in simulation mode, on a free port of the loopback interface and with its
+state in a scratch folder, runs the two apps; Ray carries the messages, and can carry
+them to other machines (docs/scenarios.md). Both end with this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+
+from fedgex.client.app import SITES_VARIABLE
+from fedgex.common.errors import FederationError
+from fedgex.common.processes import child_environment, end_with_parent, log_to_stderr
+from fedgex.server import journal
+from fedgex.server.service.flower import BUNDLE
+from fedgex.server.settings import ServerSettings
+
+RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""No telemetry, and Ray on the loopback interface only, unless set otherwise."""
+START_S = 60.0
+CONNECTION = "engine"
+
+
+def main(settings_file: Path, sites: Path, workers: int) -> None:
+    """Run the apps until the server's is done, or the parent process is gone.
+
+    Raises
+    ------
+    FederationError
+        If Ray is not installed, the SuperLink does not start, or the run failed.
+    """
+    log_to_stderr()
+    end_with_parent()
+    if find_spec("ray") is None:
+        raise FederationError(
+            'engine = "flower" needs Ray, which is not installed; install '
+            'fedgex[flower-engine], or set engine = "local" in [run].'
+        )
+    settings = ServerSettings.load(settings_file)
+    with tempfile.TemporaryDirectory(prefix="fedgex-flower-") as folder:
+        home, port = Path(folder), _free_port()
+        (home / "pyproject.toml").write_text(BUNDLE.format(version=version("fedgex")))
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        environment = {
+            **RAY,
+            **child_environment(),
+            "FLWR_HOME": folder,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            SITES_VARIABLE: str(sites.resolve()),
+        }
+        superlink = subprocess.Popen(
+            [
+                *(sys.executable, "-m", __name__, "superlink"),
+                *("--insecure", "--simulation", "--isolation", "subprocess"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            _wait(superlink, port)
+            _run(home, environment, settings_file, settings.n_sites, workers)
+        finally:
+            os.killpg(superlink.pid, signal.SIGTERM)
+            superlink.wait()
+    events = journal.read(settings.run_dir / "journal.jsonl")
+    if not any(event["event"] == "run-finished" for event in events):
+        raise FederationError("Flower's run ended before the federation did.")
+
+
+def _run(
+    app: Path,
+    environment: Mapping[str, str],
+    settings: Path,
+    n_sites: int,
+    workers: int,
+) -> None:
+    """Start the run, and return when it has ended."""
+    resources = (
+        f"num-supernodes={n_sites} client-resources-num-cpus=1 "
+        f"client-resources-num-gpus=0.0 init-args-num-cpus={workers}"
+    )
+    subprocess.run(
+        [
+            *("flwr", "run", str(app), CONNECTION, "--stream"),
+            *("--run-config", f"settings={json.dumps(str(settings))}"),
+            *("--federation-config", resources),
+        ],
+        env=environment,
+        check=True,
+    )
+
+
+def _wait(superlink: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until the SuperLink answers."""
+    end = time.monotonic() + START_S
+    while superlink.poll() is None and time.monotonic() < end:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise FederationError("Flower's SuperLink did not start; its last lines say why.")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _superlink() -> None:
+    """Run Flower's own command, which would outlive a parent that is killed."""
+    from flwr.superlink.cli import flower_superlink
+
+    end_with_parent()
+    sys.argv = ["flower-superlink", *sys.argv[2:]]
+    flower_superlink()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "superlink":
+        _superlink()
+    else:
+        try:
+            main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+        except Exception:
+            logging.exception("the engine failed")
+            sys.exit(1)

@@ -1,0 +1,235 @@
+"""Protocol that all questions share: scenario, seeds, and which patients evaluate.
+
+V genes, N unseen patients.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from pydantic import Field
+
+from fedgex.common import federation
+from fedgex.common.cohort import Cohort
+from fedgex.common.errors import ConfigError
+from fedgex.common.harmonise import Patients, to_patients
+from fedgex.common.statistics import Standardisation
+from fedgex.common.study import Settings, Study
+from fedgex.common.vocabulary import Vocabulary
+from fedgex.simulations import scenario, training
+from fedgex.simulations.scenario import Holdout, Public, Scenario
+from fedgex.simulations.split import HOLDOUT, read_cohort
+from fedgex.simulations.split import split as write_split
+
+
+class Splits(Settings):
+    """Hold-outs beyond the scenario's own."""
+
+    number: int = Field(ge=0)
+    """Number of further hold-outs."""
+    share: float = Field(gt=0, lt=1)
+    """Approximate share of all patients in each."""
+    seed: int = Field(ge=0)
+    """Seed of the draw."""
+
+
+class Quick(Settings):
+    """Limits under --quick."""
+
+    rounds: int = Field(ge=1)
+    """Most rounds of a phase."""
+    patients: int = Field(ge=10)
+    """Most unseen patients."""
+
+
+class Protocol(Settings):
+    """Seeds, splits and scenario that every question shares."""
+
+    scenario: str
+    """Name of the scenario, or path."""
+    seeds: tuple[int, ...] = Field(min_length=1)
+    """Seeds of the study."""
+    validation: tuple[str, ...]
+    """Institutions of the training group on which choices are made."""
+    splits: Splits
+    quick: Quick
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Self:
+        """Read a protocol, or the one that comes with fedgex.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be used.
+        """
+        if path is None:
+            own = resources.files(__package__) / "protocol.toml"
+            return cls.read(tomllib.loads(own.read_text()), "protocol.toml")
+        try:
+            return cls.read(tomllib.loads(path.read_text()), str(path))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: no protocol can be read: {error}") from error
+
+
+On = Literal["test", "validation"]
+"""Patients that evaluate: the hold-out, or the institutions on which choices are
+made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split of the patients into training sites and unseen institutions."""
+
+    scenario: Scenario
+    study: Study
+    """That of the scenario, with fewer rounds if quick."""
+    seeds: tuple[int, ...]
+    sites: Mapping[str, Cohort]
+    """Training patients by site."""
+    unseen: Cohort
+    """Evaluation patients: institutions without a patient at any site."""
+    institution: NDArray[np.str_]
+    """Of each unseen patient, shape (N,)."""
+    genes: Vocabulary
+    data_dir: Path
+    """Folder of the scenario's files."""
+    folder: Path
+    """Folder of models and cached results."""
+    workers: int
+    """Processes side by side."""
+    quick: bool
+    number: int = 0
+    """0 for the scenario's hold-out, above for one of the drawn ones."""
+    n_splits: int = 1
+    """Splits that the protocol has for these patients, this one among them."""
+
+    @cached_property
+    def standardisation(self) -> Standardisation:
+        """The federation's scale of the genes, on which every arm is trained."""
+        least = self.study.minimum_cohort
+        return federation.standardisation(
+            {
+                name: federation.gene_moments(cohort, self.genes, least)
+                for name, cohort in self.sites.items()
+            }
+        )
+
+    def seeded(self, seed: int) -> Study:
+        """Return the study with another seed."""
+        return self.study.model_copy(update={"seed": seed})
+
+    def patients(self, cohort: Cohort) -> Patients:
+        """Return a cohort's patients on the federation's genes and scale."""
+        return to_patients(cohort, self.genes, self.standardisation)
+
+    @cached_property
+    def pooled(self) -> Patients:
+        """All sites' patients, in order of site."""
+        return Patients.joined(
+            [self.patients(cohort) for _, cohort in sorted(self.sites.items())]
+        )
+
+
+def prepare(
+    protocol: Protocol,
+    data_dir: Path,
+    out: Path,
+    *,
+    on: On = "test",
+    number: int = 0,
+    workers: int = 2,
+    quick: bool = False,
+) -> Split:
+    """Split the patients and read them.
+
+    Parameters
+    ----------
+    on
+        Patients that evaluate. With "validation" the scenario's hold-out is not used.
+    number
+        0 for the scenario's hold-out, above for one of the protocol's drawn ones.
+
+    Raises
+    ------
+    ConfigError
+        If the data do not fit, there is no such split, or only the test has others.
+    """
+    chosen = scenario.find(protocol.scenario)
+    if not 0 <= number <= protocol.splits.number:
+        raise ConfigError(
+            f"split {number} was asked for; expected 0 to {protocol.splits.number}."
+        )
+    if on == "validation":
+        if number:
+            raise ConfigError(
+                f"split {number} was asked for on validation; expected split 0, since "
+                "the others hold out institutions that judge."
+            )
+        apart = Public(institutions=chosen.holdout.institutions)
+        held = Holdout(institutions=protocol.validation)
+        chosen = chosen.model_copy(update={"holdout": held, "public": apart})
+    elif number:
+        first = prepare(protocol, data_dir, out)
+        cohorts = [*first.sites.values(), first.unseen]
+        patients = [patient for cohort in cohorts for patient in cohort.patients]
+        where = institutions(chosen, data_dir).loc[patients]
+        held = Holdout(institutions=_drawn(where, protocol.splits, number))
+        chosen = chosen.model_copy(update={"holdout": held})
+    folder = out / f"{on}-{number}"
+    study = scenario.shortened(chosen.study, protocol.quick.rounds if quick else None)
+    parts = write_split(chosen, data_dir, folder)
+    sites = {name: read_cohort(folder / "sites" / name, study) for name in parts.sites}
+    unseen = read_cohort(folder / HOLDOUT, study)
+    if quick:
+        order = np.random.default_rng(0).permutation(unseen.n_patients)
+        unseen = unseen.take(np.sort(order[: protocol.quick.patients]))
+    of_patient = institutions(chosen, data_dir)
+    return Split(
+        scenario=chosen,
+        study=study,
+        seeds=protocol.seeds[:1] if quick else protocol.seeds,
+        sites=sites,
+        unseen=unseen,
+        institution=of_patient.loc[list(unseen.patients)].to_numpy(dtype=str),
+        genes=training.vocabulary(study, sites),
+        data_dir=data_dir,
+        folder=folder,
+        workers=workers,
+        quick=quick,
+        number=number,
+        n_splits=1 if quick or on == "validation" else 1 + protocol.splits.number,
+    )
+
+
+def institutions(chosen: Scenario, data_dir: Path) -> pd.Series:
+    """Return the institution of each patient."""
+    named = chosen.data.columns.patient
+    table = pd.read_csv(data_dir / chosen.data.clinical, dtype=str)
+    of_patient: pd.Series = table.set_index(named)[chosen.sites.column]
+    return of_patient
+
+
+def _drawn(where: pd.Series, splits: Splits, number: int) -> tuple[str, ...]:
+    """Draw institutions with about the share of the patients.
+
+    Parameters
+    ----------
+    where
+        Institution of each patient who has expression.
+    """
+    sizes = where.value_counts().sort_index()
+    rng = np.random.default_rng([splits.seed, number])
+    order = rng.permutation(len(sizes))
+    reached = np.cumsum(sizes.to_numpy()[order]) / sizes.sum()
+    taken = order[: int(np.searchsorted(reached, splits.share)) + 1]
+    return tuple(sorted(str(name) for name in sizes.index[taken]))

@@ -1,0 +1,464 @@
+"""Survival predictions of every method for the unseen patients, cached.
+
+A prediction is an array of shape (N, 1 + K): each patient's log-hazard, then the
+probability of living past each end of the study's K follow-up intervals; NaN where a
+method predicts nothing. N unseen patients, T training patients of one cancer, V genes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from fedgex.common import masking, screening, tasks
+from fedgex.common import predictions as predicting
+from fedgex.common.cohort import Cohort
+from fedgex.common.harmonise import Patients
+from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer
+from fedgex.common.phases import take_part
+from fedgex.common.screening import CoxScore
+from fedgex.common.seeds import derive, generator
+from fedgex.common.statistics import CrossProducts, pool
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
+from fedgex.common.survival import breslow, predict_survival
+from fedgex.common.survival_metrics import kaplan_meier
+from fedgex.server import evaluation
+from fedgex.simulations import references
+from fedgex.simulations.evaluation import resumable
+from fedgex.simulations.evaluation.arms import (
+    FEDERATED,
+    LOCAL,
+    POOLED,
+    Arm,
+    Model,
+    arms,
+    models,
+    train,
+)
+from fedgex.simulations.evaluation.protocol import Split
+from fedgex.simulations.references import Floats
+
+Predictions = dict[str, NDArray[np.float64]]
+"""By method, each of shape (N, 1 + K)."""
+Fit = Callable[[Floats, Floats, Floats, Floats], Floats]
+"""Training rows, their days and events, test rows, to the risk of the test rows."""
+
+COX_RIDGE = "Cox ridge"
+COX_CLINICAL = "Cox ridge + clinical"
+PCA_COX = "PCA + Cox"
+CLINICAL_COX = "clinical Cox"
+TYPE_ALONE = "cancer type alone"
+WITH_CLINICAL = "federated + clinical"
+TUNED = "federated, tuned"
+TUNED_ROUNDS = 4
+
+PANEL = 100
+"""Genes of the small panel."""
+RATE = 0.5
+"""Share of the values that are hidden completely at random."""
+SCHEMES = {"panel": f"{PANEL} random genes", "mcar": f"{RATE:.0%} of values missing"}
+DRAWS = 3
+"""Panels, and patterns of hidden values, for each model."""
+OURS = "federated"
+GAUSSIAN = "Cox ridge, Gaussian-imputed"
+CLINICAL_GAUSSIAN = "Cox ridge + clinical, Gaussian-imputed"
+RESTORED = "Cox ridge, restored by the federated model"
+MEAN_FILLED = "Cox ridge, mean-filled"
+PANEL_TRAINED = "Cox ridge trained on the panel"
+
+N_ANCHORS = 50
+"""Genes of largest |z| in a cancer's Cox screen; at most a quarter of all genes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurvivalModel:
+    """A model whose survival phase is that of `study`."""
+
+    study: Study
+    parameters: tasks.Parameters
+
+
+def variants(study: Study) -> dict[str, Study]:
+    """Return the study's variants that are compared, by method."""
+    changes: dict[str, dict[str, Any]] = {
+        OURS: {"clinical": False, "backbone": "frozen"},
+        WITH_CLINICAL: {"clinical": True, "backbone": "frozen"},
+        # Goes on from the trained head: what suits a head alone, hundreds of steps on
+        # whole sites, is too much for an encoder, and takes hours.
+        TUNED: {
+            "clinical": study.survival.clinical,
+            "backbone": "tuned",
+            "rounds": min(study.survival.rounds, TUNED_ROUNDS),
+            "local_epochs": 1,
+            "batch_size": study.pretraining.batch_size,
+            "learning_rate": study.survival.learning_rate / 10,
+        },
+    }
+    return {
+        name: study.model_copy(
+            update={"survival": study.survival.model_copy(update=change)}
+        )
+        for name, change in changes.items()
+    }
+
+
+def survival_models(
+    split: Split, seed: int, console: Console
+) -> tuple[Model, dict[str, SurvivalModel]]:
+    """Return the federated model, and the models of every method and site alone.
+
+    Each arm is trained once; a variant of its survival phase starts from all that was
+    learned before.
+    """
+    alone = not split.quick and split.number == 0
+    kinds = (FEDERATED, POOLED, LOCAL) if alone else (FEDERATED, POOLED)
+    jobs: dict[str, _Job] = {}
+    federated = None
+    for arm, model in models(split, arms(split, seed, kinds), console):
+        wanted = variants(arm.study)
+        if arm.name == FEDERATED:
+            federated = model
+        else:  # alone-SITE becomes alone/SITE, which no method is called
+            wanted = {arm.name.replace(f"{LOCAL}-", f"{LOCAL}/", 1): wanted[OURS]}
+        for name, study in wanted.items():
+            jobs[name] = _Job(arm=arm, study=study, model=model)
+    assert federated is not None
+    return federated, _trained(split, jobs, console)
+
+
+def cached(
+    split: Split, study: Study, part: str, compute: Callable[[], Predictions]
+) -> Predictions:
+    """Return predictions from their file, found by study and patients."""
+    about = [study.hash, *split.unseen.patients, *split.genes.genes]
+    for name, cohort in sorted(split.sites.items()):
+        about += [name, *cohort.patients]
+    name = f"{part}-{resumable.digest(json.dumps(about))}.safetensors"
+    found: Predictions = resumable.cached(split.folder / "survival" / name, compute)
+    return found
+
+
+def of_models(split: Split, trained: Mapping[str, SurvivalModel]) -> Predictions:
+    """Return the predictions of trained models from all genes."""
+    unseen = split.patients(split.unseen)
+    return {name: _of_model(model, unseen) for name, model in sorted(trained.items())}
+
+
+def of_hidden(
+    trained: Mapping[str, SurvivalModel], unseen_sets: Mapping[str, Patients]
+) -> Predictions:
+    """Return the federated models' predictions of partly visible patients."""
+    return {
+        f"{name}/{method}": _of_model(trained[method], patients)
+        for name, patients in unseen_sets.items()
+        for method in (OURS, WITH_CLINICAL)
+    }
+
+
+def hidden_sets(split: Split, seed: int) -> dict[str, Patients]:
+    """Return the unseen patients with small panels and with missing values.
+
+    Named by scheme and draw, as `panel-0`. The draws depend on seed and split alone,
+    and every method sees the same ones.
+    """
+    unseen, genes = split.patients(split.unseen), split.genes.genes
+    found = {}
+    for draw in range(1 if split.quick else DRAWS):
+        names = (split.folder.name, draw)
+        if len(genes) > PANEL:
+            panel_seed = derive(seed, "survival", "panel", *names)
+            panel = set(references.panels(genes, (PANEL,), panel_seed)[PANEL])
+            visible = torch.tensor([gene in panel for gene in genes])
+            found[f"panel-{draw}"] = _hide(unseen, ~visible.expand(len(unseen), -1))
+        rng = generator(seed, "survival", "mcar", *names)
+        found[f"mcar-{draw}"] = _hide(unseen, masking.mcar(unseen.measured, RATE, rng))
+    return found
+
+
+def screen(split: Split) -> dict[str, CoxScore]:
+    """Return each cancer's Cox screen, summed over the training sites.
+
+    Sites below the minimum cohort of a cancer send nothing of it, and nothing of genes
+    that fewer patients have.
+    """
+    study, found = split.study, {}
+    able = [take_part(study, SURVIVAL, split.patients(c)) for c in _cohorts(split)]
+    for name in study.survival.cancer_types:
+        rows = [_of_type(patients, name) for patients in able]
+        scores = [
+            CoxScore.of(
+                some.values.numpy(), some.duration, some.event, study.minimum_cohort
+            )
+            for some in rows
+            if len(some) >= study.minimum_cohort
+        ]
+        if scores:
+            found[name] = reduce(add, scores)
+    return found
+
+
+def n_anchors(split: Split) -> int:
+    """Return how many anchors a cancer gets."""
+    return min(N_ANCHORS, len(split.genes) // 4)
+
+
+def of_references(
+    split: Split,
+    seed: int,
+    federated: Model,
+    unseen_sets: Mapping[str, Patients],
+    screens: Mapping[str, CoxScore],
+) -> Predictions:
+    """Return the simple models' predictions, trained on pooled rows of each cancer.
+
+    From all genes, by method; from what is left of the values, by set and method; and
+    by the fate of the anchor genes, `anchors/...` of models that read nothing else,
+    `all/...` of models that read all genes.
+    """
+    study, unseen = split.study, split.patients(split.unseen)
+    imputers = _imputers(split, federated)
+    filled = {
+        f"{name}/{method}": imputer.impute(patients.values.numpy())
+        for name, patients in unseen_sets.items()
+        for method, imputer in imputers.items()
+    }
+    pooled = take_part(study, SURVIVAL, split.pooled)
+    ends = np.asarray(study.survival.interval_ends)
+    found: Predictions = {}
+    for name in study.survival.cancer_types:
+        train = _of_type(pooled, name)
+        rows = (unseen.type_index((name,)) == 0).nonzero().squeeze(1)
+        if len(train) == 0 or len(rows) == 0:
+            continue
+        of_cancer = _of_cancer(
+            train,
+            unseen.take(rows),
+            {key: values[rows.numpy()] for key, values in filled.items()},
+            {
+                key: patients.take(rows)
+                for key, patients in unseen_sets.items()
+                if key.startswith("panel-")
+            },
+            None
+            if name not in screens
+            else screening.anchors(screens[name], n_anchors(split)),
+            imputers,
+            seed,
+            ends,
+        )
+        for key, prediction in of_cancer.items():
+            empty = np.full((len(unseen), 1 + len(ends)), np.nan)
+            found.setdefault(key, empty)[rows.numpy()] = prediction
+    return found
+
+
+def without_anchors(
+    split: Split, federated: SurvivalModel, screens: Mapping[str, CoxScore]
+) -> Predictions:
+    """Return the federated model's predictions with each cancer's anchors hidden."""
+    unseen = split.patients(split.unseen)
+    hidden = torch.zeros_like(unseen.measured)
+    for name, scores in screens.items():
+        gone = torch.zeros(len(split.genes), dtype=torch.bool)
+        gone[torch.from_numpy(screening.anchors(scores, n_anchors(split)))] = True
+        hidden[unseen.type_index((name,)) == 0] = gone
+    return {"all/federated": _of_model(federated, _hide(unseen, hidden))}
+
+
+def _of_cancer(
+    train: Patients,
+    test: Patients,
+    filled: Mapping[str, Floats],
+    panels: Mapping[str, Patients],
+    anchors: NDArray[np.intp] | None,
+    imputers: Mapping[str, Imputer],
+    seed: int,
+    ends: Floats,
+) -> Predictions:
+    """Return the simple models' predictions for one cancer, each (n, 1 + K).
+
+    Parameters
+    ----------
+    filled
+        Values on which the model of all genes is to be tried, each (n, V).
+    panels
+        Test patients of whom a model trained on the very panel is asked.
+    anchors
+        Genes that are deleted and restored.
+    """
+    ridge: Fit = partial(references.cox_ridge, seed=seed)
+    x, clinical = train.values.numpy(), train.clinical.numpy()
+    true, test_clinical = test.values.numpy(), test.clinical.numpy()
+    both = {COX_CLINICAL: np.concatenate([true, test_clinical], axis=1)} | {
+        key.replace(GAUSSIAN, CLINICAL_GAUSSIAN): np.concatenate(
+            [values, test_clinical], axis=1
+        )
+        for key, values in filled.items()
+        if key.endswith(GAUSSIAN)
+    }
+    tests: dict[str, Floats] = {COX_RIDGE: true, **filled}
+    restored: dict[str, Floats] = {}
+    if anchors is not None:
+        deleted = true.copy()
+        deleted[:, anchors] = np.nan
+        restored = {key: i.impute(deleted) for key, i in imputers.items()}
+        tests |= {f"all/{key}": values for key, values in restored.items()}
+    found = _predictions(ridge, x, train, tests, ends)
+    found |= _predictions(
+        partial(references.cox_ridge, seed=seed, n_clinical=clinical.shape[1]),
+        np.concatenate([x, clinical], axis=1),
+        train,
+        both,
+        ends,
+    )
+    found |= _predictions(references.pca_cox, x, train, {PCA_COX: true}, ends)
+    found |= _predictions(
+        references.clinical_cox, clinical, train, {CLINICAL_COX: test_clinical}, ends
+    )
+    found[TYPE_ALONE] = np.tile(_kaplan_meier(train, ends), (len(test), 1))
+    for key, patients in panels.items():
+        seen = patients.measured.any(dim=0).numpy()
+        only = {f"{key}/{PANEL_TRAINED}": patients.values.numpy()[:, seen]}
+        found |= _predictions(ridge, x[:, seen], train, only, ends)
+    if anchors is not None:
+        only = {f"anchors/{key}": v[:, anchors] for key, v in restored.items()}
+        only["anchors/true"] = true[:, anchors]
+        found |= _predictions(ridge, x[:, anchors], train, only, ends)
+        rest = np.delete(x, anchors, axis=1)
+        without = {"all/without": np.delete(true, anchors, axis=1)}
+        found |= _predictions(ridge, rest, train, without, ends)
+    return found
+
+
+def _predictions(
+    fit: Fit, x: Floats, train: Patients, tests: Mapping[str, Floats], ends: Floats
+) -> Predictions:
+    """Fit one Cox model; return its risk and survival for each set of test rows.
+
+    The baseline is Breslow's, on the risk of the training rows themselves.
+    """
+    duration, event = train.duration.numpy(), train.event.numpy()
+    risk = fit(x, duration, event, np.concatenate([x, *tests.values()]))
+    # Equal rows get equal risks only up to rounding, which would order them.
+    log_hazard = torch.tensor(np.round(risk, 9), dtype=torch.float64)
+    baseline = breslow(log_hazard[: len(x)], train.duration, train.event)
+    found, start = {}, len(x)
+    for name, rows in tests.items():
+        own = log_hazard[start : start + len(rows)]
+        start += len(rows)
+        alive = predict_survival(
+            baseline, own, torch.tensor(ends, dtype=train.duration.dtype)
+        )
+        found[name] = torch.cat([own[:, None], alive.double()], dim=1).numpy()
+    return found
+
+
+def _kaplan_meier(train: Patients, ends: Floats) -> Floats:
+    """Return the prediction from the cancer type, by Kaplan-Meier, (1 + K,)."""
+    days, alive = kaplan_meier(train.duration, train.event)
+    at_ends = alive[np.searchsorted(days, ends, side="right") - 1]
+    return np.concatenate([[0.0], at_ends])
+
+
+def _of_model(model: SurvivalModel, patients: Patients) -> NDArray[np.float64]:
+    n_genes = patients.values.shape[1]
+    loaded = tasks.load_survival(model.study, n_genes, model.parameters)
+    risk = predicting.log_hazard(model.study, loaded, patients)
+    alive = predicting.survival(model.study, loaded, patients, risk)
+    if model.study.survival.loss == "cox":  # which trains no baseline
+        alive = torch.full_like(alive, torch.nan)
+    return torch.cat([risk[:, None], alive], dim=1).double().numpy()
+
+
+def _imputers(split: Split, federated: Model) -> dict[str, Imputer]:
+    """Return what fills the gaps for the simple Cox model, by name of the result."""
+    floor = split.study.minimum_cohort
+    sums = pool(
+        CrossProducts.of(split.patients(cohort).values.numpy()).suppressed(floor)
+        for cohort in _cohorts(split)
+    )
+    return {
+        GAUSSIAN: GaussianImputer(sums.covariance()),
+        RESTORED: evaluation.model_imputer(
+            federated.study, federated.parameters, len(split.genes)
+        ),
+        MEAN_FILLED: MeanImputer(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    arm: Arm
+    study: Study
+    """Study whose survival phase is to be trained."""
+    model: Model
+    """That of the arm."""
+
+
+def _trained(
+    split: Split, jobs: Mapping[str, _Job], console: Console
+) -> dict[str, SurvivalModel]:
+    """Return the model of each job, its survival phase trained if it is another one."""
+
+    def path(job: _Job) -> Path:
+        name = f"survival-{job.arm.name}-{job.study.hash[:12]}.safetensors"
+        return split.folder / "models" / name
+
+    resumable.compute_all(
+        _train,
+        {path(job): job for job in jobs.values() if job.study != job.arm.study},
+        split.workers,
+        console,
+        lambda job: f"survival of {job.arm.name}, seed {job.study.seed}",
+    )
+    return {
+        name: SurvivalModel(
+            study=job.study,
+            parameters=job.model.parameters
+            if job.study == job.arm.study
+            else resumable.load(path(job)),
+        )
+        for name, job in jobs.items()
+    }
+
+
+def _train(job: _Job) -> Mapping[str, NDArray[np.float32]]:
+    """Train a survival phase again from the parameters before it."""
+    model = job.model
+    before = dict(model.parameters)
+    if job.study.survival.backbone == "frozen":
+        fresh = tasks.initial(job.study, len(model.genes))
+        before |= {k: v for k, v in fresh.items() if k.startswith(f"{SURVIVAL}.")}
+    return train(
+        job.study,
+        model.genes,
+        model.standardisation,
+        job.arm.sites,
+        before,
+        without=(PRETRAINING, CLASSIFICATION),
+    )
+
+
+def _cohorts(split: Split) -> list[Cohort]:
+    return [cohort for _, cohort in sorted(split.sites.items())]
+
+
+def _of_type(patients: Patients, name: str) -> Patients:
+    return patients.take((patients.type_index((name,)) == 0).nonzero().squeeze(1))
+
+
+def _hide(patients: Patients, hidden: torch.Tensor) -> Patients:
+    return dataclasses.replace(
+        patients, values=patients.values.masked_fill(hidden, torch.nan)
+    )

@@ -52,7 +52,7 @@ def nested(results: pd.DataFrame, *keys: str) -> dict[Any, Any]:
 def summary(
     results: pd.DataFrame, row: str, column: str, digits: int = 3
 ) -> dict[str, dict[str, str]]:
-    """Return mean and SD over what rows and columns do not tell apart, as text."""
+    """Return mean and SD over all keys but two, as text by row and column."""
     return {
         name: {column: spread(some, digits) for column, some in cells.items()}
         for name, cells in nested(results, row, column).items()
@@ -60,7 +60,7 @@ def summary(
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return mean and SD, as `.429 ± .003`; the mean alone of one value, - of none."""
+    """Return mean and SD, as `.429 ± .003`; of one value its mean, - of none."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"

@@ -192,7 +192,7 @@ def _results(task: Task, answers: Answers) -> pd.DataFrame:
     order = [*LABELS]
     rows = []
     for key in sorted(answers, key=lambda key: (order.index(key[0]), *key[1:])):
-        judged = [
+        scores = [
             [
                 *class_scores(task.truth, each),
                 *(
@@ -202,7 +202,7 @@ def _results(task: Task, answers: Answers) -> pd.DataFrame:
             ]
             for each in answers[key]
         ]
-        values = np.mean(judged, axis=0).tolist()
+        values = np.mean(scores, axis=0).tolist()
         rows += [(*key, *m, v) for m, v in zip(metrics, values, strict=True)]
     return pd.DataFrame(
         rows, columns=["method", "kind", "genes", "run", "metric", "group", "value"]

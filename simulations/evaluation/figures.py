@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from fedgex.simulations.charts import COLOURS, STYLE
-from fedgex.simulations.evaluation.table import nested, sd, where
+from fedgex.simulations.evaluation.table import mean_over, nested, sd, where
 
 Floats = NDArray[np.float64]
 Look = tuple[str, str]
@@ -81,10 +81,8 @@ def imputation_genes(results: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     names = {"gene_mse": "mean squared error", "gene_pearson": "Pearson's r"}
     for axes, (key, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
-        found = nested(where(results, metric=key), "method", "seed")
-        ours, gaussian = (
-            np.mean([*found[m].values()], axis=0) for m in ("federated", "gaussian")
-        )
+        found = mean_over(where(results, metric=key), "seed", "method")
+        ours, gaussian = found["federated"], found["gaussian"]
         points = [*zip(gaussian, ours, strict=True)]
         _scatter(axes, points, s=7, alpha=0.5, linewidths=0)
         ends = np.nanmin(points), np.nanmax(points)

@@ -49,6 +49,17 @@ def nested(results: pd.DataFrame, *keys: str) -> dict[Any, Any]:
     }
 
 
+def mean_over(results: pd.DataFrame, over: str, *keys: str) -> dict[Any, Any]:
+    """Return, by the keys, the mean over another key (seeds) of lists of values."""
+    first, *rest = keys
+    return {
+        name: mean_over(some, over, *rest)
+        if rest
+        else np.mean([*nested(some, over).values()], axis=0)
+        for name, some in results.groupby(first, sort=False)
+    }
+
+
 def summary(
     results: pd.DataFrame, row: str, column: str, digits: int = 3
 ) -> dict[str, dict[str, str]]:

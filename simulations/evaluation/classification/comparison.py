@@ -53,6 +53,7 @@ from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     Cells,
     markdown,
+    mean_over,
     nested,
     paired_p,
     spread,
@@ -104,20 +105,10 @@ class Scores:
     def of(cls, results: pd.DataFrame) -> Scores:
         """Collect tidy results (keys: method, kind, genes, run, metric, group)."""
         keys = "method", "kind", "genes"
-        at_each = nested(where(results, metric="at institution"), *keys, "run")
         return cls(
             accuracy=nested(where(results, metric="accuracy"), *keys),
             macro_f1=nested(where(results, metric="macro_f1"), *keys),
-            at={
-                method: {
-                    kind: {
-                        size: np.mean([*runs.values()], axis=0)
-                        for size, runs in by_size.items()
-                    }
-                    for kind, by_size in by_kind.items()
-                }
-                for method, by_kind in at_each.items()
-            },
+            at=mean_over(where(results, metric="at institution"), "run", *keys),
         )
 
     @property

@@ -363,5 +363,6 @@ def _scatter(axes: Axes, points: Points, colour: str = "blue", **look: Any) -> N
 
 def _runs(axes: Axes, runs: Runs, **look: Any) -> None:
     """Draw mean and SD over the runs."""
-    mean, spread = ([of(each) for each in runs.values()] for of in (np.mean, sd))
+    mean = [float(np.mean(each)) for each in runs.values()]
+    spread = [sd(each) for each in runs.values()]
     axes.errorbar([int(size) for size in runs], mean, spread, **look)

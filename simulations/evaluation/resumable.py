@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
@@ -87,9 +86,7 @@ def digest(*parts: NDArray[Any] | str) -> str:
     """Return 12 hex digits that name a file by what its content depends on."""
     found = hashlib.sha256()
     for part in parts:
-        found.update(
-            part.encode() if isinstance(part, str) else np.ascontiguousarray(part)
-        )
+        found.update(part.encode() if isinstance(part, str) else part.tobytes())
     return found.hexdigest()[:12]
 
 

@@ -188,7 +188,7 @@ def _by_gene(results: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
 def _intervals(results: pd.DataFrame) -> dict[str, Any]:
     """Return, by setting and one a seed, coverage at each level, width and square."""
     return {
-        setting: {
+        str(setting): {
             "levels": list(LEVELS),
             "held": [*nested(where(some, metric="held"), "seed").values()],
             **{k: where(some, metric=k)["value"].tolist() for k in ("width", "square")},

@@ -41,7 +41,7 @@ class Results:
             for section in sections
             if not any(self.fields.get(name, "") is None for name in _fields(section))
         ]
-        return "".join(kept).format_map(self.fields)
+        return "".join(kept).format_map(self.fields).rstrip("\n") + "\n"
 
 
 def write(

@@ -135,7 +135,7 @@ def test_a_section_with_a_field_that_is_none_is_left_out(
         return page.Results(name="test", numbers={}, fields=fields).page
 
     assert text(x=0.25, y=["both"]) == "# Test\n\n## One\n\n0.2\n\n## Two\n\nboth\n"
-    assert text(x=0.25, y=None) == "# Test\n\n## One\n\n0.2\n\n"
+    assert text(x=0.25, y=None) == "# Test\n\n## One\n\n0.2\n"
     with pytest.raises(KeyError, match="y"):
         text(x=0.25)
 

@@ -22,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgex.server import journal
-from fedgex.server.command_line import one_line
 
 POLL_S = 0.5
 TREND_ROUNDS = 24
@@ -237,6 +236,11 @@ def display(
         subtitle_align="right",
         border_style="dim",
     )
+
+
+def one_line(text: str) -> str:
+    """Keep a hospital's text from breaking the line or steering the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _hospitals(state: RunState) -> list[RenderableType]:

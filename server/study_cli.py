@@ -20,13 +20,13 @@ from fedgex.server.command_line import (
     KeyFile,
     State,
     note,
-    one_line,
     refusals,
     show,
     show_rows,
     write_out,
 )
 from fedgex.server.consortium import Consortium
+from fedgex.server.run_monitor import one_line
 from fedgex.server.studies import Answer
 
 study = typer.Typer(no_args_is_help=True, help="Contracts: draft, sign, publish, read.")

@@ -7,7 +7,6 @@ scripts. docs/report.md explains every key of the report.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -15,10 +14,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-
 from fedgex.simulations import charts, headlines
 from fedgex.simulations.charts import LABELS, SCHEMES
+from fedgex.simulations.evaluation.page import plain
 from fedgex.simulations.headlines import condition, count, duration
 from fedgex.simulations.report_schema import (
     PublicCohort,
@@ -43,10 +41,10 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
     ConfigError
         If the report does not follow its schema; nothing is written then.
     """
-    plain = _plain(report)
-    page = _page(Report.read(plain, "report"))
+    numbers = plain(report, DIGITS)
+    page = _page(Report.read(numbers, "report"))
     text = json.dumps(
-        plain, allow_nan=False, ensure_ascii=False, indent=1, sort_keys=True
+        numbers, allow_nan=False, ensure_ascii=False, indent=1, sort_keys=True
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(text + "\n", "utf-8")
@@ -61,20 +59,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     ConfigError
         If the report does not follow its schema.
     """
-    return headlines.headlines(Report.read(_plain(report), "report"))
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold: rounded floats, None for NaN, lists for arrays."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
+    return headlines.headlines(Report.read(plain(report, DIGITS), "report"))
 
 
 def _page(report: Report) -> str:

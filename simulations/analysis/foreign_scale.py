@@ -49,7 +49,7 @@ class Mistake:
 
     description: str
     scale: Scale
-    whole: bool = False
+    rounded: bool = False
     """Rounded to whole numbers."""
 
 
@@ -57,7 +57,7 @@ MISTAKES = {
     "log10": Mistake(description="log10(x + 1)", scale=Scale.LOG10P1),
     "ln": Mistake(description="ln(x + 1)", scale=Scale.LN1P),
     "counts": Mistake(
-        description="whole numbers, not logarithms", scale=Scale.LINEAR, whole=True
+        description="whole numbers, not logarithms", scale=Scale.LINEAR, rounded=True
     ),
 }
 
@@ -83,7 +83,7 @@ def at_the_door(
         path = folder / "expression.parquet"
         table = read_parquet(path)
         values = scales.convert(table.to_numpy(), declared, mistake.scale)
-        if mistake.whole:
+        if mistake.rounded:
             values = np.rint(values)
         pd.DataFrame(values, table.index, table.columns).to_parquet(path)
         settings = SiteSettings.load(folder / "site.toml")

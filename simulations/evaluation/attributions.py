@@ -144,10 +144,10 @@ def deletions(
         off = _restored(backbone, given, asked) - unseen.values[:, asked]
         return off.square().nanmean(dim=1).double().numpy()
 
-    judged: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     n_draws = QUICK_DRAWS if split.quick else DRAWS
     inputs = (~asked).nonzero().squeeze(1).tolist()
-    for name, judge, genes in (
+    for name, score, genes in (
         ("accuracy", right, list(range(V))),
         ("mse", error, inputs),
     ):
@@ -158,16 +158,16 @@ def deletions(
         }
         rngs = [np.random.default_rng([study.seed, draw]) for draw in range(n_draws)]
         ways[RANDOM] = [rng.permutation(genes).tolist() for rng in rngs]
-        judged[name] = {NOTHING: {"0": _by_institution(judge([]), institution)}}
+        found[name] = {NOTHING: {"0": _by_institution(score([]), institution)}}
         for way, lists in ways.items():
-            judged[name][way] = {
+            found[name][way] = {
                 str(size): _by_institution(
-                    np.mean([judge(each[:size]) for each in lists], axis=0), institution
+                    np.mean([score(each[:size]) for each in lists], axis=0), institution
                 )
                 for size in DELETED
                 if size < len(genes)
             }
-    return judged
+    return found
 
 
 def orders(site: Found) -> dict[str, list[int]]:

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from fedgex.simulations.charts import COLOURS, STYLE
-from fedgex.simulations.evaluation.table import nested, sd, where
+from fedgex.simulations.evaluation.table import mean_over, nested, sd, where
 
 Floats = NDArray[np.float64]
 Look = tuple[str, str]
@@ -81,10 +81,8 @@ def imputation_genes(results: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     names = {"gene_mse": "mean squared error", "gene_pearson": "Pearson's r"}
     for axes, (key, name) in zip(figure.subplots(1, 2), names.items(), strict=True):
-        found = nested(where(results, metric=key), "method", "seed")
-        ours, gaussian = (
-            np.mean([*found[m].values()], axis=0) for m in ("federated", "gaussian")
-        )
+        found = mean_over(where(results, metric=key), "seed", "method")
+        ours, gaussian = found["federated"], found["gaussian"]
         points = [*zip(gaussian, ours, strict=True)]
         _scatter(axes, points, s=7, alpha=0.5, linewidths=0)
         ends = np.nanmin(points), np.nanmax(points)
@@ -365,5 +363,6 @@ def _scatter(axes: Axes, points: Points, colour: str = "blue", **look: Any) -> N
 
 def _runs(axes: Axes, runs: Runs, **look: Any) -> None:
     """Draw mean and SD over the runs."""
-    mean, spread = ([float(of(each)) for each in runs.values()] for of in (np.mean, sd))
+    mean = [float(np.mean(each)) for each in runs.values()]
+    spread = [sd(each) for each in runs.values()]
     axes.errorbar([int(size) for size in runs], mean, spread, **look)

@@ -43,6 +43,7 @@ from fedgex.simulations.evaluation.page import Results, plain
 from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     markdown,
+    mean_over,
     nested,
     paired_p,
     spread,
@@ -390,7 +391,7 @@ def _deletion(results: pd.DataFrame) -> Part:
     for metric, label in DELETION.items():
         here = where(results, metric=metric)
         by_seed = nested(where(here, group=0), "way", "size")
-        by_group = nested(here[here["group"] > 0], "way", "size", "seed")
+        by_group = mean_over(here[here["group"] > 0], "seed", "way", "size")
         nothing = by_seed.pop(NOTHING)["0"]
         numbers[metric] = {NOTHING: nothing}
         table: dict[str, dict[str, str]] = {}
@@ -400,12 +401,7 @@ def _deletion(results: pd.DataFrame) -> Part:
             for size, of_seeds in of_way.items():
                 p = math.nan
                 if way != RANDOM:
-                    p = paired_p(
-                        *(
-                            np.mean([*by_group[w][size].values()], axis=0)
-                            for w in (way, RANDOM)
-                        )
-                    )
+                    p = paired_p(by_group[way][size], by_group[RANDOM][size])
                 found[size] = {"seeds": of_seeds, "p": p}
                 row[size] = spread(of_seeds)
                 row[size] += "" if math.isnan(p) else f" (p {p:.2g})"

@@ -41,7 +41,7 @@ class Results:
             for section in sections
             if not any(self.fields.get(name, "") is None for name in _fields(section))
         ]
-        return "".join(kept).format_map(self.fields)
+        return "".join(kept).format_map(self.fields).rstrip("\n") + "\n"
 
 
 def write(
@@ -80,16 +80,24 @@ def write(
     return page
 
 
-def plain(value: Any) -> Any:
-    """Return what JSON can hold: NaN as None, numpy's numbers as Python's."""
+def plain(value: Any, digits: int | None = None) -> Any:
+    """Return what JSON can hold: NaN as None, numpy's numbers as Python's.
+
+    Parameters
+    ----------
+    digits
+        Significant digits of floats; None: all.
+    """
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): plain(each, digits) for key, each in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
+        return plain(value.tolist(), digits)
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return [plain(each, digits) for each in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
     return value
 
 

@@ -49,10 +49,21 @@ def nested(results: pd.DataFrame, *keys: str) -> dict[Any, Any]:
     }
 
 
+def mean_over(results: pd.DataFrame, over: str, *keys: str) -> dict[Any, Any]:
+    """Return, by the keys, the mean over another key (seeds) of lists of values."""
+    first, *rest = keys
+    return {
+        name: mean_over(some, over, *rest)
+        if rest
+        else np.mean([*nested(some, over).values()], axis=0)
+        for name, some in results.groupby(first, sort=False)
+    }
+
+
 def summary(
     results: pd.DataFrame, row: str, column: str, digits: int = 3
 ) -> dict[str, dict[str, str]]:
-    """Return mean and SD over what rows and columns do not tell apart, as text."""
+    """Return mean and SD over all keys but two, as text by row and column."""
     return {
         name: {column: spread(some, digits) for column, some in cells.items()}
         for name, cells in nested(results, row, column).items()
@@ -60,7 +71,7 @@ def summary(
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Return mean and SD, as `.429 ± .003`; the mean alone of one value, - of none."""
+    """Return mean and SD, as `.429 ± .003`; of one value its mean, - of none."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"

@@ -237,7 +237,7 @@ def _paired(split: Split) -> list[TestSet | str]:
 def _microarray(split: Split) -> TestSet | str:
     """Return breast tumours, each gene with the mean and SD of the sites' own.
 
-    A log ratio has no level, so that `predict` takes none. The means and SDs follow
+    A log ratio has no level, so that `predict` refuses it. The means and SDs follow
     from the sums by cancer type that sites send.
     """
     path = split.data_dir / MICROARRAY

@@ -210,7 +210,7 @@ def test_without_deaths_and_with_one_type_a_site_is_not_estimable(
     found = ask(poor, StringIO())
 
     each_site = found.page.split("## Each site")[1].split("## Ways")[0]
-    assert "(0 of 3)" in each_site
+    assert "each of the 0 evaluable sites of 3" in each_site
     assert "not estimable" in each_site
     assert found.numbers["central"][FEDERATED][0]["c-index"] is None
 

@@ -53,6 +53,7 @@ from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     Cells,
     markdown,
+    mean_over,
     nested,
     paired_p,
     spread,
@@ -104,20 +105,10 @@ class Scores:
     def of(cls, results: pd.DataFrame) -> Scores:
         """Collect tidy results (keys: method, kind, genes, run, metric, group)."""
         keys = "method", "kind", "genes"
-        at_each = nested(where(results, metric="at institution"), *keys, "run")
         return cls(
             accuracy=nested(where(results, metric="accuracy"), *keys),
             macro_f1=nested(where(results, metric="macro_f1"), *keys),
-            at={
-                method: {
-                    kind: {
-                        size: np.mean([*runs.values()], axis=0)
-                        for size, runs in by_size.items()
-                    }
-                    for kind, by_size in by_kind.items()
-                }
-                for method, by_kind in at_each.items()
-            },
+            at=mean_over(where(results, metric="at institution"), "run", *keys),
         )
 
     @property
@@ -192,7 +183,7 @@ def _results(task: Task, answers: Answers) -> pd.DataFrame:
     order = [*LABELS]
     rows = []
     for key in sorted(answers, key=lambda key: (order.index(key[0]), *key[1:])):
-        judged = [
+        scores = [
             [
                 *class_scores(task.truth, each),
                 *(
@@ -202,7 +193,7 @@ def _results(task: Task, answers: Answers) -> pd.DataFrame:
             ]
             for each in answers[key]
         ]
-        values = np.mean(judged, axis=0).tolist()
+        values = np.mean(scores, axis=0).tolist()
         rows += [(*key, *m, v) for m, v in zip(metrics, values, strict=True)]
     return pd.DataFrame(
         rows, columns=["method", "kind", "genes", "run", "metric", "group", "value"]

@@ -240,13 +240,13 @@ def _by_mixture(task: Task, model: Model) -> Callable[[Indices], NDArray[np.int6
 
 
 SIZES = (8, 16, 32, 64, 128, 256)
-"""Genes of the panels that every method is judged on."""
+"""Genes of the panels on which every method is evaluated."""
 BETWEEN = (4, 6, 12, 24, 48, 96, 192)
 """Further sizes of chosen panels, to find the smallest that is enough."""
 DRAWS = 3
 """Random panels of each size, for each seed."""
 FOLDS = 5
-"""Groups of sites on which panels are judged that the others' sums chose."""
+"""Groups of sites, each with panels from the sums of the others."""
 QUICK_SIZES = (8, 32)
 
 RANDOM, SELECTED, BY_F, ALL = "random", "selected", "by F", "all"
@@ -285,7 +285,7 @@ class Task:
     institution: NDArray[np.str_]
     """Of each, shape (N,)."""
     types: Types
-    """What the sites' sums say of the classes."""
+    """Statistics of the classes, from the sites' sums."""
 
 
 @dataclass(frozen=True, kw_only=True)

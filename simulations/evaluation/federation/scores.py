@@ -99,7 +99,7 @@ Values = dict[str, float]
 
 
 def score(split: Split, model: Model) -> dict[str, Floats]:
-    """Judge a model on the split's unseen patients, in the split's unit of error.
+    """Score a model on the split's unseen patients, in the split's unit of error.
 
     Parameters
     ----------

@@ -36,6 +36,7 @@ from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     Cells,
     markdown,
+    mean_over,
     nested,
     paired_p,
     spread,
@@ -128,11 +129,7 @@ def _compared(results: pd.DataFrame, setting: str) -> dict[str, Any]:
     own = np.array(mse[FEDERATED])
     means = {m: np.mean(mse[m]) for m in REFERENCES}
     best = min(means, key=lambda m: means[m])
-    by_seed = nested(where(here, metric="by_group"), "method", "seed")
-    by_group = {
-        m: np.mean([*by_seed[m].values()], axis=0)
-        for m in (FEDERATED, GAUSSIAN, MIXTURE)
-    }
+    by_group = mean_over(where(here, metric="by_group"), "seed", "method")
     return {
         "ratio": {m: (own / mse[m]).tolist() for m in RATIOS if m in mse},
         "p": {

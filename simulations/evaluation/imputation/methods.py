@@ -149,8 +149,8 @@ def collect(
             methods = [arm.name]
             if arm.name == FEDERATED and arm.study.linear_rank:
                 methods += [LINEAR, UNCERTAINTY]
-            whole = sorted(model.parameters.items())
-            own = resumable.digest(*(part for pair in whole for part in pair))
+            named = sorted(model.parameters.items())
+            own = resumable.digest(*(part for pair in named for part in pair))
             for method in methods:
                 path = folder / f"{method.replace(' ', '-')}-{seed}-{key}-{own}.json"
                 jobs[path] = _Job(method=method, seed=seed, parameters=model.parameters)

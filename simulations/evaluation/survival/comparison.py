@@ -47,7 +47,7 @@ from fedgex.simulations.evaluation.table import mean_known
 MIN_LEFT = 5
 """The Brier score goes as far as so many of a cancer are followed for longer."""
 CALIBRATED_DAY = 3 * DAYS_PER_YEAR
-"""Calibration is judged at the end of interval that is nearest to this day."""
+"""Calibration is evaluated at the end of interval nearest to this day."""
 THIRDS = 3
 
 Rows = NDArray[np.int64]
@@ -155,7 +155,7 @@ def evaluate(
 def average(seeds: Sequence[Scores]) -> Scores:
     """Return the mean of several seeds; deaths and anchors are the same for all.
 
-    Of a method that only some seeds have, as sites alone, over those.
+    A method that only some seeds have, such as local models, over those.
     """
     one = seeds[0]
     methods = {method: None for each in seeds for method in each.c_index}
@@ -174,8 +174,10 @@ def average(seeds: Sequence[Scores]) -> Scores:
         },
         thirds={
             name: [
-                (float(said), float(seen))
-                for said, seen in np.mean([each.thirds[name] for each in seeds], axis=0)
+                (float(predicted), float(seen))
+                for predicted, seen in np.mean(
+                    [each.thirds[name] for each in seeds], axis=0
+                )
             ]
             for name in one.thirds
         },

@@ -94,8 +94,8 @@ def variants(study: Study) -> dict[str, Study]:
     changes: dict[str, dict[str, Any]] = {
         OURS: {"clinical": False, "backbone": "frozen"},
         WITH_CLINICAL: {"clinical": True, "backbone": "frozen"},
-        # Goes on from the trained head: what suits a head alone, hundreds of steps on
-        # whole sites, is too much for an encoder, and takes hours.
+        # Goes on from the trained head: hundreds of full-batch steps suit a
+        # head, but are too many for an encoder, and hours of work.
         TUNED: {
             "clinical": study.survival.clinical,
             "backbone": "tuned",
@@ -116,13 +116,13 @@ def variants(study: Study) -> dict[str, Study]:
 def survival_models(
     split: Split, seed: int, console: Console
 ) -> tuple[Model, dict[str, SurvivalModel]]:
-    """Return the federated model, and the models of every method and site alone.
+    """Return the federated model, and the models of every method and site.
 
     Each arm is trained once; a variant of its survival phase starts from all that was
     learned before.
     """
-    alone = not split.quick and split.number == 0
-    kinds = (FEDERATED, POOLED, LOCAL) if alone else (FEDERATED, POOLED)
+    local = not split.quick and split.number == 0
+    kinds = (FEDERATED, POOLED, LOCAL) if local else (FEDERATED, POOLED)
     jobs: dict[str, _Job] = {}
     federated = None
     for arm, model in models(split, arms(split, seed, kinds), console):
@@ -169,7 +169,7 @@ def of_hidden(
 def hidden_sets(split: Split, seed: int) -> dict[str, Patients]:
     """Return the unseen patients with small panels and with missing values.
 
-    Named by scheme and draw, as `panel-0`. The draws depend on seed and split alone,
+    Named by scheme and draw, as `panel-0`. The draws depend on seed and split only,
     and every method sees the same ones.
     """
     unseen, genes = split.patients(split.unseen), split.genes.genes

@@ -97,7 +97,7 @@ class Scores:
     c_index: Mapping[str, ByCancer]
     """By method, way of hiding and method (`panel/...`), or fate of the anchors."""
     error: ByCancer
-    """Jackknife standard error of the C-index from true anchors alone."""
+    """Jackknife standard error of the C-index from true anchors only."""
     overall: Mapping[str, Mapping[str, float]]
     """By method, then by key of MEASURES."""
     thirds: Mapping[str, Sequence[tuple[float, float]]]

@@ -48,9 +48,9 @@ test: install
 	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation and not deployment and not chaos'
 	$(BIN)/pytest -rs -m 'federation and not slow'
 
-## test-federation  failures between hospitals, with real processes; thirty to fifty minutes
+## test-federation  failures between hospitals, with real processes, and two of chaos
 test-federation: install
-	$(BIN)/pytest -rs -m deployment
+	FEDGEX_CHAOS=$${FEDGEX_CHAOS:-2} $(BIN)/pytest -rs -m 'deployment or chaos'
 
 ## test-bench  that the quick bench runs; some five minutes
 test-bench: install

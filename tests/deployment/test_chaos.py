@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.common import chain, failpoints
+from fedgex.common import failpoints
 
 pytestmark = pytest.mark.chaos
 
@@ -49,22 +49,11 @@ def targets() -> list[tuple[str, str, int]]:
 
 @pytest.mark.parametrize(("side", "point", "visit"), targets())
 def test_a_run_survives_a_kill_at(served, tmp_path: Path, side, point, visit):
-    consortium = served.consortium
+    consortium, killed = served.consortium, tmp_path / "killed"
     victim = "server" if side == "server" else consortium.sites[0]
-    consortium.environments = {
-        victim: {failpoints.VARIABLE: f"{point}:{visit}:{tmp_path}"}
-    }
-    process = consortium.processes[victim]
-    process.terminate()
-    process.wait()
-    consortium.revive()  # with the fail-point armed
+    served.restart(victim, {failpoints.VARIABLE: f"{point}:{visit}:{tmp_path}"})
     run = f"{side}-{point.replace('.', '-').replace('_', '-')}-{visit}"
-    try:
-        assert served.run(run) == "finished"
-    finally:
-        consortium.environments = {}
-    assert (tmp_path / "killed").exists(), "the point was not reached"
-    assert consortium.digest(run) == served.simulated
-    assert len(served.rounds(run)) == 3
-    for name in consortium.sites:
-        chain.verify(consortium.site_state(name) / "audit.jsonl")
+    with served.apart(run):
+        served.until_round(3)
+        assert killed.exists(), "the point was not reached"
+        served.compare(run)

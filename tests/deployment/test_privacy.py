@@ -12,8 +12,9 @@ import pytest
 from fedgex.client.ledger import debit, ledger
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, privacy
+from fedgex.simulations.rehearsal import LIMIT_S, Rehearsal
 
-from .conftest import SCENARIO
+from .consortium import SCENARIO, Served, build
 
 pytestmark = pytest.mark.deployment
 
@@ -63,12 +64,16 @@ def budget_of(consortium, runs: int, site: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def protected(tmp_path_factory, builder, serving):
-    folder = tmp_path_factory.mktemp("protected")
-    with builder(
-        folder, values=PRIVATE, n_sites=N_SITES, n_holdouts=2, patients_per_site=120
+def protected(tmp_path_factory):
+    """A consortium set up by the commands that people type, each a process."""
+    with build(
+        tmp_path_factory.mktemp("protected"),
+        kind=Rehearsal,
+        values=PRIVATE,
+        n_sites=N_SITES,
+        n_holdouts=2,
+        patients_per_site=120,
     ) as consortium:
-        consortium.reviving = True
         consortium.provision()
         once = budget_of(consortium, 1, consortium.sites[0])
         for site in consortium.sites:
@@ -76,33 +81,33 @@ def protected(tmp_path_factory, builder, serving):
         consortium.start()
         contract = consortium.publish()
         consortium.approve(contract)
-        yield serving(consortium, contract, simulated="")
+        yield Served(consortium, contract)
 
 
 def test_what_dies_in_a_private_run_spends_nothing_twice_and_nothing_is_forgotten(
     protected,
 ):
     consortium = protected.consortium
-
-    def everything() -> None:
-        for process in consortium.processes.values():
-            process.kill()
-            process.wait()
-
-    assert protected.run("first", everything) == "finished"
+    consortium.launch(protected.contract, "first")
+    protected.run = "first"
+    protected.until_round(1)
+    protected.kill(*consortium.processes)
+    assert consortium.wait("first") == "finished"
 
     for site in consortium.sites:
         assert spent(consortium, site) == budget_of(consortium, 1, site)
         chain.verify(consortium.site_state(site) / "audit.jsonl")
-    states = [e["sites"] for e in protected.rounds("first")]
-    assert all(site["state"] == "contributed" for e in states for site in e.values())
+    rounds = [e for e in consortium.events("first") if e["event"] == "round"]
+    states = [site["state"] for e in rounds for site in e["sites"].values()]
+    assert states == ["contributed"] * 2 * N_SITES
 
 
 def test_a_run_beyond_the_budget_ends_with_its_reason_and_spends_nothing(protected):
     consortium = protected.consortium
     before = {site: spent(consortium, site) for site in consortium.sites}
 
-    assert protected.run("second") == "failed"
+    consortium.launch(protected.contract, "second")
+    assert consortium.wait("second") == "failed"
 
     events = consortium.events("second")
     (failed,) = (e for e in events if e["event"] == "run-failed")
@@ -134,6 +139,6 @@ def test_a_daemon_does_not_start_over_a_ledger_from_a_backup(protected):
     consortium.reviving = False
     consortium.start_site(site)
 
-    assert consortium.processes[site].wait(timeout=60) == 1
+    assert consortium.processes[site].wait(timeout=LIMIT_S) == 1
     log = (consortium.folder / f"{site}.log").read_text()
     assert "restored from a backup, or replaced" in log

@@ -27,6 +27,7 @@ from fedgex.common.transport import flower as runtime
 from fedgex.server import superlink
 from fedgex.server.consortium import Consortium
 from fedgex.server.service import flower
+from fedgex.simulations.rehearsal import LIMIT_S
 
 pytestmark = pytest.mark.deployment
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.deployment
 def test_only_the_fleet_and_health_are_reachable_from_outside(served):
     """Launch, stop, register and taking a task are tried, and answered with 404."""
     consortium = Consortium(served.consortium.state)
-    address = f"https://localhost:{consortium.settings.port}"
+    address = f"https://{served.consortium.host}:{consortium.settings.port}"
     authority = str(consortium.folder / "pki" / "authority.crt")
     tried = [
         "/v1/control/start-run",
@@ -84,41 +85,44 @@ def test_code_in_a_bundle_never_runs_at_a_site(served, tmp_path: Path):
         }
     )
     bundle = Fab(_sha256(content), content, {})
-    supervisor = served.consortium.processes["server"].pid
     (pid,) = served.consortium.children("server", "fedgex.server.superlink")
     secret = _environment(pid)[superlink.SECRET_VARIABLE]
     port = Consortium(served.consortium.state).settings.control_port
-    os.kill(supervisor, signal.SIGSTOP)  # it would take the task, and leave it alone
-    try:
-        request = StartRunRequest(fab=fab_to_proto(bundle))
-        with closing(flower.Control(port, secret).client) as control:
-            run = control.StartRun(request).run_id
-        with closing(runtime.executor(port, secret)) as executor:
-            task = runtime.acquire(executor, runtime.SERVER_APP)
-        assert task is not None
-        assert task[1] == run
-        with closing(_grid(port, task[0])) as grid:
-            codes = _send(grid, served)
-    finally:
-        os.kill(supervisor, signal.SIGCONT)
+    codes: set[str] = set()
+
+    def push() -> None:
+        supervisor = served.consortium.processes["server"].pid
+        os.kill(supervisor, signal.SIGSTOP)  # it would take the task and ignore it
+        try:
+            request = StartRunRequest(fab=fab_to_proto(bundle))
+            with closing(flower.Control(port, secret).client) as control:
+                run = control.StartRun(request).run_id
+            with closing(runtime.executor(port, secret)) as executor:
+                task = runtime.acquire(executor, runtime.SERVER_APP)
+            assert task is not None
+            assert task[1] == run
+            with closing(_grid(port, task[0])) as grid:
+                codes.update(_send(grid, served))
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+
+    served.survives(push)
     assert codes == {"FX-RUN-001"}
     assert not marker.exists()
     for name in served.consortium.sites:
         state = served.consortium.site_state(name)
         lines = chain.read(state / "audit.jsonl")
         assert bundle.hash_str in {e.get("digest") for e in lines}
-        assert lines[-1]["code"] == "FX-RUN-001"
+        assert "FX-RUN-001" in {e.get("code") for e in lines}
 
 
 def test_a_site_whose_key_was_struck_is_refused_and_named(served):
     """The site is revoked between two rounds; the quorum wants it, so the run fails."""
-    name = served.consortium.sites[-1]
-
-    def strike() -> None:
-        served.consortium.admin("site", "revoke", name, "--reason", "a test")
-
-    assert served.run("revoked", strike) == "failed"
-    state = served.consortium.run_dir("revoked") / "state.json"
+    name, state_of = served.consortium.sites[-1], served.consortium.state_of
+    run = served.running()
+    served.consortium.admin("site", "revoke", name, "--reason", "a test")
+    served.consortium.until("the run fails", lambda: state_of(run) == "failed")
+    state = served.consortium.run_dir(run) / "state.json"
     reason = json.loads(state.read_text())["reason"]
     assert name in reason
     assert "revoked" in reason
@@ -127,6 +131,7 @@ def test_a_site_whose_key_was_struck_is_refused_and_named(served):
 def test_new_keys_bring_a_struck_site_back_without_touching_other_kits(served):
     """Rotation: new keys, new kit, approval anew; the failed run is resumed."""
     consortium, name = served.consortium, served.consortium.sites[-1]
+    run = served.run
     others = {
         n: (consortium.site_state(n) / "identity" / "kit.json").read_bytes()
         for n in consortium.sites[:-1]
@@ -136,33 +141,28 @@ def test_new_keys_bring_a_struck_site_back_without_touching_other_kits(served):
     process.wait()
     state, site_toml = consortium.site_state(name), consortium.site_toml(name)
     (state / "identity").rename(state / "identity.before")
-    port = Consortium(consortium.state).settings.port
-    words = ("--name", name, "--server", f"localhost:{port}")
+    server = consortium.servers[name]
+    words = ("--name", name, "--server", server)
     fingerprint = consortium.site("init", site_toml.parent, *words).strip()
     kit = site_toml.parent / "new-kit.json"
     consortium.admin(
         "site", "add", name, "--request", state / "request.json",
         "--fingerprint", fingerprint, "--out", kit,
     )  # fmt: skip
+    consortium.redirect(name, kit)
     consortium.site("join", site_toml, kit)
     consortium.approve(served.contract, [name])
     consortium.start_site(name)
-    key = consortium.key("first-administrator")
-    consortium.admin("run", "resume", "revoked", "--key", key)
-    consortium.until("resumed", lambda: consortium.state_of("revoked") == "running")
-    assert consortium.wait("revoked") == "finished"
-    assert consortium.digest("revoked") == served.simulated
+    served.resume(run)
+    served.survives()
+    assert served.run == run
     for other, kit_before in others.items():
         path = consortium.site_state(other) / "identity" / "kit.json"
         assert path.read_bytes() == kit_before
 
 
 def test_the_servers_new_certificate_is_taken_up_during_a_run(served):
-    def renew() -> None:
-        served.consortium.admin("consortium", "renew")
-
-    assert served.run("renewed", renew) == "finished"
-    assert served.consortium.digest("renewed") == served.simulated
+    served.survives(lambda: served.consortium.admin("consortium", "renew"))
 
 
 def _grid(port: int, token: str) -> HttpGrid:
@@ -182,7 +182,7 @@ def _send(grid: HttpGrid, served: Any) -> set[str]:
     waiting = set(
         grid.push_messages([Message(content, node, keys.TRAIN) for node in nodes])
     )
-    codes, end = set(), time.monotonic() + 60
+    codes, end = set(), time.monotonic() + LIMIT_S
     while waiting and time.monotonic() < end:
         for reply in grid.pull_messages(list(waiting)):
             waiting.discard(reply.metadata.reply_to_message_id)

@@ -16,6 +16,7 @@ import typer
 from fedgex.common.errors import FedgexError
 from fedgex.common.files import write_atomic
 from fedgex.server.consortium import NotFoundError
+from fedgex.server.watch import one_line
 
 REFUSED, NOT_FOUND, NOT_RUNNING = 1, 3, 4
 
@@ -81,11 +82,6 @@ def show_rows(rows: Sequence[Mapping[str, Any]], form: str, nothing: str) -> Non
     for line in table:
         cells = (cell.ljust(w) for cell, w in zip(line, widths, strict=True))
         typer.echo("  ".join(cells).rstrip())
-
-
-def one_line(text: str) -> str:
-    """Keep a hospital's text from breaking the line or steering the terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def write_out(path: Path, content: Mapping[str, Any] | str) -> None:

@@ -20,7 +20,6 @@ from fedgex.server.command_line import (
     KeyFile,
     State,
     note,
-    one_line,
     refusals,
     show,
     show_rows,
@@ -28,6 +27,7 @@ from fedgex.server.command_line import (
 )
 from fedgex.server.consortium import Consortium
 from fedgex.server.studies import Answer
+from fedgex.server.watch import one_line
 
 study = typer.Typer(no_args_is_help=True, help="Contracts: draft, sign, publish, read.")
 

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgex.server import journal
-from fedgex.server.command_line import one_line
 
 NO_PRIVACY = "none"
 """Epsilon of a run without differential privacy: there is no bound."""
@@ -156,3 +155,8 @@ def _clock(seconds: float | None) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}"
+
+
+def one_line(text: str) -> str:
+    """Keep a hospital's text from breaking the line or steering the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -11,9 +11,11 @@ D width, H heads, V genes in the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
@@ -507,14 +509,22 @@ class GexBert(nn.Module):
         nn.init.orthogonal_(self.encoder.read.attention.value.weight, gain=20.0)
 
 
-PER_GENE = (
-    "tokens.identity.weight",
-    "tokens.direction.weight",
-    "decoder.question.weight",
-    "decoder.weight.weight",
-    "decoder.bias.weight",
-)
-"""Ends of the names of parameters with a row for each gene, first dimension V."""
+@contextmanager
+def differentiable_start(encoder: Encoder) -> Iterator[None]:
+    """Let gradients through the linear start, which training has no use for.
+
+    Without it nobody would see how the values act through factors and components.
+    """
+    linear = encoder.linear
+    if linear is None:
+        yield
+        return
+    plain: Any = LinearStart.forward
+    linear.__dict__["forward"] = types.MethodType(plain.__wrapped__, linear)
+    try:
+        yield
+    finally:
+        del linear.__dict__["forward"]
 
 
 class ClassificationHead(nn.Module):

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from fedgex.common import keys
-from fedgex.common.arrays import Arrays
+from fedgex.common.arrays import PER_GENE, Arrays
 from fedgex.common.errors import UpdateError
-from fedgex.common.model import PER_GENE
 from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server import aggregation
 from fedgex.server.aggregation import Array

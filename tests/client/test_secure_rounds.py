@@ -19,8 +19,8 @@ from fedgex.client import secure_rounds
 from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.settings import SiteSettings
 from fedgex.common import exchange, keys, pki
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.chain import Head
-from fedgex.common.model import PER_GENE
 from fedgex.common.receipt import Part, reply_digest
 from fedgex.common.records import to_arrays, to_record
 from fedgex.common.secure_aggregation import FixedPoint, PrivateKeys

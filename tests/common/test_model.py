@@ -12,9 +12,9 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.errors import ConfigError
 from fedgex.common.model import (
-    PER_GENE,
     PRESETS,
     TYPE_NOISE,
     Attention,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from fedgex.common.arrays import Arrays
+from fedgex.common.arrays import PER_GENE, Arrays
 from fedgex.common.errors import UpdateError
-from fedgex.common.model import PER_GENE, GexBert, preset
+from fedgex.common.model import GexBert, preset
 from fedgex.common.parameters import parameters
 from fedgex.common.records import packed, to_record
 from fedgex.common.study import SitePrivacy, StrategyRule

@@ -15,7 +15,7 @@ help:
 ## install   set up .venv with fedgex and every tool
 install: $(READY)
 
-$(READY): pyproject.toml deploy/constraints.txt
+$(READY): pyproject.toml setup.py deploy/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint deploy/constraints.txt 'pip>=25.1' torch
 	$(BIN)/pip install --quiet --constraint deploy/constraints.txt --editable '.[simulation]' --group dev

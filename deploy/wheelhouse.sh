@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
 # Collect everything that a machine without a network needs to install fedgex.
 #
-#   deploy/wheelhouse.sh FOLDER [PIP OPTION...]
+#   deploy/wheelhouse.sh site|server|all FOLDER [PIP OPTION...]
 #
 # FOLDER (new or empty) gets a wheel of fedgex and of each package it needs, in the
 # versions of constraints.txt; requirements.txt with their hashes; the systemd units; and
-# SHA256SUMS over all of it. The wheels fit machines like this one: same system, same
-# processor, same Python (PYTHON names another one). Options go to pip: for torch without
-# CUDA, --extra-index-url https://download.pytorch.org/whl/cpu
+# SHA256SUMS over all of it. The wheel of fedgex holds `client` and `common` for a site,
+# `server` and `common` for the server, everything for all. The wheels fit machines like
+# this one: same system, same processor, same Python (PYTHON names another one). Options
+# go to pip: for torch without CUDA, --extra-index-url https://download.pytorch.org/whl/cpu
 set -euo pipefail
-folder=${1:?usage: deploy/wheelhouse.sh FOLDER [PIP OPTION...]}
-shift
+usage="usage: deploy/wheelhouse.sh site|server|all FOLDER [PIP OPTION...]"
+part=${1:?$usage}
+folder=${2:?$usage}
+shift 2
+case $part in
+site) sides=(client common) units=(fedgex-site) ;;
+server) sides=(server common) units=(fedgex-server) ;;
+all) sides=(client common server simulations) units=(fedgex-site fedgex-server) ;;
+*)
+    echo "Error: there is no wheelhouse for \"$part\"; $usage" >&2
+    exit 2
+    ;;
+esac
 deploy=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 
@@ -23,10 +35,12 @@ fi
 # A copy, because a build folder of earlier days would go into the wheel.
 source=$(mktemp -d)
 trap 'rm -rf "$source"' EXIT
-(cd "$deploy/.." && cp -R client common server simulations pyproject.toml README.md LICENSE "$source")
+(cd "$deploy/.." && cp -R "${sides[@]}" setup.py pyproject.toml README.md LICENSE "$source")
 "$python" -m pip wheel --wheel-dir "$folder" --constraint "$deploy/constraints.txt" "$@" "$source"
 
-cp "$deploy"/systemd/*.service "$folder"
+for unit in "${units[@]}"; do
+    cp "$deploy/systemd/$unit.service" "$folder"
+done
 cd "$folder"
 for wheel in *.whl; do
     IFS=- read -r name version _ <<<"$wheel"

@@ -1,33 +1,56 @@
-"""The wheel holds every module, and commands start without the heavy ones."""
+"""Wheels hold the modules of their part; commands start without the heavy ones."""
 
+import shutil
 import subprocess
 import sys
-import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("client", "common", "server", "simulations")
+SIDES = ("client", "common", "server", "simulations")
+PARTS = {
+    "site": (("client", "common"), "fedgex-site"),
+    "server": (("server", "common"), "fedgex-admin"),
+}
+CACHES = shutil.ignore_patterns("__pycache__")
 
 
-def test_every_package_folder_is_listed_in_pyproject() -> None:
-    on_disk = {
-        "fedgex." + ".".join(init.parent.relative_to(ROOT).parts)
-        for folder in FOLDERS
-        for init in (ROOT / folder).rglob("__init__.py")
+def test_every_folder_of_modules_is_a_package_and_each_side_is_typed() -> None:
+    holding = {path.parent for side in SIDES for path in (ROOT / side).rglob("*.py")}
+
+    assert [f for f in holding if not (f / "__init__.py").is_file()] == []
+    assert all((ROOT / side / "py.typed").is_file() for side in SIDES)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_wheel_holds_the_sides_of_its_part_and_no_others(part, tmp_path) -> None:
+    sides, command = PARTS[part]
+    for side in sides:
+        shutil.copytree(ROOT / side, tmp_path / side, ignore=CACHES)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [sys.executable, *build, "--wheel-dir", tmp_path / "dist", tmp_path],
+        capture_output=True,
+        check=True,
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        "fedgex/" + path.relative_to(ROOT).as_posix()
+        for side in sides
+        for path in (ROOT / side).rglob("*")
+        if path.suffix in {".py", ".toml", ".html", ".typed"}
     }
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-    assert set(pyproject["tool"]["setuptools"]["packages"]) == on_disk
-
-
-def test_every_listed_package_has_its_folder_and_says_that_it_is_typed() -> None:
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = pyproject["tool"]["setuptools"]["package-dir"]
-
-    assert set(folders) == set(pyproject["tool"]["setuptools"]["packages"])
-    assert all((ROOT / folder / "py.typed").is_file() for folder in folders.values())
+    assert {name for name in held if name.startswith("fedgex/")} == expected
+    (scripts,) = (name for name in held if name.endswith("entry_points.txt"))
+    text = zipfile.ZipFile(wheel).read(scripts).decode()
+    assert text.split("\n")[1:2] == [f"{command} = fedgex.{sides[0]}.cli:app"]
+    assert text.count("fedgex-") == 1
 
 
 @pytest.mark.parametrize("side", ["client", "server"])

@@ -12,9 +12,11 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "wheelhouse.sh"
 
 
-def collect(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def collect(
+    folder: Path, *options: str, part: str = "server"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [SCRIPT, folder, *options],
+        [SCRIPT, part, folder, *options],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHON": sys.executable},
@@ -75,6 +77,17 @@ def test_a_wheel_that_was_changed_on_its_way_is_not_installed(
     assert installed.returncode != 0
     assert "DO NOT MATCH THE HASHES" in installed.stderr
     assert not (tmp_path / "there").exists()
+
+
+def test_a_hospital_installs_what_it_reviews(tmp_path: Path) -> None:
+    folder = tmp_path / "wheelhouse"
+    options = ("--no-deps", "--no-build-isolation", "--no-index")
+    assert collect(folder, *options, part="site").returncode == 0
+    install(folder, tmp_path / "there")
+
+    installed = {path.name for path in (tmp_path / "there" / "fedgex").iterdir()}
+    assert installed == {"client", "common"}
+    assert [unit.name for unit in folder.glob("*.service")] == ["fedgex-site.service"]
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:

@@ -19,12 +19,8 @@ import torch
 from torch import Tensor
 
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import (
-    ClassificationHead,
-    Encoder,
-    GexBert,
-    differentiable_start,
-)
+from fedgex.common.model import Encoder, GexBert, differentiable_start
+from fedgex.common.models.heads import ClassificationHead
 from fedgex.common.statistics import MIN_SITES, GeneMoments
 
 STEPS = 64

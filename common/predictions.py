@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, SurvivalHead
+from fedgex.common.model import Encoder
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.objectives import embed_all
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.survival import survival_probability

@@ -19,7 +19,8 @@ from fedgex.common.harmonise import Patients
 from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer, ppca
 from fedgex.common.masking import Pattern
 from fedgex.common.metrics import RestorationScore, restoration
-from fedgex.common.model import ClassificationHead, Encoder, GexBert
+from fedgex.common.model import Encoder, GexBert
+from fedgex.common.models.heads import ClassificationHead
 from fedgex.common.objectives import ModelImputer, embed
 from fedgex.common.seeds import generator
 from fedgex.common.study import (

@@ -34,11 +34,13 @@ from torch import Tensor
 from fedgex.common import attribution, masking, tasks
 from fedgex.common.errors import ConfigError
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, LinearStart
+from fedgex.common.model import Encoder, GexBert
+from fedgex.common.models.heads import ClassificationHead
 from fedgex.common.objectives import restore
 from fedgex.common.phases import take_part
 from fedgex.common.screening import CoxScore
 from fedgex.common.seeds import generator
+from fedgex.common.start import LinearStart
 from fedgex.common.statistics import GeneMoments, pool
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.common.survival_metrics import c_index_with_se

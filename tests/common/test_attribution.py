@@ -9,13 +9,8 @@ from torch import Tensor
 
 from fedgex.common import attribution, start
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import (
-    ClassificationHead,
-    Encoder,
-    GexBert,
-    ModelConfig,
-    differentiable_start,
-)
+from fedgex.common.model import Encoder, GexBert, ModelConfig, differentiable_start
+from fedgex.common.models.heads import ClassificationHead
 from fedgex.common.statistics import by_type
 
 V, N, C = 12, 9, 3

@@ -8,7 +8,8 @@ import torch
 
 from fedgex.common import tasks
 from fedgex.common.errors import UpdateError
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
+from fedgex.common.model import Encoder, GexBert
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.parameters import parameters
 from fedgex.common.start import NOISE_FACTOR
 from fedgex.common.statistics import OTHERS, CrossProducts

@@ -30,7 +30,8 @@ from fedgex.common import files, privacy, survival
 from fedgex.common.fitting import new_optimizer
 from fedgex.common.harmonise import Patients
 from fedgex.common.masking import draw_hidden
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
+from fedgex.common.model import Encoder, GexBert
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.objectives import (
     draw_panel,
     embed,

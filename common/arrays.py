@@ -11,6 +11,14 @@ from fedgex.common.errors import UpdateError
 
 Arrays = Mapping[str, NDArray[np.generic]]
 """Named arrays."""
+PER_GENE = (
+    "tokens.identity.weight",
+    "tokens.direction.weight",
+    "decoder.question.weight",
+    "decoder.weight.weight",
+    "decoder.bias.weight",
+)
+"""Ends of the names of parameters with a row for each gene, first dimension V."""
 
 
 def check(

@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgex.common import masking, predictions
-from fedgex.common.attribution import differentiable_start
-from fedgex.common.audit import CONFIDENCE
+from fedgex.common.audit import CONFIDENCE, Estimate, Roc
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import GexBert
+from fedgex.common.model import GexBert, differentiable_start
 from fedgex.common.objectives import restoration_loss, restore
 from fedgex.common.seeds import generator
 from fedgex.common.study import CLASSIFICATION
@@ -52,28 +51,6 @@ RATE, STEPS = 0.1, 300
 
 Numbers = NDArray[np.floating[Any]]
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number that was measured, and its interval at CONFIDENCE."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Roc:
-    """How well scores tell members from non-members."""
-
-    members: int
-    non_members: int
-    auc: Estimate
-    """0.5 is guessing, 1 is certainty."""
-    tpr: dict[float, Estimate | None]
-    """Share of the members found, by the share of non-members taken for members; None
-    where there are too few non-members, see NEEDED."""
 
 
 @dataclass(frozen=True, kw_only=True)

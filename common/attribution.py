@@ -11,17 +11,16 @@ measured, C classes. An attribution is NaN where the gene was not given.
 from __future__ import annotations
 
 import math
-import types
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, LinearStart
+from fedgex.common.model import Encoder, GexBert, differentiable_start
+from fedgex.common.models.heads import ClassificationHead
 from fedgex.common.statistics import MIN_SITES, GeneMoments
 
 STEPS = 64
@@ -41,24 +40,6 @@ class Attributed(NamedTuple):
     """What each gene adds to the margin, shape (N, V)."""
     change: Tensor
     """What all of them add: the margin less that of the mean patient, shape (N,)."""
-
-
-@contextmanager
-def differentiable_start(encoder: Encoder) -> Iterator[None]:
-    """Let gradients through the linear start, which training has no use for.
-
-    Without it nobody would see how the values act through factors and components.
-    """
-    linear = encoder.linear
-    if linear is None:
-        yield
-        return
-    plain: Any = LinearStart.forward
-    linear.__dict__["forward"] = types.MethodType(plain.__wrapped__, linear)
-    try:
-        yield
-    finally:
-        del linear.__dict__["forward"]
 
 
 def integrated_gradients(

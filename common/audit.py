@@ -6,16 +6,14 @@ The format stands in docs/audit.md.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Settings
-
-if TYPE_CHECKING:  # torch takes seconds to load, and a report is read without it
-    from fedgex.common.attacks import Estimate, Roc
 
 CONFIDENCE = 0.95
 """Of every interval and bound."""
@@ -27,6 +25,28 @@ Task = Literal["restoration", "classification"]
 Training = Literal["plain", "private", "released"]
 """How the attacked model was made: without privacy or with it, both simulated; or it is
 a model at hand."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that was measured, and its interval at CONFIDENCE."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roc:
+    """How well scores tell members from non-members."""
+
+    members: int
+    non_members: int
+    auc: Estimate
+    """0.5 is guessing, 1 is certainty."""
+    tpr: dict[float, Estimate | None]
+    """Share of the members found, by the share of non-members taken for members; None
+    where there are too few non-members, see `attacks.NEEDED`."""
 
 
 class Interval(Settings):

@@ -30,7 +30,7 @@ class Patients:
     event: Tensor
     """1 died, 0 censored, shape (N,); NaN where unknown."""
     clinical: Tensor
-    """Covariates named by `model.CLINICAL`, shape (N, 2); zeros where unknown."""
+    """Covariates named by `heads.CLINICAL`, shape (N, 2); zeros where unknown."""
 
     def __len__(self) -> int:
         """Return the number of patients, N."""

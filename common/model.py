@@ -10,16 +10,18 @@ D width, H heads, V genes in the vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
 from torch import Tensor, nn
 
 from fedgex.common.errors import ConfigError
+from fedgex.common.start import LinearStart, Posterior
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,177 +195,8 @@ class GeneTokens(nn.Module):
         return tokens
 
 
-LEAST_LOG_WEIGHT = -20.0
-"""Components less likely than this are all as unlikely to what reads the posterior."""
-
-TYPE_NOISE = 0.5
-"""Of the noise, where components are told apart: restoring unseen patients wants more
-of it than telling types does. Chosen by cross-validation over training institutions."""
-
-SILENT, LOUD = 0.4, 0.8
-"""How far low expression must drop out for the network to add to the linear start. On
-validation institutions, 98 of 100 patients with cells missing at random or by panel
-are below .5 at all rates, and those with low expression missing above .7."""
 LOUDNESS = 4.0
 """Of the network's output where it seldom speaks: how fast it learns to."""
-
-
-class Posterior(NamedTuple):
-    """What the linear start knows of a patient."""
-
-    factors: Tensor
-    """Mean of the factors over the components, shape (B, R)."""
-    log_weights: Tensor
-    """Log responsibility of each component, shape (B, K)."""
-
-    spread: Tensor
-    """Spread of each factor over genes as a multiple of their mean, shape (R,)."""
-
-    @property
-    def features(self) -> Tensor:
-        """Factors by their spread, and log responsibilities, shape (B, R + K)."""
-        certain = self.log_weights.clamp(min=LEAST_LOG_WEIGHT)
-        return torch.cat([self.scaled, certain], dim=-1)
-
-    @property
-    def scaled(self) -> Tensor:
-        """Factors by their spread, shape (B, R).
-
-        A ridge on what is made of them treats them as it would the genes.
-        """
-        return self.factors * self.spread
-
-
-class LinearStart(nn.Module):
-    """What a mixture of factor models knows of a patient, one component a cancer type.
-
-    In component k, x = mean_k + loadings z + noise, z ~ N(0, C_k), see common/start.py.
-    All of it comes from the federation's pooled cross-products before the first round
-    and is never trained, so that the network learns only what these do not tell. Given
-    the measured genes, with G = sum_g w_g w_g' / noise_g and A_k = C_k^-1 + G (Bishop
-    2006, eqs. 12.42 and 9.13, with a noise for each gene),
-
-        z_k        = A_k^-1 t_k,    t_k = sum_g w_g (x_g - mean_kg) / noise_g
-        log p_k(x) = -(log det C_k + log det A_k + sum_g (x_g - mean_kg)^2 / noise_g
-                       - t_k' z_k) / 2 + what is the same for all k
-
-    and component k has the responsibility share_k p_k(x) / sum_j share_j p_j(x).
-
-    V genes, K components, R factors.
-    """
-
-    loadings: Tensor
-    noise: Tensor
-    means: Tensor
-    precisions: Tensor
-    log_shares: Tensor
-
-    def __init__(self, n_genes: int, rank: int, n_components: int) -> None:
-        super().__init__()
-        K, V = n_components, n_genes
-        self.register_buffer("loadings", torch.zeros(V, rank))
-        self.register_buffer("noise", torch.ones(V))
-        self.register_buffer("means", torch.zeros(K, V))
-        self.register_buffer("precisions", torch.eye(rank).repeat(K, 1, 1))  # C_k^-1
-        self.register_buffer("log_shares", torch.full((K,), -math.log(K)))
-
-    @torch.no_grad()
-    def forward(
-        self,
-        genes: Tensor,
-        values: Tensor,
-        keep: Tensor | None,
-        noise_share: float = 1.0,
-    ) -> Posterior:
-        """Return what genes, values and keep (B, T) tell of factors and component.
-
-        Parameters
-        ----------
-        noise_share
-            Of the noise that is taken to be in the values.
-        """
-        with torch.autocast(values.device.type, enabled=False):
-            off = values.float().unsqueeze(1) - self.means[:, genes].transpose(0, 1)
-            if _alike(genes) and (keep is None or _alike(keep)):
-                # What follows from the panel alone is worked out once: b is 1, else B.
-                genes, keep = genes[:1], None if keep is None else keep[:1]
-            w = self.loadings[genes]  # (b, T, R)
-            precise = 1 / (noise_share * self.noise[genes])  # (b, T)
-            if keep is not None:
-                precise = precise * keep
-            weighted = (w * precise.unsqueeze(-1)).mT  # (b, R, T)
-            target = off @ weighted.mT  # (B, K, R)
-            root, _ = torch.linalg.cholesky_ex(
-                (weighted @ w).unsqueeze(1) + self.precisions
-            )  # (b, K, R, R)
-            if len(root) == 1:
-                factors = torch.cholesky_solve(target.permute(1, 2, 0), root[0])
-                factors = factors.permute(2, 0, 1)  # (B, K, R)
-            else:
-                factors = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)
-            distance = (off.square() * precise.unsqueeze(1)).sum(-1)
-            distance = distance - (target * factors).sum(-1)  # (B, K)
-            log_density = -(_log_det(root) - self._log_det_precisions() + distance / 2)
-            log_weights = (self.log_shares + log_density).log_softmax(-1)
-            weights = log_weights.exp()
-            mean = (weights.unsqueeze(-1) * factors).sum(1)  # (B, R)
-            size = self.loadings.square().sum(0)  # (R,)
-            spread = (size / size.mean().clamp(min=1e-12)).sqrt()
-            return Posterior(factors=mean, log_weights=log_weights, spread=spread)
-
-    def evidence(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
-        """Return log responsibilities as if types were equally common, shape (B, K).
-
-        How common each is differs between hospitals more than what it looks like.
-        """
-        log_weights = self(genes, values, keep, TYPE_NOISE).log_weights
-        unknown = self.log_shares < LEAST_LOG_WEIGHT
-        shares = self.log_shares.masked_fill(unknown, 0.0)
-        evidence: Tensor = (log_weights - shares).log_softmax(-1)
-        return evidence.clamp(min=LEAST_LOG_WEIGHT)
-
-    def restore(self, known: Posterior, genes: Tensor) -> Tensor:
-        """Return the mean of the genes asked for, (B, Q)."""
-        means = self.means[:, genes].transpose(0, 1)  # (B, K, Q)
-        of_type = (known.log_weights.exp().unsqueeze(1) @ means).squeeze(1)
-        linear = (self.loadings[genes] @ known.factors.unsqueeze(-1)).squeeze(-1)
-        restored: Tensor = of_type + linear
-        return restored
-
-    @torch.no_grad()
-    def say(self, known: Posterior, genes: Tensor, keep: Tensor | None) -> Tensor:
-        """Return how far missingness itself tells of the values, 0 to 1, shape (B,).
-
-        The start takes cells to be missing at random. Where those restored lie below
-        those measured, by `SILENT` SDs of the patient's restored genes or more, they
-        are not, and the network has the word; at `LOUD` SDs in full.
-        """
-        V = self.loadings.shape[0]
-        everything = torch.arange(V, device=genes.device).expand(len(genes), -1)
-        restored = self.restore(known, everything)  # (B, V)
-        there = torch.ones_like(genes) if keep is None else keep.long()
-        measured = torch.zeros_like(everything).scatter_add(1, genes, there).bool()
-        n_measured = measured.sum(1)
-        high = (restored * measured).sum(1) / n_measured.clamp(min=1)
-        low = (restored * ~measured).sum(1) / (V - n_measured).clamp(min=1)
-        drop = (high - low) / restored.std(1).clamp(min=1e-6)
-        told = ((drop - SILENT) / (LOUD - SILENT)).clamp(0, 1)
-        some = (n_measured > 0) & (n_measured < V)
-        return torch.where(some, told, 0.0)
-
-    def _log_det_precisions(self) -> Tensor:
-        """Return half the log determinant of each C_k^-1, shape (K,)."""
-        return _log_det(torch.linalg.cholesky_ex(self.precisions)[0])
-
-
-def _alike(rows: Tensor) -> bool:
-    """Return whether all rows are the same; none are."""
-    return bool((rows == rows[:1]).all())
-
-
-def _log_det(root: Tensor) -> Tensor:
-    """Return half the log determinant of L L', from L of shape (..., R, R)."""
-    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 class Encoder(nn.Module):
@@ -500,122 +333,22 @@ class GexBert(nn.Module):
         nn.init.orthogonal_(self.encoder.read.attention.value.weight, gain=20.0)
 
 
-PER_GENE = (
-    "tokens.identity.weight",
-    "tokens.direction.weight",
-    "decoder.question.weight",
-    "decoder.weight.weight",
-    "decoder.bias.weight",
-)
-"""Ends of the names of parameters with a row for each gene, first dimension V."""
+@contextmanager
+def differentiable_start(encoder: Encoder) -> Iterator[None]:
+    """Let gradients through the linear start, which training has no use for.
 
-
-class ClassificationHead(nn.Module):
-    """Cancer type from a patient's vector.
-
-    logits = linear(norm(latents, factors)) + known(evidence)
-
-    The second is there if the linear start has a component for each of some types. At
-    first it says what these say (a generative classifier, which needs no training and
-    few genes); the rest is silent, and learns what they miss.
+    Without it nobody would see how the values act through factors and components.
     """
-
-    def __init__(self, config: ModelConfig, n_classes: int) -> None:
-        super().__init__()
-        self.n_read = config.width + config.linear_rank
-        self.norm = nn.LayerNorm(self.n_read)
-        self.linear = nn.Linear(self.n_read, n_classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.known: nn.Linear | None = None
-        if config.linear_rank and config.linear_components > 1:
-            self.known = nn.Linear(config.linear_components, n_classes, bias=False)
-            nn.init.zeros_(self.known.weight)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        """Map (B, D + R + K) to logits (B, classes)."""
-        logits: Tensor = self.linear(self.norm(embedding[:, : self.n_read]))
-        if self.known is not None:
-            logits = logits + self.known(embedding[:, self.n_read :])
-        return logits
-
-    def start_from(self, types: Sequence[str], classes: Sequence[str]) -> None:
-        """Let each class begin with the evidence for the component of its name."""
-        if self.known is None:
-            return
-        same = [[float(a == b) for b in types] for a in classes]
-        with torch.no_grad():
-            self.known.weight.copy_(torch.tensor(same))
-
-
-class SurvivalHead(nn.Module):
-    """A log-hazard over a baseline for each cancer type and interval.
-
-    logit hazard_k(patient) = baseline[type, k] + log_hazard(patient)
-    log_hazard(patient)     = shared(x) + OWN_SHARE * own[type](x)
-
-    with x the latents and the factors, each block of mean square about 1 in all, and so
-    for the clinical covariates, with CLINICAL_SHARE: what is prognostic in all
-    cancers is learned from all of them, and each cancer departs from it as far as its
-    own patients say. With a ridge of strength r on all weights (weight decay of SGD),
-    that is a ridge of r on what is shared and r / OWN_SHARE^2 on what is a type's own.
-    """
-
-    def __init__(self, config: ModelConfig, n_types: int, n_intervals: int) -> None:
-        super().__init__()
-        self.sizes = [size for size in (config.width, config.linear_rank) if size]
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
-        width = sum(self.sizes)
-        self.shared = nn.Linear(width, 1, bias=False)
-        self.own = nn.Linear(width, n_types, bias=False)
-        self.clinical_shared = nn.Linear(len(CLINICAL), 1, bias=False)
-        self.clinical_own = nn.Linear(len(CLINICAL), n_types, bias=False)
-        self.baseline = nn.Embedding(n_types, n_intervals)
-        for weight in self.parameters():
-            nn.init.zeros_(weight)
-
-    def log_hazard(self, embedding: Tensor, clinical: Tensor, types: Tensor) -> Tensor:
-        """Return one number a patient, shape (B,); higher means an earlier death.
-
-        Parameters
-        ----------
-        embedding
-            Shape (B, D + R + K), see `Encoder.embed`.
-        clinical
-            Shape (B, 2), see CLINICAL; zeros where unknown or unused.
-        types
-            Index of the cancer type, shape (B,).
-        """
-        read = embedding[:, : sum(self.sizes)].split(self.sizes, dim=1)
-        blocks = [self.norm(read[0]), *read[1:]]  # latents, factors
-        x = torch.cat([block / block.shape[1] ** 0.5 for block in blocks], dim=1)
-        own = OWN_SHARE * self.own(x) + CLINICAL_SHARE * self.clinical_own(clinical)
-        shared = self.shared(x) + self.clinical_shared(clinical)  # (B, 1)
-        scores: Tensor = shared + own.gather(1, types[:, None])
-        return scores.squeeze(1)
-
-    def forward(self, embedding: Tensor, clinical: Tensor, types: Tensor) -> Tensor:
-        """Return the logits of the interval hazards, shape (B, intervals)."""
-        baseline: Tensor = self.baseline_logits(types)
-        return baseline + self.log_hazard(embedding, clinical, types)[:, None]
-
-    def baseline_logits(self, types: Tensor) -> Tensor:
-        """Return the logits of the interval hazards at log-hazard 0, (B, intervals)."""
-        # Opacus' expanded weights take no table's index of one dimension.
-        scaled: Tensor = self.baseline(types[:, None]).squeeze(1)
-        return BASELINE_START + BASELINE_SCALE * scaled
-
-
-OWN_SHARE, CLINICAL_SHARE = 0.6, 0.2
-"""How freely a cancer type departs from what all share: in expression, and in age and
-sex. Chosen by cross-validation over training institutions (docs/decisions/0006)."""
-BASELINE_START = -2.0
-"""Logit of the hazard of an interval before training: about one in eight."""
-BASELINE_SCALE = 3.0
-"""Lets gradient steps that suit the weights move the baseline as fast."""
-
-CLINICAL = ("age", "sex")
-"""Clinical covariates of the survival head: (age - 60) / 10 years, and male = 1."""
+    linear = encoder.linear
+    if linear is None:
+        yield
+        return
+    plain: Any = LinearStart.forward
+    linear.__dict__["forward"] = types.MethodType(plain.__wrapped__, linear)
+    try:
+        yield
+    finally:
+        del linear.__dict__["forward"]
 
 
 def select(mask: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fedgex.common import survival
 from fedgex.common.fitting import Loss, pretraining_loss
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, SurvivalHead
+from fedgex.common.model import Encoder, GexBert
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.objectives import draw_panel, embed, embed_all, mixed_precision
 from fedgex.common.study import (
     CLASSIFICATION,

@@ -48,9 +48,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError, UpdateError
-from fedgex.common.model import PER_GENE
 from fedgex.common.study import FEWEST_SUMMED, StrategyRule
 
 Words = NDArray[np.uint32]

@@ -17,13 +17,29 @@ incomplete data via the EM algorithm, 1977.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fedgex.common.imputers import factor_analysis
 from fedgex.common.statistics import CrossProducts, pool, pool_types
+
+LEAST_LOG_WEIGHT = -20.0
+"""Components less likely than this are all as unlikely to what reads the posterior."""
+
+TYPE_NOISE = 0.5
+"""Of the noise, where components are told apart: restoring unseen patients wants more
+of it than telling types does. Chosen by cross-validation over training institutions."""
+
+SILENT, LOUD = 0.4, 0.8
+"""How far low expression must drop out for the network to add to the linear start. On
+validation institutions, 98 of 100 patients with cells missing at random or by panel
+are below .5 at all rates, and those with low expression missing above .7."""
 
 OWN_FROM = 12
 """Patients of a type at which its variance along the factor of largest spread over
@@ -43,6 +59,164 @@ NO_SPREAD = 1e-9
 """A factor beyond what the data tell has no loadings."""
 NEVER = -1e6
 """Log share of a type of which nothing is known."""
+
+
+class Posterior(NamedTuple):
+    """What the linear start knows of a patient."""
+
+    factors: Tensor
+    """Mean of the factors over the components, shape (B, R)."""
+    log_weights: Tensor
+    """Log responsibility of each component, shape (B, K)."""
+
+    spread: Tensor
+    """Spread of each factor over genes as a multiple of their mean, shape (R,)."""
+
+    @property
+    def features(self) -> Tensor:
+        """Factors by their spread, and log responsibilities, shape (B, R + K)."""
+        certain = self.log_weights.clamp(min=LEAST_LOG_WEIGHT)
+        return torch.cat([self.scaled, certain], dim=-1)
+
+    @property
+    def scaled(self) -> Tensor:
+        """Factors by their spread, shape (B, R).
+
+        A ridge on what is made of them treats them as it would the genes.
+        """
+        return self.factors * self.spread
+
+
+class LinearStart(nn.Module):
+    """What a mixture of factor models knows of a patient, one component a cancer type.
+
+    In component k, x = mean_k + loadings z + noise, z ~ N(0, C_k), see above.
+    All of it comes from the federation's pooled cross-products before the first round
+    and is never trained, so that the network learns only what these do not tell. Given
+    the measured genes, with G = sum_g w_g w_g' / noise_g and A_k = C_k^-1 + G (Bishop
+    2006, eqs. 12.42 and 9.13, with a noise for each gene),
+
+        z_k        = A_k^-1 t_k,    t_k = sum_g w_g (x_g - mean_kg) / noise_g
+        log p_k(x) = -(log det C_k + log det A_k + sum_g (x_g - mean_kg)^2 / noise_g
+                       - t_k' z_k) / 2 + what is the same for all k
+
+    and component k has the responsibility share_k p_k(x) / sum_j share_j p_j(x).
+
+    V genes, K components, R factors.
+    """
+
+    loadings: Tensor
+    noise: Tensor
+    means: Tensor
+    precisions: Tensor
+    log_shares: Tensor
+
+    def __init__(self, n_genes: int, rank: int, n_components: int) -> None:
+        super().__init__()
+        K, V = n_components, n_genes
+        self.register_buffer("loadings", torch.zeros(V, rank))
+        self.register_buffer("noise", torch.ones(V))
+        self.register_buffer("means", torch.zeros(K, V))
+        self.register_buffer("precisions", torch.eye(rank).repeat(K, 1, 1))  # C_k^-1
+        self.register_buffer("log_shares", torch.full((K,), -math.log(K)))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        genes: Tensor,
+        values: Tensor,
+        keep: Tensor | None,
+        noise_share: float = 1.0,
+    ) -> Posterior:
+        """Return what genes, values and keep (B, T) tell of factors and component.
+
+        Parameters
+        ----------
+        noise_share
+            Of the noise that is taken to be in the values.
+        """
+        with torch.autocast(values.device.type, enabled=False):
+            off = values.float().unsqueeze(1) - self.means[:, genes].transpose(0, 1)
+            if _alike(genes) and (keep is None or _alike(keep)):
+                # What follows from the panel alone is worked out once: b is 1, else B.
+                genes, keep = genes[:1], None if keep is None else keep[:1]
+            w = self.loadings[genes]  # (b, T, R)
+            precise = 1 / (noise_share * self.noise[genes])  # (b, T)
+            if keep is not None:
+                precise = precise * keep
+            weighted = (w * precise.unsqueeze(-1)).mT  # (b, R, T)
+            target = off @ weighted.mT  # (B, K, R)
+            root, _ = torch.linalg.cholesky_ex(
+                (weighted @ w).unsqueeze(1) + self.precisions
+            )  # (b, K, R, R)
+            if len(root) == 1:
+                factors = torch.cholesky_solve(target.permute(1, 2, 0), root[0])
+                factors = factors.permute(2, 0, 1)  # (B, K, R)
+            else:
+                factors = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)
+            distance = (off.square() * precise.unsqueeze(1)).sum(-1)
+            distance = distance - (target * factors).sum(-1)  # (B, K)
+            log_density = -(_log_det(root) - self._log_det_precisions() + distance / 2)
+            log_weights = (self.log_shares + log_density).log_softmax(-1)
+            weights = log_weights.exp()
+            mean = (weights.unsqueeze(-1) * factors).sum(1)  # (B, R)
+            size = self.loadings.square().sum(0)  # (R,)
+            spread = (size / size.mean().clamp(min=1e-12)).sqrt()
+            return Posterior(factors=mean, log_weights=log_weights, spread=spread)
+
+    def evidence(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
+        """Return log responsibilities as if types were equally common, shape (B, K).
+
+        How common each is differs between hospitals more than what it looks like.
+        """
+        log_weights = self(genes, values, keep, TYPE_NOISE).log_weights
+        unknown = self.log_shares < LEAST_LOG_WEIGHT
+        shares = self.log_shares.masked_fill(unknown, 0.0)
+        evidence: Tensor = (log_weights - shares).log_softmax(-1)
+        return evidence.clamp(min=LEAST_LOG_WEIGHT)
+
+    def restore(self, known: Posterior, genes: Tensor) -> Tensor:
+        """Return the mean of the genes asked for, (B, Q)."""
+        means = self.means[:, genes].transpose(0, 1)  # (B, K, Q)
+        of_type = (known.log_weights.exp().unsqueeze(1) @ means).squeeze(1)
+        linear = (self.loadings[genes] @ known.factors.unsqueeze(-1)).squeeze(-1)
+        restored: Tensor = of_type + linear
+        return restored
+
+    @torch.no_grad()
+    def say(self, known: Posterior, genes: Tensor, keep: Tensor | None) -> Tensor:
+        """Return how far missingness itself tells of the values, 0 to 1, shape (B,).
+
+        The start takes cells to be missing at random. Where those restored lie below
+        those measured, by `SILENT` SDs of the patient's restored genes or more, they
+        are not, and the network has the word; at `LOUD` SDs in full.
+        """
+        V = self.loadings.shape[0]
+        everything = torch.arange(V, device=genes.device).expand(len(genes), -1)
+        restored = self.restore(known, everything)  # (B, V)
+        there = torch.ones_like(genes) if keep is None else keep.long()
+        measured = torch.zeros_like(everything).scatter_add(1, genes, there).bool()
+        n_measured = measured.sum(1)
+        high = (restored * measured).sum(1) / n_measured.clamp(min=1)
+        low = (restored * ~measured).sum(1) / (V - n_measured).clamp(min=1)
+        drop = (high - low) / restored.std(1).clamp(min=1e-6)
+        told = ((drop - SILENT) / (LOUD - SILENT)).clamp(0, 1)
+        some = (n_measured > 0) & (n_measured < V)
+        return torch.where(some, told, 0.0)
+
+    def _log_det_precisions(self) -> Tensor:
+        """Return half the log determinant of each C_k^-1, shape (K,)."""
+        return _log_det(torch.linalg.cholesky_ex(self.precisions)[0])
+
+
+def _alike(rows: Tensor) -> bool:
+    """Return whether all rows are the same; none are."""
+    return bool((rows == rows[:1]).all())
+
+
+def _log_det(root: Tensor) -> Tensor:
+    """Return half the log determinant of L L', from L of shape (..., R, R)."""
+    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def pool_completed(
@@ -140,7 +314,7 @@ def fit(
     rank: int,
     n_steps: int = 30,
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the parameters of `model.LinearStart`, by name.
+    """Return the parameters of `LinearStart`, by name.
 
     Parameters
     ----------

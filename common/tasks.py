@@ -19,14 +19,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedgex.common import start
-from fedgex.common.model import (
-    ClassificationHead,
-    Encoder,
-    GexBert,
-    ModelConfig,
-    SurvivalHead,
-    preset,
-)
+from fedgex.common.model import Encoder, GexBert, ModelConfig, preset
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.parameters import load_parameters, parameters
 from fedgex.common.seeds import seeded
 from fedgex.common.statistics import CrossProducts

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.model import GexBert, LinearStart
+from fedgex.common.model import GexBert
 from fedgex.common.objectives import restore
+from fedgex.common.start import LinearStart
 
 VARIANCE_SHARE = 0.85
 """Mean squared error of unseen patients over what the linear start predicts, whose

@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from fedgex.common.arrays import Arrays
+from fedgex.common.arrays import PER_GENE, Arrays
 from fedgex.common.errors import UpdateError
 from fedgex.common.federation import Update
-from fedgex.common.model import PER_GENE
 from fedgex.common.study import SitePrivacy, StrategyRule
 from fedgex.server import aggregation
 from fedgex.server.aggregation import Array, Weight

@@ -26,7 +26,7 @@ from fedgex.common.processes import (
     log_to_stderr,
 )
 from fedgex.server.settings import ServerSettings
-from fedgex.simulations.grid import SUPERLINK_NODE_ID, LocalGrid
+from fedgex.simulations.grid import SERVER_NODE, LocalGrid
 from fedgex.simulations.processes import process_pool
 
 Engine = Literal["local", "flower"]
@@ -72,7 +72,7 @@ def main(settings: Path, sites: Path, workers: int) -> None:
     end_with_parent()
     context = Context(
         run_id=1,
-        node_id=SUPERLINK_NODE_ID,
+        node_id=SERVER_NODE,
         node_config={},
         state=RecordDict(),
         run_config={"settings": str(settings)},

@@ -24,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedgex.client.app
 
+SERVER_NODE = SUPERLINK_NODE_ID
 FIRST_NODE = 100
 AHEAD = 2
 """Messages handed to the pool for each of its workers: one under way, one next."""
@@ -48,7 +49,7 @@ class LocalGrid(Grid):
         """
         # Flower 1.41 builds no message in a process without a task.
         TaskIdentity.run_id = TaskIdentity.task_id = 1
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        TaskIdentity.node_id = SERVER_NODE
         names = sorted(path.name for path in sites.iterdir() if path.is_dir())
         self.names = dict(enumerate(names, start=FIRST_NODE))
         self._sites, self._pool, self._most = sites, pool, AHEAD * workers

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from fedgex.common import attribution
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import LinearStart
 from fedgex.common.screening import CoxScore
+from fedgex.common.start import LinearStart
 from fedgex.common.survival_metrics import c_index_with_se
 
 PROGRAMMES = 32

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedgex.common import attribution, masking, tasks
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, GexBert
+from fedgex.common.model import Encoder, GexBert
+from fedgex.common.models.heads import ClassificationHead
 from fedgex.common.objectives import restore
 from fedgex.common.seeds import generator
 from fedgex.common.statistics import GeneMoments, pool

@@ -24,16 +24,11 @@ from fedgex.client.private_training import (
 )
 from fedgex.common import survival
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import (
-    ClassificationHead,
-    Encoder,
-    GexBert,
-    LinearStart,
-    ModelConfig,
-    SurvivalHead,
-)
+from fedgex.common.model import Encoder, GexBert, ModelConfig
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.objectives import embed, restore
 from fedgex.common.secret import SecretRandom
+from fedgex.common.start import LinearStart
 from fedgex.common.study import (
     Classification,
     LocalTraining,

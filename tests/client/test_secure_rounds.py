@@ -19,6 +19,7 @@ from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.secure_state import AttemptState
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys, pki
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.chain import Head
 from fedgex.common.messages.fields import (
     AdvertisedKeys,
@@ -35,7 +36,6 @@ from fedgex.common.messages.requests import (
     TrainRequest,
     UnmaskRequest,
 )
-from fedgex.common.model import PER_GENE
 from fedgex.common.receipt import Part, reply_digest
 from fedgex.common.records import to_arrays, to_record
 from fedgex.common.secure_aggregation import FixedPoint, PrivateKeys

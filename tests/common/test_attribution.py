@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fedgex.common import attribution, start
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import ClassificationHead, Encoder, GexBert, ModelConfig
+from fedgex.common.model import Encoder, GexBert, ModelConfig, differentiable_start
+from fedgex.common.models.heads import ClassificationHead
 from fedgex.common.statistics import by_type
 
 V, N, C = 12, 9, 3
@@ -217,7 +218,7 @@ def test_afterwards_the_linear_start_lets_no_gradient_through_again(
     genes, values = torch.arange(V)[None], patients().values.requires_grad_()
     assert encode.linear is not None
 
-    with attribution.differentiable_start(encode):
+    with differentiable_start(encode):
         inside = encode.linear(genes, values, None).factors.requires_grad
     outside = encode.linear(genes, values, None).factors.requires_grad
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedgex.client import ledger
 from fedgex.client.decisions import Decision
+from fedgex.client.ledger.book import content_hash
 from fedgex.common import chain
 from fedgex.common.canonical import canonical_json
 from fedgex.common.enrolment import EnrolmentRequest
@@ -94,7 +94,7 @@ GROUP = Group(
             "6a705a03b8d14515e3fca4b1c868b68a35182e67495c67914a3f2cebb1bedc75",
         ),
         (
-            ledger._hash(ROW),
+            content_hash(ROW),
             "7e96b8be5792bb0289efcab5c6d6f2dd7dec1870e53005b4690e955f3f4916ac",
         ),
         (

@@ -12,23 +12,20 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.errors import ConfigError
 from fedgex.common.model import (
-    PER_GENE,
     PRESETS,
-    TYPE_NOISE,
     Attention,
-    ClassificationHead,
     GeneTokens,
     GexBert,
-    LinearStart,
     ModelConfig,
-    SurvivalHead,
     n_parameters,
     preset,
     select,
 )
-from fedgex.common.start import NEVER
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
+from fedgex.common.start import NEVER, TYPE_NOISE, LinearStart
 
 V = 23
 """Genes; no other dimension of the model below is of this size."""

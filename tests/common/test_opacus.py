@@ -14,15 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedgex.common import survival
-from fedgex.common.model import (
-    ClassificationHead,
-    Encoder,
-    GexBert,
-    LinearStart,
-    ModelConfig,
-    SurvivalHead,
-)
+from fedgex.common.model import Encoder, GexBert, ModelConfig
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.objectives import embed, restoration_loss
+from fedgex.common.start import LinearStart
 
 B, V = 4, 7
 CONFIG = ModelConfig(

@@ -10,11 +10,8 @@ from torch import Tensor, nn
 
 from fedgex.common.fitting import fit, judge
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import (
-    ClassificationHead,
-    Encoder,
-    SurvivalHead,
-)
+from fedgex.common.model import Encoder
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.objectives import embed
 from fedgex.common.phases import (
     classification_loss,

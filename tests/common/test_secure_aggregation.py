@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedgex.common import secure_aggregation as protocol
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.errors import TrustError, UpdateError
-from fedgex.common.model import PER_GENE
 from fedgex.common.secure_aggregation import (
     PRIME,
     Context,

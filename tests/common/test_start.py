@@ -10,7 +10,7 @@ from scipy.special import softmax
 from scipy.stats import multivariate_normal
 
 from fedgex.common import start
-from fedgex.common.model import LinearStart
+from fedgex.common.start import LinearStart
 from fedgex.common.statistics import OTHERS, CrossProducts, pool_types
 
 V, R = 24, 2

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from fedgex.common import model
 from fedgex.common.errors import ConfigError
-from fedgex.common.model import GexBert, LinearStart
+from fedgex.common.model import GexBert
+from fedgex.common.start import LinearStart
 from fedgex.common.uncertainty import VARIANCE_SHARE, restore_with_spread
 
 N_GENES, RANK, TYPES = 12, 3, 2

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from fedgex.client.ledger import debit, ledger
+from fedgex.client.ledger.book import Budget, Debit
 from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, privacy
+from fedgex.common.codes import Code
 from fedgex.simulations.rehearsal import LIMIT_S, Rehearsal
 
 from .consortium import SCENARIO, Served, build
@@ -111,7 +113,7 @@ def test_a_run_beyond_the_budget_ends_with_its_reason_and_spends_nothing(protect
 
     events = consortium.events("second")
     (failed,) = (e for e in events if e["event"] == "run-failed")
-    assert failed["reason"].count(ledger.EXCEEDED) >= 1
+    assert failed["reason"].count(Code.BUDGET_EXCEEDED) >= 1
     assert {site: spent(consortium, site) for site in consortium.sites} == before
 
 
@@ -124,12 +126,10 @@ def test_a_daemon_does_not_start_over_a_ledger_from_a_backup(protected):
     now, old = state / ledger.FILE, state / "backup.sqlite"
     shutil.copy(now, old)
     ledger.Ledger.open(state).debit(
-        ledger.Debit(
-            contract="", run="later", type="train", phase="", round=1, request="0"
-        ),
+        Debit(contract="", run="later", type="train", phase="", round=1, request="0"),
         [privacy.Invocation(noise_multiplier=100.0, sample_rate=1)],
         ["somebody"],
-        budget=ledger.Budget(epsilon=1e6, delta=1e-5),
+        budget=Budget(epsilon=1e6, delta=1e-5),
     )
     head = ledger.Ledger.open(state).head
     audit = chain.Chain(state / "audit.jsonl")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedgex.client import local_training
 from fedgex.common import fitting, tasks
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.federation import Update
 from fedgex.common.harmonise import Patients
-from fedgex.common.model import PER_GENE
 from fedgex.common.statistics import CrossProducts, GeneMoments, pool
 from fedgex.common.study import PRETRAINING, Study
 from fedgex.server.strategy import combine

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from fedgex.client.validation import load_cohort
 
 from fedgex.client import local_training
+from fedgex.client.data.cohort import load_cohort
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from flwr.app import RecordDict
 
-from fedgex.client.local_training import DELTA_TOO_LARGE
 from fedgex.common import federation, keys
+from fedgex.common.codes import Code
 from fedgex.common.errors import FederationError
 from fedgex.common.records import to_arrays
 from fedgex.common.study import Study
@@ -151,7 +151,7 @@ def test_a_delta_of_one_in_the_patients_is_refused(
 ) -> None:
     of = _short(privacy={"patient": _rule() | {"delta": 0.2}})
 
-    with pytest.raises(FederationError, match=DELTA_TOO_LARGE):
+    with pytest.raises(FederationError, match=Code.DELTA_TOO_LARGE):
         run(consortium, tmp_path / "run", of, sites)
 
 

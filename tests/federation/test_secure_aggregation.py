@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from fedgex.client import secure_rounds
 from fedgex.client.ledger.ledger import Ledger
 from fedgex.common import checkpoint, federation, keys
+from fedgex.common.arrays import PER_GENE
 from fedgex.common.errors import FederationError
-from fedgex.common.model import PER_GENE
 from fedgex.common.receipt import NO_RECEIPT
 from fedgex.common.records import to_arrays
 from fedgex.common.study import Study

@@ -225,7 +225,7 @@ def test_a_phase_begins_plainly_with_few_public_patients():
     values = {"name": "test", "public": {"epochs": 2}, "classification": classes}
     told = Study.read(values, "test")
     known = cohort()
-    known.clinical.loc[public.MIN_PATIENTS - 2 :, "cancer_type"] = None
+    known.clinical.loc[federation.MIN_PUBLIC_PATIENTS - 2 :, "cancer_type"] = None
     start, begun = fine_tuned(told, known)
 
     plain = tasks.begin(told, "classification", start)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from fedgex.common import study
-from fedgex.common.arrays import Arrays
+from fedgex.common.arrays import PER_GENE, Arrays
 from fedgex.common.errors import UpdateError
 from fedgex.common.federation import Update
-from fedgex.common.model import PER_GENE, GexBert, preset
+from fedgex.common.model import GexBert, preset
 from fedgex.common.parameters import parameters
 from fedgex.common.records import packed, to_record
 from fedgex.common.study import SitePrivacy, StrategyRule

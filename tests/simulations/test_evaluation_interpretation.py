@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedgex.common.cohort import Cohort
 from fedgex.common.errors import ConfigError
-from fedgex.common.model import LinearStart
+from fedgex.common.start import LinearStart
 from fedgex.common.study import Study
 from fedgex.common.vocabulary import Vocabulary
 from fedgex.simulations.analysis import gene_programmes, marker_genes

@@ -32,7 +32,8 @@ from fedgex.common.imputers import (
     ppca,
 )
 from fedgex.common.metrics import restoration
-from fedgex.common.model import LinearStart, select
+from fedgex.common.model import select
+from fedgex.common.start import LinearStart
 from fedgex.common.statistics import CrossProducts
 from fedgex.common.study import Study
 from fedgex.common.tasks import Parameters

@@ -1,0 +1,1 @@
+"""The network, its heads and losses, how it is trained and stored."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedgex.common import federation
 from fedgex.common.cohort import Cohort, load_cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Study
@@ -50,6 +49,8 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
     require(study, folder)
     if not is_wanted(study) or folder is None:
         return None
+    from fedgex.common import federation  # imports torch, which commands do not need
+
     cohort = load_cohort(folder)
     least = federation.MIN_PUBLIC_PATIENTS
     if cohort.n_patients < least:

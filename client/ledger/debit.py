@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedgex.client.identity import AUDIT
 from fedgex.client.ledger.book import Budget, Debit
@@ -20,7 +21,9 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common import chain, keys, privacy
 from fedgex.common.chain import Chain, Head
 from fedgex.common.files import exclusive_lock
-from fedgex.common.messages.requests import TrainRequest
+
+if TYPE_CHECKING:  # imports torch, which takes seconds
+    from fedgex.common.messages.requests import TrainRequest
 
 CREATED, DEBITED = "ledger-created", "debited"
 """Events of the audit log; `ledger` holds the ledger's head."""

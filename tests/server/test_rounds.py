@@ -233,7 +233,7 @@ def test_every_good_update_is_taken_with_its_numbers(run: Run) -> None:
     assert [update.num_loss_terms for update in outcome.updates] == [400, 400, 5]
     assert outcome.updates[0].measured.tolist() == [True, False, False]
     assert outcome.updates[1].measured.tolist() == [True, True, False]
-    assert outcome.updates[2].read("bias").tolist() == [1.0, 2.0]
+    assert outcome.updates[2].arrays["bias"].tolist() == [1.0, 2.0]
     assert outcome.sites["h3"].to_json() == {
         "state": "contributed",
         "reason": None,

@@ -56,7 +56,6 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
     require(study, folder)
     if not is_wanted(study) or folder is None:
         return None
-    from fedgex.common import federation  # imports torch, which commands do not need
 
     cohort = load_cohort(folder)
     if cohort.n_patients < MIN_PUBLIC_PATIENTS:

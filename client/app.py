@@ -1,8 +1,8 @@
 """Flower ClientApp of one hospital: decode, call, encode.
 
 A site answers the requests of common/messages (docs/messages.md); what it computes is
-in client/answers.py and client/secure_rounds.py. Whatever goes wrong leaves the
-hospital as a code, never as text.
+in client/training/answers.py and client/training/secure_round.py. Whatever goes wrong
+leaves the hospital as a code, never as text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedgex.client import answers, secure_rounds
 from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.policy import Policy
-from fedgex.client.secure_rounds import ExchangeError
 from fedgex.client.settings import SiteSettings
+from fedgex.client.training import answers, secure_round
+from fedgex.client.training.secure_round import ExchangeError
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, DataError, MessageError
-from fedgex.common.files import disk_full
 from fedgex.common.messages.fields import Server
 from fedgex.common.messages.replies import Refusal, Reply
 from fedgex.common.messages.requests import (
@@ -35,6 +34,7 @@ from fedgex.common.messages.requests import (
     TrainRequest,
     read_request,
 )
+from fedgex.common.system.files import disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,11 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
 app.query("prepare")(answer(answers.introduce))
 app.query("statistics")(answer(answers.moments))
 app.query("cross_products")(answer(answers.cross_products))
-app.train()(answer(secure_rounds.masked(answers.train)))
-app.query("secagg_keys")(answer(secure_rounds.advertise(answers.reported_genes)))
-app.query("secagg_shares")(answer(secure_rounds.share))
-app.query("secagg_confirm")(answer(secure_rounds.confirm))
-app.query("secagg_unmask")(answer(secure_rounds.unmask))
+app.train()(answer(secure_round.masked(answers.train)))
+app.query("secagg_keys")(answer(secure_round.advertise(answers.reported_genes)))
+app.query("secagg_shares")(answer(secure_round.share))
+app.query("secagg_confirm")(answer(secure_round.confirm))
+app.query("secagg_unmask")(answer(secure_round.unmask))
 
 
 def _site_toml(context: Context) -> Path:

@@ -17,12 +17,12 @@ from cryptography import x509
 from pydantic import Field
 
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
-from fedgex.common import pki
-from fedgex.common.chain import Chain
-from fedgex.common.enrolment import SiteRequest
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.files import read_json, write_atomic
 from fedgex.common.study import NAME_PATTERN, Settings
+from fedgex.common.system.files import read_json, write_atomic
+from fedgex.common.trust import pki
+from fedgex.common.trust.audit_log import Chain
+from fedgex.common.trust.enrolment import SiteRequest
 
 AUDIT = "audit.jsonl"
 """The hospital's audit log, in its state directory."""

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from fedgex.client import policy as policies
 from fedgex.client.policy import Policy, read_toml
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.scale import Scale
 from fedgex.common.study import NAME_PATTERN, Settings
 
 SERVER_PATTERN = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$"

@@ -20,16 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgex.common import fitting, phases, tasks
 from fedgex.common.arrays import Arrays, check
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort
-from fedgex.common.errors import ConfigError, UpdateError
-from fedgex.common.harmonise import Patients, to_patients
-from fedgex.common.parameters import parameters
-from fedgex.common.scale import LOGARITHMIC
-from fedgex.common.seeds import derive
-from fedgex.common.statistics import (
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.data.moments import (
     FEWEST_TO_COMPARE,
     CrossProducts,
     GeneMoments,
@@ -38,9 +32,15 @@ from fedgex.common.statistics import (
     foreign_scales,
     pool,
 )
+from fedgex.common.data.scales import LOGARITHMIC
+from fedgex.common.data.vocabulary import Vocabulary, agree
+from fedgex.common.errors import ConfigError, UpdateError
+from fedgex.common.models import losses, tasks, training
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.models.parameters import parameters
+from fedgex.common.models.tasks import Parameters, PhaseModel
+from fedgex.common.seeds import derive
 from fedgex.common.study import PRETRAINING, SitePrivacy, Study
-from fedgex.common.tasks import Parameters, PhaseModel
-from fedgex.common.vocabulary import Vocabulary, agree
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class RoundResult:
 
     update: dict[str, NDArray[np.float32]]
     """What travels up: parameters or their change."""
-    report: fitting.FitReport | None
+    report: training.FitReport | None
     """None under patient-level privacy: every number of it depends on patients."""
     judged_loss: float | None
     """Loss of the incoming model on the site's own patients, before training; None
@@ -120,7 +120,7 @@ def gene_moments(
 def cross_products(
     study: Study, patients: Patients, min_cell_count: int
 ) -> dict[str, CrossProducts]:
-    """Return cross-products of the study's cancer types, see `statistics.by_type`."""
+    """Return cross-products of the study's cancer types, see `moments.by_type`."""
     values, types = patients.values.numpy(), patients.cancer_type
     return by_type(values, types, study.linear_types, min_cell_count)
 
@@ -165,7 +165,7 @@ def foreign_sites(study: Study, moments: Mapping[str, GeneMoments]) -> dict[str,
     """Return the sites whose values are on another scale than the others', with ratio.
 
     To be left out of the run. None where the study's scale is not logarithmic; see
-    `statistics.foreign_scales`.
+    `moments.foreign_scales`.
     """
     return foreign_scales(moments) if study.scale in LOGARITHMIC else {}
 
@@ -226,8 +226,8 @@ def initial_model(
     Parameters
     ----------
     groups
-        Pooled cross-products for the linear start, see `start.pool_completed`; None:
-        no site sent any.
+        Pooled cross-products for the linear start, see `factor_model.pool_completed`;
+        None: no site sent any.
     public
         The server's public cohort; the backbone is pretrained on it if the study says
         so.
@@ -282,14 +282,14 @@ def fit_public(
     as it does over the rounds. The model stays as it is where fewer than
     MIN_PUBLIC_PATIENTS can take part.
     """
-    patients = phases.take_part(study, phase, patients)
+    patients = losses.take_part(study, phase, patients)
     if len(patients) < MIN_PUBLIC_PATIENTS:
         return dict(state_dict)
     model = tasks.load(study, patients.values.shape[1], phase, state_dict)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    final_loss = fitting.fit_at_once(
-        phases.trained_parameters(study, phase, model),
-        phases.phase_loss(study, model, patients),
+    final_loss = training.fit_at_once(
+        losses.trained_parameters(study, phase, model),
+        losses.phase_loss(study, model, patients),
         len(patients),
         study.phases.get(phase, study.pretraining),
         epochs=study.public.epochs,
@@ -334,7 +334,7 @@ def round_update(
     model
         That of the phase with the incoming parameters, see `tasks.load`.
     patients
-        Those of the site that take part in the phase, see `phases.take_part`.
+        Those of the site that take part in the phase, see `losses.take_part`.
     site
         Name of the site, from which its seeds are derived.
     fit
@@ -347,16 +347,16 @@ def round_update(
     if fit is not None:
         fit()
     else:
-        loss = phases.phase_loss(study, model, patients)
+        loss = losses.phase_loss(study, model, patients)
         seed = derive(study.seed, site, phase, number)
         if evaluate:
-            judged = fitting.judge(loss, len(patients), settings.batch_size, seed)
-        report = fitting.fit(
-            phases.trained_parameters(study, phase, model),
+            judged = training.judge(loss, len(patients), settings.batch_size, seed)
+        report = training.fit(
+            losses.trained_parameters(study, phase, model),
             loss,
             len(patients),
             settings,
-            learning_rate=fitting.round_learning_rate(settings, number),
+            learning_rate=training.round_learning_rate(settings, number),
             proximal_mu=study.strategy.proximal_mu,
             seed=seed,
         )

@@ -22,9 +22,9 @@ from pydantic import (
 )
 
 from fedgex.common.canonical import canonical_json
+from fedgex.common.data.moments import OTHERS
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.scale import Scale
-from fedgex.common.statistics import OTHERS
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
 """Names of the phases, which are the tasks that a site permits."""
@@ -404,7 +404,7 @@ class Study(Settings):
     scale: Scale = Scale.LOG2P1
     """Canonical expression scale, to which each site converts."""
     preset: Literal["tiny", "small", "base"] = "tiny"
-    """Size of the model, see `model.PRESETS`."""
+    """Size of the model, see `gexbert.PRESETS`."""
     minimum_cohort: int = Field(default=10, ge=1)
     """Sites with fewer patients take no part, and smaller counts do not travel."""
     cross_products: bool = False

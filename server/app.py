@@ -5,9 +5,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedgex.server import deployment
+from fedgex.server.consortium import participants as deployment
+from fedgex.server.federation.participants import Simulated
 from fedgex.server.journal import Journal
-from fedgex.server.participants import Simulated
 from fedgex.server.settings import ServerSettings
 
 app = ServerApp()
@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
 def _conduct(grid: Grid, settings: ServerSettings) -> None:
     """Conduct a run between the hospitals of a contract, or a simulation."""
     # torch, which the other jobs do without
-    from fedgex.server.run import conduct
+    from fedgex.server.federation.run import conduct
 
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     with Journal(settings.run_dir / "journal.jsonl").failures():

@@ -15,12 +15,19 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score
 from torch import Tensor
 
-from fedgex.common import masking, predictions, tasks
-from fedgex.common.harmonise import Patients
-from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer, ppca
-from fedgex.common.masking import Pattern
-from fedgex.common.metrics import RestorationScore, restoration
-from fedgex.common.objectives import ModelImputer, embed
+from fedgex.common.data.dataset import Patients
+from fedgex.common.evaluation.imputation import RestorationScore, restoration
+from fedgex.common.evaluation.imputers import (
+    GaussianImputer,
+    Imputer,
+    MeanImputer,
+    ppca,
+)
+from fedgex.common.evaluation.survival import c_index_with_se
+from fedgex.common.models import masking, predict, tasks
+from fedgex.common.models.masking import Pattern
+from fedgex.common.models.restoration import ModelImputer, embed
+from fedgex.common.models.tasks import Parameters
 from fedgex.common.seeds import generator
 from fedgex.common.study import (
     CLASSIFICATION,
@@ -28,8 +35,6 @@ from fedgex.common.study import (
     Evaluation,
     Study,
 )
-from fedgex.common.survival_metrics import c_index_with_se
-from fedgex.common.tasks import Parameters
 
 Scores = dict[str, dict[str, RestorationScore]]
 """Pattern, then key (the rate as "0.1", or the number of measured genes), to score."""
@@ -171,7 +176,7 @@ def predict_risk(
 ) -> NDArray[np.float32]:
     """Return each patient's log-hazard, shape (N,); NaN for types not in the study."""
     model = tasks.load_survival(study, patients.values.shape[1], whole)
-    return predictions.log_hazard(study, model, patients).numpy()
+    return predict.log_hazard(study, model, patients).numpy()
 
 
 def judge_survival(

@@ -34,8 +34,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedgex.common import failpoints, files
 from fedgex.common.errors import FedgexError
+from fedgex.common.system import failpoints, files
 
 logger = logging.getLogger(__name__)
 

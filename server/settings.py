@@ -34,9 +34,10 @@ class ServerSettings(BaseSettings):
     run_dir: Path
     """Journal, checkpoints and spooled updates of this run."""
     holdout: Path | None = None
-    """Folder of the public hold-out (common/cohort.py); none leaves judging out."""
+    """Folder of the public hold-out (common/data/cohort.py); none leaves judging
+    out."""
     public: Path | None = None
-    """Folder of the public cohort, on the study's scale (common/cohort.py)."""
+    """Folder of the public cohort, on the study's scale (common/data/cohort.py)."""
     n_sites: int = Field(ge=1)
     """Sites to wait for before the start; between hospitals those of the contract."""
     start_deadline_s: float = Field(default=600, gt=0)

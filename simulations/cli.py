@@ -19,7 +19,7 @@ from fedgex.common.errors import FedgexError
 from fedgex.simulations import effort, scenario
 
 if TYPE_CHECKING:
-    from fedgex.simulations import bench as benchmark
+    from fedgex.simulations.performance import bench as benchmark
 
 # What a command needs is imported by its function: all of it takes seconds.
 
@@ -87,10 +87,10 @@ def new_data(
     cancer_types: Annotated[int, typer.Option(help="Cancer types.")] = 4,
 ) -> None:
     """Write a synthetic consortium with known truth."""
-    from fedgex.simulations import cohorts
+    from fedgex.simulations import synthetic
 
     try:
-        cohorts.new_data(
+        synthetic.new_data(
             out,
             seed=seed,
             n_sites=sites,
@@ -151,7 +151,7 @@ def audit(
     form: Form = Format.TEXT,
 ) -> None:
     """Attack a scenario's model, with and without privacy (docs/audit.md)."""
-    from fedgex.simulations import audit as auditing
+    from fedgex.simulations.privacy import membership as auditing
 
     try:
         asked = auditing.Effort(shadows=shadows, canaries=canaries)
@@ -186,7 +186,7 @@ def utility(
     form: Form = Format.TEXT,
 ) -> None:
     """Measure what privacy costs a scenario's model (docs/results/privacy.md)."""
-    from fedgex.simulations import utility as usefulness
+    from fedgex.simulations.privacy import utility as usefulness
 
     try:
         values = tuple(float(each) for each in epsilons.split(","))
@@ -269,16 +269,17 @@ def bench(
     ] = Format.TEXT,
 ) -> None:
     """Measure what fedgex costs here, as ratios within one run (docs/benchmarks.md)."""
-    from fedgex.simulations import bench as benchmark
-    from fedgex.simulations import bench_deployment, bench_secure
+    from fedgex.simulations.performance import bench as benchmark
+    from fedgex.simulations.performance import deployment as network
+    from fedgex.simulations.performance import secure_aggregation
 
     sizes = benchmark.QUICK if quick else benchmark.FULL
     try:
         if deployment:
-            rows = bench_deployment.measure(errors, quick=quick)
+            rows = network.measure(errors, quick=quick)
         else:
             rows = benchmark.measure(sizes, errors)
-            rows += bench_secure.measure(errors, quick=quick)
+            rows += secure_aggregation.measure(errors, quick=quick)
     except FedgexError as error:
         _refuse(error)
     if form is Format.JSON:

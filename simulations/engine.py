@@ -19,7 +19,7 @@ from typing import Literal
 
 from flwr.app import Context, RecordDict
 
-from fedgex.common.processes import (
+from fedgex.common.system.processes import (
     OFFLINE,
     child_environment,
     end_with_parent,

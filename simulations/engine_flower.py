@@ -25,7 +25,11 @@ import httpx
 
 from fedgex.client.app import SITES_VARIABLE
 from fedgex.common.errors import FederationError
-from fedgex.common.processes import child_environment, end_with_parent, log_to_stderr
+from fedgex.common.system.processes import (
+    child_environment,
+    end_with_parent,
+    log_to_stderr,
+)
 from fedgex.server import journal
 from fedgex.server.service.flower import BUNDLE
 from fedgex.server.settings import ServerSettings

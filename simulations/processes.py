@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from fedgex.common import memory
-from fedgex.common.processes import end_with_parent, log_to_stderr
+from fedgex.common.system import malloc
+from fedgex.common.system.processes import end_with_parent, log_to_stderr
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -50,4 +50,4 @@ def _begin(parent: int) -> None:
     # Its FedAdam and FedYogi report every round.
     logging.getLogger("flwr").setLevel(logging.WARNING)
     torch.set_num_threads(1)
-    memory.keep_freed()
+    malloc.keep_freed()

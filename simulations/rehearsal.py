@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from fedgex.client.settings import SiteSettings
-from fedgex.common import checkpoint
-from fedgex.common.cohort import load_cohort
+from fedgex.common.data.cohort import load_cohort
 from fedgex.common.errors import ConfigError, FederationError
+from fedgex.common.models import checkpoint
 from fedgex.common.study import Study
-from fedgex.server import annotated_toml, journal
+from fedgex.server import journal
+from fedgex.server.consortium import annotated_toml
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations import engine
-from fedgex.simulations.cohorts import new_data
 from fedgex.simulations.run import checked
 from fedgex.simulations.scenario import Scenario, find
 from fedgex.simulations.split import HOLDOUT, PUBLIC, split
+from fedgex.simulations.synthetic import new_data
 
 ADMINISTRATORS = ("first-administrator", "second-administrator")
 HOST = "localhost"

@@ -22,19 +22,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from fedgex.client.data.cohort import load_cohort as check_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.common import checkpoint
-from fedgex.common.cohort import load_cohort, save_cohort
+from fedgex.common.data.cohort import load_cohort, save_cohort
+from fedgex.common.data.dataset import to_patients
 from fedgex.common.errors import CheckpointError, ConfigError, FederationError
-from fedgex.common.harmonise import to_patients
-from fedgex.common.protections import protections
+from fedgex.common.models import checkpoint
+from fedgex.common.privacy.summary import protections
 from fedgex.common.study import Study
-from fedgex.server import public, run_monitor
+from fedgex.server import run_monitor
 from fedgex.server.evaluation import mse_only
+from fedgex.server.federation import public_cohort
 from fedgex.server.journal import read
 from fedgex.server.settings import ServerSettings
-from fedgex.simulations import comparisons, engine
-from fedgex.simulations.comparisons import Federation, cached
-from fedgex.simulations.report import summary, write_report
+from fedgex.simulations import engine
+from fedgex.simulations.baselines import comparisons
+from fedgex.simulations.baselines.comparisons import Federation, cached
+from fedgex.simulations.reporting.report import summary, write_report
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import HOLDOUT, PUBLIC, Split, split
 
@@ -180,7 +182,7 @@ def _open(parts: Split, out: Path) -> Federation:
     final = checkpoint.load(found)
     place = (final.vocabulary, final.standardisation)
     start, known = None, None
-    if public.is_wanted(final.study):
+    if public_cohort.is_wanted(final.study):
         first = min((out / "run" / "checkpoints").glob("00000-*"))
         start = checkpoint.load(first).parameters
         known = to_patients(load_cohort(out / PUBLIC / "checked"), *place)

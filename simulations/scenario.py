@@ -15,8 +15,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.scale import Scale
 from fedgex.common.study import Settings, Study
 
 

@@ -27,7 +27,7 @@ from pandas.api.types import is_numeric_dtype
 
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.common.cohort import CLINICAL_COLUMNS, Cohort, read_parquet
+from fedgex.common.data.cohort import CLINICAL_COLUMNS, Cohort, read_parquet
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.simulations.scenario import Columns, Data, Scenario, Sites

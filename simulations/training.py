@@ -1,12 +1,12 @@
 """Train a federation of patients in memory, without messages: many in little time.
 
 The functions of `common.federation` in a loop, with each site's own round
-(`client.local_training`) and the server's own mean (`server.strategy`). It ends in the
-same bits as the apps over messages, whose rules are in force here too: a site on a
-foreign scale takes no part, an update that cannot be used or is far beyond the others'
-does not count, and a site trains what its policy permits. Every site answers every
-round, and there is no quorum. Secure aggregation is left out: it changes the sum by
-less than rounding.
+(`client.training.local_round`) and the server's own mean
+(`server.federation.strategy`). It ends in the same bits as the apps over messages,
+whose rules are in force here too: a site on a foreign scale takes no part, an update
+that cannot be used or is far beyond the others' does not count, and a site trains what
+its policy permits. Every site answers every round, and there is no quorum. Secure
+aggregation is left out: it changes the sum by less than rounding.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgex.client.local_training import train_round
 from fedgex.client.policy import Policy
-from fedgex.common import federation, start, tasks
+from fedgex.client.training.local_round import train_round
+from fedgex.common import federation
 from fedgex.common.arrays import Arrays
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.federation import Update
-from fedgex.common.harmonise import Patients, to_patients
-from fedgex.common.statistics import Standardisation
+from fedgex.common.models import factor_model, tasks
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.models.tasks import Parameters
 from fedgex.common.study import Study
-from fedgex.common.tasks import Parameters
-from fedgex.common.vocabulary import Vocabulary
-from fedgex.server.strategy import combine
+from fedgex.server.federation.strategy import combine
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def begin(
                 for name in names
                 if _policy(policies, name).share_cross_products
             }
-            groups = start.pool_completed(
+            groups = factor_model.pool_completed(
                 lambda: (
                     federation.cross_products(
                         study, patients, _min_cell_count(study, policies, name)

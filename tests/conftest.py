@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from cryptography import x509
 
-from fedgex.common import bundle, checkpoint, pki, receipt, tasks
-from fedgex.common.bundle import Evidence
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.contract import Contract
-from fedgex.common.pki import Signed
-from fedgex.common.statistics import Standardisation
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.models import checkpoint, tasks
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.trust import bundle, pki, receipt
+from fedgex.common.trust.bundle import Evidence
+from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pki import Signed
 
 ROOT = Path(__file__).parents[1]
 GENES = ("AAA1", "BBB2", "CCC3", "DDD4", "EEE5", "FFF6")

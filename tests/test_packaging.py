@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedgex.client import cli as client
-from fedgex.common.lazy_commands import LazyCommand
+from fedgex.common.system.lazy_commands import LazyCommand
 from fedgex.server import cli as server
 
 ROOT = Path(__file__).parents[1]
@@ -61,13 +61,13 @@ LIGHT = {
     "fedgex.client.cli": ("torch", "pandas", "scipy", "flwr", "cryptography"),
     "fedgex.server.cli": ("torch", "pandas", "scipy", "flwr", "cryptography"),
     "fedgex.simulations.cli": ("torch", "pandas", "scipy", "flwr", "matplotlib"),
-    "fedgex.server.supervisor": ("torch", "pandas", "scipy", "pyarrow"),
+    "fedgex.server.service.supervisor": ("torch", "pandas", "scipy", "pyarrow"),
     "fedgex.server.app": ("torch", "pandas", "scipy", "pyarrow"),
     "fedgex.client.cli.ledger": ("torch", "opacus", "lifelines"),
     "fedgex.client.cli.predict": ("torch", "opacus", "lifelines"),
     "fedgex.client.cli.site": ("torch", "opacus", "lifelines"),
-    "fedgex.server.run_cli": ("torch", "opacus", "lifelines"),
-    "fedgex.server.study_cli": ("torch", "opacus", "lifelines"),
+    "fedgex.server.cli.run": ("torch", "opacus", "lifelines"),
+    "fedgex.server.cli.study": ("torch", "opacus", "lifelines"),
 }
 """What each module starts without: the help of a command, the server's supervisor, and
 its app, which publishes contracts and delivers models."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import typer
 
-from fedgex.common.lazy_commands import lazy_group
+from fedgex.common.system.lazy_commands import lazy_group
 
 # fmt: off
 _PLACES = {

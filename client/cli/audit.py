@@ -35,8 +35,8 @@ def audit(
     """Attack a model with own patients, members or not; only numbers come out."""
     from fedgex.client.prediction.audit import audit
     from fedgex.client.prediction.files import opened_model
-    from fedgex.common import checkpoint as checkpoints
-    from fedgex.common.files import write_atomic
+    from fedgex.common.models import checkpoint as checkpoints
+    from fedgex.common.system.files import write_atomic
 
     with refusing():
         settings = load(site)

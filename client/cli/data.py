@@ -11,9 +11,9 @@ import typer
 from fedgex.client.cli.options import Form, Format, SiteToml, load, refusing
 from fedgex.client.data.cohort import load_cohort
 from fedgex.common.codes import Code
-from fedgex.common.cohort import Cohort
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
-from fedgex.common.scale import Scale
 
 commands = typer.Typer()
 

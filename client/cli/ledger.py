@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedgex.client.admission.privacy_statement import statement
 from fedgex.client.cli.options import (
     Form,
     Format,
@@ -25,7 +26,6 @@ from fedgex.client.ledger import debit
 from fedgex.client.ledger.book import Book, Row
 from fedgex.client.ledger.budget import Account, Use
 from fedgex.client.ledger.ledger import LedgerError
-from fedgex.client.ledger.privacy_statement import statement
 from fedgex.client.settings import SiteSettings
 
 ledger = typer.Typer(

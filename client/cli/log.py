@@ -7,11 +7,11 @@ import typer
 from fedgex.client.cli.options import SiteToml, load, not_found, refusing
 from fedgex.client.identity import AUDIT
 from fedgex.client.settings import SiteSettings
-from fedgex.common import chain
-from fedgex.common.chain import Head
 from fedgex.common.errors import TrustError
-from fedgex.common.pki import Signed
-from fedgex.common.receipt import Part, Receipt
+from fedgex.common.trust import audit_log
+from fedgex.common.trust.audit_log import Head
+from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.receipt import Part, Receipt
 
 log = typer.Typer(no_args_is_help=True, help="Look at the hospital's audit log.")
 
@@ -48,8 +48,8 @@ def verify_log(settings: SiteSettings) -> tuple[Head, int]:
         that the coordinator signed: then its end was cut, or a backup restored.
     """
     path = settings.state_dir / AUDIT
-    head = chain.verify(path)
-    lines = {Head(line["n"], line["hash"]) for line in chain.read(path)}
+    head = audit_log.verify(path)
+    lines = {Head(line["n"], line["hash"]) for line in audit_log.read(path)}
     receipts = sorted((settings.state_dir / "receipts").glob("*/*.json"))
     compared = 0
     for file in receipts:

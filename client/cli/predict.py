@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgex.client.cli.options import Authority, Model, load, refusing
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError, DataError, FedgexError, Finding
-from fedgex.common.scale import Scale
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedgex.client.prediction.files import Samples
     from fedgex.client.settings import DataSettings, SiteSettings
-    from fedgex.common.bundle import Released
-    from fedgex.common.checkpoint import Checkpoint
+    from fedgex.common.models.checkpoint import Checkpoint
+    from fedgex.common.trust.bundle import Released
 
 NOTICE = "Research use only; not a medical device."
 
@@ -266,7 +266,7 @@ class _Job:
 
     def _card(self, restored: dict[str, int]) -> dict[str, Any]:
         """Return the model's card, and how this prediction came about."""
-        from fedgex.common import checkpoint as checkpoints
+        from fedgex.common.models import checkpoint as checkpoints
 
         data, vocabulary = self.data, self.checkpoint.vocabulary
         inputs = {
@@ -330,7 +330,7 @@ def _prepared(
         Of all samples; None: that in the clinical table.
     """
     from fedgex.client.prediction import files, review
-    from fedgex.common import checkpoint as checkpoints
+    from fedgex.common.models import checkpoint as checkpoints
     from fedgex.common.study import SURVIVAL
 
     errors: list[FedgexError] = []

@@ -20,8 +20,8 @@ def start(site_toml: SiteToml) -> None:
 
     The site connects to its consortium's server, and answers approved studies.
     """
-    from fedgex.client import daemon
-    from fedgex.common.processes import log_to_stderr
+    from fedgex.client.service import daemon
+    from fedgex.common.system.processes import log_to_stderr
 
     log_to_stderr()
     with refusing():
@@ -34,7 +34,7 @@ def stop(
     wait_s: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 30,
 ) -> None:
     """Stop the daemon; exit code 4 if there is none."""
-    from fedgex.client.daemon import daemon_pid
+    from fedgex.client.service.daemon import daemon_pid
 
     with refusing():
         state_dir = load(site_toml).state_dir

@@ -20,14 +20,14 @@ from fedgex.client.cli.options import (
     load,
     refusing,
 )
-from fedgex.client.connection import Check, Step
 from fedgex.client.identity import AUDIT, Identity, Request
+from fedgex.client.service.connection import Check, Step
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
-from fedgex.common import pki
-from fedgex.common.chain import Chain
 from fedgex.common.errors import ConfigError
-from fedgex.common.files import write_atomic
 from fedgex.common.study import NAME_PATTERN
+from fedgex.common.system.files import write_atomic
+from fedgex.common.trust import pki
+from fedgex.common.trust.audit_log import Chain
 
 TEMPLATE = """\
 # The hospital's own settings. Relative paths start at the folder of this file.

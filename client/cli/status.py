@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from fedgex.client.admission.approvals import Desk, Received
 from fedgex.client.cli.options import (
     NOT_RUNNING,
     Form,
@@ -21,13 +22,12 @@ from fedgex.client.cli.options import (
     refusing,
 )
 from fedgex.client.cli.study import state_of
-from fedgex.client.decisions import Desk, Received
 from fedgex.client.identity import AUDIT, Identity
 from fedgex.client.ledger.budget import Account
 from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.settings import SiteSettings
-from fedgex.common.chain import Chain
-from fedgex.common.files import lock_holder
+from fedgex.common.system.files import lock_holder
+from fedgex.common.trust.audit_log import Chain
 
 WARN_DAYS = 30
 """Days before its expiry from which a certificate is a warning."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedgex.client.admission.approvals import Decision, Desk, Received
 from fedgex.client.cli.options import (
     Form,
     Format,
@@ -19,7 +20,6 @@ from fedgex.client.cli.options import (
     not_found,
     refusing,
 )
-from fedgex.client.decisions import Decision, Desk, Received
 from fedgex.client.ledger.budget import Account
 from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code

@@ -21,11 +21,11 @@ from fedgex.client.data.findings import Findings
 from fedgex.client.data.readers import RawCohort, read
 from fedgex.client.data.scale import check_scale, on_scale
 from fedgex.client.settings import DataSettings, SiteSettings
-from fedgex.common import genes as gene_names
 from fedgex.common.codes import Code
-from fedgex.common.cohort import CLINICAL_COLUMNS, Cohort
+from fedgex.common.data import genes as gene_names
+from fedgex.common.data.cohort import CLINICAL_COLUMNS, Cohort
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import Finding
-from fedgex.common.scale import Scale
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "pretraining": (),

@@ -16,9 +16,9 @@ from fedgex.client.data.findings import Findings
 from fedgex.client.data.readers import RawExpression
 from fedgex.client.data.tables import to_numbers
 from fedgex.client.settings import DataSettings
-from fedgex.common import genes as gene_names
 from fedgex.common.codes import Code
-from fedgex.common.genes import GeneTable
+from fedgex.common.data import genes as gene_names
+from fedgex.common.data.genes import GeneTable
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from fedgex.client.data.findings import Advice, Findings
 from fedgex.client.data.tables import by_position, labels_first, read_table, refuse
 from fedgex.client.settings import DataColumns, DataSettings
 from fedgex.common.codes import Code
+from fedgex.common.data.genes import GeneTable
 from fedgex.common.errors import ConfigError, DataError
-from fedgex.common.genes import GeneTable
 
 _Content = TypeVar("_Content")
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fedgex.client.data.expression import Sheet
 from fedgex.client.data.findings import Findings
-from fedgex.common import scale as scales
 from fedgex.common.codes import Code
-from fedgex.common.scale import CONVERTIBLE, Scale
+from fedgex.common.data import scales
+from fedgex.common.data.scales import CONVERTIBLE, Scale
 
 
 def on_scale(

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Self
 
-from fedgex.common import privacy
 from fedgex.common.canonical import canonical_json
-from fedgex.common.chain import Head
-from fedgex.common.privacy import Invocation
+from fedgex.common.privacy import accounting
+from fedgex.common.privacy.accounting import Invocation
+from fedgex.common.trust.audit_log import Head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +127,7 @@ class Book:
             [row.invocation for row in self.rows if row.cohort in cohorts]
             for cohorts in sets or {frozenset()}
         ]
-        return max(privacy.epsilon([*h, *adding], delta) for h in histories)
+        return max(accounting.epsilon([*h, *adding], delta) for h in histories)
 
     @cached_property
     def _sets(self) -> set[frozenset[str]]:

@@ -13,8 +13,8 @@ from typing import Self
 from fedgex.client.ledger import debit
 from fedgex.client.ledger.book import Book, Budget, Debit, Row
 from fedgex.client.settings import SiteSettings
-from fedgex.common import privacy
-from fedgex.common.privacy import Invocation
+from fedgex.common.privacy import accounting
+from fedgex.common.privacy.accounting import Invocation
 from fedgex.common.study import Study
 
 
@@ -85,7 +85,7 @@ class Account:
         ConfigError
             If the study has no patient-level privacy, or no noise meets its epsilon.
         """
-        return privacy.epsilon(privacy.planned(study), self.budget.delta)
+        return accounting.epsilon(accounting.planned(study), self.budget.delta)
 
     def after(self, contract: str, study: Study) -> float:
         """Return what the ledger will have spent once the study's plan is done."""
@@ -117,7 +117,7 @@ class Account:
         for phase, training in study.phases.items():
             for number in range(1, training.rounds + 1):
                 if (phase, number) not in begun:
-                    yield privacy.invocations(study, phase, number)
+                    yield accounting.invocations(study, phase, number)
 
     def _use(
         self,

@@ -18,9 +18,11 @@ from fedgex.client.ledger.book import Budget, Debit
 from fedgex.client.ledger.ledger import FILE, Ledger, LedgerError
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
-from fedgex.common import chain, keys, privacy
-from fedgex.common.chain import Chain, Head
-from fedgex.common.files import exclusive_lock
+from fedgex.common import keys
+from fedgex.common.privacy import accounting
+from fedgex.common.system.files import exclusive_lock
+from fedgex.common.trust import audit_log
+from fedgex.common.trust.audit_log import Chain, Head
 
 if TYPE_CHECKING:  # imports torch, which takes seconds
     from fedgex.common.messages.requests import TrainRequest
@@ -64,7 +66,7 @@ def charge(
     )
     head = ready(settings.state_dir).debit(
         about,
-        privacy.invocations(study, order.phase, order.number),
+        accounting.invocations(study, order.phase, order.number),
         patients,
         budget=budget(settings.policy),
     )
@@ -130,7 +132,7 @@ def heads(state_dir: Path) -> list[Head]:
     """Return every head of the ledger that the audit log holds, oldest first."""
     return [
         Head(**line["ledger"])
-        for line in chain.read(state_dir / AUDIT)
+        for line in audit_log.read(state_dir / AUDIT)
         if line["event"] in (CREATED, DEBITED)
     ]
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Self
 
 from fedgex.client.ledger.book import Book, Budget, Debit, Row, content_hash, row_of
-from fedgex.common import failpoints
-from fedgex.common.chain import Head
 from fedgex.common.codes import Code
 from fedgex.common.errors import FedgexError
-from fedgex.common.files import explained, sync, write_atomic
-from fedgex.common.privacy import Invocation
+from fedgex.common.privacy.accounting import Invocation
+from fedgex.common.system import failpoints
+from fedgex.common.system.files import explained, sync, write_atomic
+from fedgex.common.trust.audit_log import Head
 
 FILE, KEY = "ledger.sqlite", "ledger.key"
 """Names of the ledger and of its key, in the state directory."""

@@ -16,12 +16,13 @@ from fedgex.client.data.findings import Findings
 from fedgex.client.data.readers import RawCohort, read
 from fedgex.client.prediction import review
 from fedgex.client.settings import DataSettings, SiteSettings
-from fedgex.common import attacks, tasks
-from fedgex.common.audit import AuditReport, Membership, Task
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.errors import ConfigError
-from fedgex.common.harmonise import Patients, to_patients
+from fedgex.common.models import tasks
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.privacy import attacks
+from fedgex.common.privacy.audit_report import AuditReport, Membership, Task
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING
 

@@ -23,16 +23,16 @@ from fedgex.client.data.cohort import CheckedCohort, check
 from fedgex.client.data.findings import Advice, Findings
 from fedgex.client.data.readers import RawCohort, read
 from fedgex.client.settings import DataColumns, DataSettings, SiteSettings
-from fedgex.common import bundle, pki
-from fedgex.common import checkpoint as checkpoints
-from fedgex.common import genes as gene_names
-from fedgex.common.bundle import Released
-from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.codes import Code
+from fedgex.common.data import genes as gene_names
+from fedgex.common.data.genes import GeneTable
+from fedgex.common.data.scales import Scale, convert
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, Finding, TrustError
-from fedgex.common.genes import GeneTable
-from fedgex.common.scale import Scale, convert
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.models import checkpoint as checkpoints
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.trust import bundle, pki
+from fedgex.common.trust.bundle import Released
 
 FORMATS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 """Endings of a table that can be written."""

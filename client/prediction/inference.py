@@ -23,15 +23,15 @@ from fedgex.client.prediction.review import (
     review_clinical,
     wanted_genes,
 )
-from fedgex.common import predictions, tasks
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort
-from fedgex.common.harmonise import Patients, to_patients
-from fedgex.common.model import GexBert
-from fedgex.common.objectives import ModelImputer, embed_all
-from fedgex.common.scale import Scale, convert, floor
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.data.scales import Scale, convert, floor
+from fedgex.common.models import predict, tasks
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.models.gexbert import GexBert
+from fedgex.common.models.restoration import ModelImputer, embed_all
+from fedgex.common.models.uncertainty import restore_with_spread
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
-from fedgex.common.uncertainty import restore_with_spread
 
 BATCH_SIZE = 16
 """Samples restored at a time: each asks for up to the entire vocabulary."""
@@ -263,8 +263,8 @@ def risk(
     numbers = np.empty((0, len(names)), dtype=np.float32)
     if predicted.any():
         some = patients.take(_places(predicted))
-        log_hazard = predictions.log_hazard(study, model, some)
-        survival = predictions.survival(study, model, some, log_hazard)
+        log_hazard = predict.log_hazard(study, model, some)
+        survival = predict.survival(study, model, some, log_hazard)
         both = torch.cat([log_hazard[:, None], survival], dim=1)  # (N, 1 + K)
         numbers = both.numpy()[:, : len(names)]
     return _over_all(frame.index, predicted, numbers, names)
@@ -307,7 +307,7 @@ def classify(
     seen = patients.measured.any(dim=1)
     some = patients.take(_places(seen))
     possible = torch.from_numpy(possible_types(checkpoint, among))
-    probabilities = predictions.class_probabilities(model, some, possible).numpy()
+    probabilities = predict.class_probabilities(model, some, possible).numpy()
     names = [f"probability_{name}" for name in classes]
     table = _over_all(frame.index, seen, probabilities, names)
     best = np.full(len(frame), None, dtype=object)

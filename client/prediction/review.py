@@ -13,11 +13,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedgex.client.data.findings import Findings
-from fedgex.common.checkpoint import Checkpoint
 from fedgex.common.codes import Code
+from fedgex.common.data.moments import foreign_scale
+from fedgex.common.data.scales import LOGARITHMIC, Scale, convert
 from fedgex.common.errors import CheckpointError, ConfigError, Finding
-from fedgex.common.scale import LOGARITHMIC, Scale, convert
-from fedgex.common.statistics import foreign_scale
+from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.study import Study
 
 FEW_GENES = 0.1
@@ -165,7 +165,7 @@ def review_clinical(study: Study, clinical: pd.DataFrame) -> tuple[Finding, ...]
 def _foreign_scale(
     checkpoint: Checkpoint, frame: pd.DataFrame, scale: Scale | None
 ) -> float | None:
-    """Apply `statistics.foreign_scale` to a frame of genes of the vocabulary."""
+    """Apply `moments.foreign_scale` to a frame of genes of the vocabulary."""
     canonical = checkpoint.study.scale
     if canonical not in LOGARITHMIC:
         return None

@@ -18,8 +18,8 @@ from pydantic import ConfigDict, ValidationError
 
 from fedgex.common import keys
 from fedgex.common.errors import FederationError, FedgexError, MessageError
-from fedgex.common.records import to_arrays, to_record
 from fedgex.common.study import Settings
+from fedgex.common.transport.records import to_arrays, to_record
 
 SHOWN = 300
 """Characters of an error's text that are kept: it may stand in every receipt."""

@@ -9,12 +9,12 @@ from typing import Annotated, Self
 from flwr.app import MetricRecord
 from pydantic import Field
 
-from fedgex.common.chain import Head
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import Fields
-from fedgex.common.secure_aggregation import PublicKeys
+from fedgex.common.secure_aggregation.protocol import PublicKeys
 from fedgex.common.study import Name, Study
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.trust.audit_log import Head
 
 Text = Annotated[str, Field(max_length=1 << 24)]
 Count = Annotated[int, Field(ge=0, le=10**9)]

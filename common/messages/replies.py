@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedgex.common import keys
+from fedgex.common.data.moments import CrossProducts, GeneMoments, pack, unpack
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import (
     Codec,
@@ -38,15 +39,9 @@ from fedgex.common.messages.fields import (
     Withheld,
 )
 from fedgex.common.messages.requests import BOXES, CONFIRMATIONS, Bytes
-from fedgex.common.statistics import (
-    CrossProducts,
-    GeneMoments,
-    pack,
-    unpack,
-)
 
 Products = Mapping[str, CrossProducts]
-"""Cross-products by group of patients, see `statistics.by_type`."""
+"""Cross-products by group of patients, see `moments.by_type`."""
 
 
 def pack_products(groups: Products) -> dict[str, NDArray[Any]]:

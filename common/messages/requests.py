@@ -10,6 +10,8 @@ from typing import Annotated
 from flwr.app import ArrayRecord, RecordDict
 
 from fedgex.common import keys
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import (
     Codec,
@@ -32,10 +34,8 @@ from fedgex.common.messages.fields import (
     StudyText,
     Survived,
 )
-from fedgex.common.receipt import request_digest
-from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Study
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.trust.receipt import request_digest
 
 Bytes = Mapping[str, bytes]
 """Bytes by hospital."""

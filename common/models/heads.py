@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedgex.common.model import ModelConfig
+from fedgex.common.models.gexbert import ModelConfig
 
 
 class ClassificationHead(nn.Module):

@@ -16,17 +16,17 @@ import numpy as np
 import pandas as pd
 
 from fedgex.client.data.cohort import load_cohort
-from fedgex.client.local_training import train_round
 from fedgex.client.settings import SiteSettings
-from fedgex.common import scale as scales
+from fedgex.client.training.local_round import train_round
 from fedgex.common.codes import Code
-from fedgex.common.cohort import Cohort, read_parquet
+from fedgex.common.data import scales
+from fedgex.common.data.cohort import Cohort, read_parquet
+from fedgex.common.data.dataset import Patients
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
-from fedgex.common.harmonise import Patients
-from fedgex.common.phases import take_part
-from fedgex.common.scale import Scale
+from fedgex.common.models.losses import take_part
+from fedgex.common.models.tasks import Parameters
 from fedgex.common.study import PRETRAINING, Study
-from fedgex.common.tasks import Parameters
 
 ABOUT_NUMBERS = frozenset(
     {

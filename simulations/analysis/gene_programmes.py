@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgex.common import attribution
-from fedgex.common.harmonise import Patients
-from fedgex.common.screening import CoxScore
-from fedgex.common.start import LinearStart
-from fedgex.common.survival_metrics import c_index_with_se
+from fedgex.common.data.dataset import Patients
+from fedgex.common.evaluation.survival import c_index_with_se
+from fedgex.common.models.factor_model import LinearStart
+from fedgex.simulations.analysis import attribution
+from fedgex.simulations.analysis.cox_screen import CoxScore
 
 PROGRAMMES = 32
 """Most programmes: the leading directions of the linear start's loadings."""

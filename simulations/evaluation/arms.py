@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fedgex.common import tasks
-from fedgex.common.cohort import Cohort
-from fedgex.common.harmonise import Patients, to_patients
-from fedgex.common.statistics import Standardisation
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.models import tasks
+from fedgex.common.models.tasks import Parameters
 from fedgex.common.study import (
     CLASSIFICATION,
     PRETRAINING,
@@ -28,8 +30,6 @@ from fedgex.common.study import (
     Study,
     Survival,
 )
-from fedgex.common.tasks import Parameters
-from fedgex.common.vocabulary import Vocabulary
 from fedgex.simulations import training
 from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.protocol import Split

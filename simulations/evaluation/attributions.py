@@ -1,7 +1,7 @@
 """Attributions of a model, summed at the sites; and the effect of deleting genes.
 
-Sums over the minimum cohort or more leave a site (common/attribution.py). N patients,
-V genes, C classes.
+Sums over the minimum cohort or more leave a site (simulations/analysis/attribution.py).
+N patients, V genes, C classes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedgex.common import attribution, masking, tasks
-from fedgex.common.harmonise import Patients
-from fedgex.common.model import Encoder, GexBert
+from fedgex.common.data.dataset import Patients
+from fedgex.common.data.moments import GeneMoments, pool
+from fedgex.common.models import masking, tasks
+from fedgex.common.models.gexbert import Encoder, GexBert
 from fedgex.common.models.heads import ClassificationHead
-from fedgex.common.objectives import restore
+from fedgex.common.models.restoration import restore
 from fedgex.common.seeds import generator
-from fedgex.common.statistics import GeneMoments, pool
 from fedgex.common.study import Study
+from fedgex.simulations.analysis import attribution
 from fedgex.simulations.evaluation.arms import Model
 from fedgex.simulations.evaluation.protocol import Split
 

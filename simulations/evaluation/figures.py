@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
-from fedgex.simulations.charts import COLOURS, STYLE
 from fedgex.simulations.evaluation.table import mean_over, nested, sd, where
+from fedgex.simulations.reporting.charts import COLOURS, STYLE
 
 Floats = NDArray[np.float64]
 Look = tuple[str, str]

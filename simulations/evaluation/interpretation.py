@@ -22,7 +22,7 @@ from rich.console import Console
 from scipy.stats import false_discovery_control, norm, spearmanr
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.phases import take_part
+from fedgex.common.models.losses import take_part
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.simulations.analysis import gene_programmes, marker_genes
 from fedgex.simulations.analysis.gene_programmes import Screened

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedgex.common import federation
-from fedgex.common.cohort import Cohort
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
-from fedgex.common.harmonise import Patients, to_patients
-from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Settings, Study
-from fedgex.common.vocabulary import Vocabulary
 from fedgex.simulations import scenario, training
 from fedgex.simulations.scenario import Holdout, Public, Scenario
 from fedgex.simulations.split import HOLDOUT, read_cohort

@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.common.cohort import Cohort, read_parquet
-from fedgex.common.harmonise import Patients
-from fedgex.common.masking import Pattern
-from fedgex.common.scale import Scale, convert, floor, is_convertible
-from fedgex.common.statistics import GeneMoments
+from fedgex.common.data.cohort import Cohort, read_parquet
+from fedgex.common.data.dataset import Patients
+from fedgex.common.data.moments import GeneMoments
+from fedgex.common.data.scales import Scale, convert, floor, is_convertible
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.models.masking import Pattern
 from fedgex.common.study import Evaluation, Survival
-from fedgex.common.vocabulary import Vocabulary
 from fedgex.server import evaluation
 from fedgex.simulations.evaluation.protocol import Split, institutions
 

@@ -13,13 +13,14 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-import fedgex.client.answers
 import fedgex.client.app
+import fedgex.client.training.answers
 from fedgex.client.policy import FILE, TEMPLATE
-from fedgex.common import keys, tasks
-from fedgex.common.records import to_arrays, to_record
+from fedgex.common import keys
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.models import tasks
 from fedgex.common.study import Study
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.transport.records import to_arrays, to_record
 
 GENES = ("ACTB", "EGFR", "KRAS", "MYC", "TP53", "VIM")
 PATIENTS = tuple(f"PAT-{i:03d}" for i in range(1, 17))
@@ -157,7 +158,7 @@ def test_a_failure_leaves_as_the_code_of_its_kind(
     def load_cohort(*args: Any) -> None:
         fail()
 
-    monkeypatch.setattr(fedgex.client.answers, "load_cohort", load_cohort)
+    monkeypatch.setattr(fedgex.client.training.answers, "load_cohort", load_cohort)
 
     assert code(ask(site, keys.PREPARE)) == expected
 

@@ -16,8 +16,8 @@ from fedgex.client import identity
 from fedgex.client.identity import Identity, Request
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
-from fedgex.common import chain, pki
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
+from fedgex.common.trust import audit_log, pki
 
 Authority = tuple[pki.Key, x509.Certificate]
 SERVER = "fedgex.example.org:9092"
@@ -148,7 +148,7 @@ def test_joining_gives_an_identity_that_signs(
     assert pki.verify(ours.certificate, authority[1], "site") == "north"
     pki.check(ours.certificate, b"a reply", ours.sign(b"a reply"))
     assert ours.node_key_path.exists()
-    assert [e["event"] for e in chain.read(settings.state_dir / "audit.jsonl")] == [
+    assert [e["event"] for e in audit_log.read(settings.state_dir / "audit.jsonl")] == [
         "joined"
     ]
 

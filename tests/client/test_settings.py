@@ -6,8 +6,8 @@ import pytest
 
 from fedgex.client.policy import TEMPLATE, Policy
 from fedgex.client.settings import DataSettings, SiteSettings
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.scale import Scale
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedgex.client.decisions import Decision
+from fedgex.client.admission.approvals import Decision
 from fedgex.client.ledger.book import content_hash
-from fedgex.common import chain
 from fedgex.common.canonical import canonical_json
-from fedgex.common.enrolment import EnrolmentRequest
-from fedgex.common.pki import Signature, Signed
-from fedgex.common.receipt import Part
-from fedgex.common.records import digest, to_record
-from fedgex.common.secure_aggregation import Context, Group, PublicKeys
+from fedgex.common.secure_aggregation.protocol import Context, Group, PublicKeys
+from fedgex.common.transport.records import digest, to_record
+from fedgex.common.trust import audit_log
+from fedgex.common.trust.enrolment import EnrolmentRequest
+from fedgex.common.trust.pki import Signature, Signed
+from fedgex.common.trust.receipt import Part
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +90,7 @@ GROUP = Group(
             "b93d21d9d8f8ca42c601da8c8c5887ce396c9d91c95edc92f83509bec33191b6",
         ),
         (
-            chain._hash(LINE),
+            audit_log._hash(LINE),
             "6a705a03b8d14515e3fca4b1c868b68a35182e67495c67914a3f2cebb1bedc75",
         ),
         (

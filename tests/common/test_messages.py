@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgex.common import keys
+from fedgex.common.data.moments import CrossProducts, GeneMoments, Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import Message, boundary
 from fedgex.common.messages.fields import (
@@ -66,11 +68,9 @@ from fedgex.common.messages.requests import (
     UnmaskRequest,
     read_request,
 )
-from fedgex.common.receipt import reply_digest, request_digest
-from fedgex.common.records import to_arrays, to_record
-from fedgex.common.statistics import CrossProducts, GeneMoments, Standardisation
 from fedgex.common.study import Study
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.transport.records import to_arrays, to_record
+from fedgex.common.trust.receipt import reply_digest, request_digest
 
 PAGE = Path(__file__).parents[2] / "docs" / "messages.md"
 GENES = Vocabulary(("EGFR", "KRAS", "TP53"))

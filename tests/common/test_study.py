@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.model import PRESETS
-from fedgex.common.scale import Scale
+from fedgex.common.models.gexbert import PRESETS
 from fedgex.common.study import Study
 
 WHOLE: dict[str, Any] = {

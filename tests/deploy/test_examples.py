@@ -7,8 +7,8 @@ import pytest
 from fedgex.client import policy
 from fedgex.client.cli import site
 from fedgex.client.settings import SiteSettings
-from fedgex.server import annotated_toml
-from fedgex.server.consortium import ConsortiumSettings
+from fedgex.server.consortium import annotated_toml
+from fedgex.server.consortium.store import ConsortiumSettings
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 WRITTEN = {

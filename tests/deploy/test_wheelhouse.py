@@ -62,7 +62,9 @@ def test_what_was_collected_installs_by_its_hashes(
     installed = install(wheelhouse, tmp_path / "there")
 
     assert installed.returncode == 0, installed.stderr
-    assert (tmp_path / "there" / "fedgex" / "server" / "supervisor.py").is_file()
+    assert (
+        tmp_path / "there" / "fedgex" / "server" / "service" / "supervisor.py"
+    ).is_file()
 
 
 def test_a_wheel_that_was_changed_on_its_way_is_not_installed(

@@ -16,18 +16,19 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.common import checkpoint, keys
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import save_cohort
+from fedgex.common import keys
+from fedgex.common.data.cohort import save_cohort
+from fedgex.common.models import checkpoint
+from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.study import Study
 from fedgex.server import journal
-from fedgex.server.participants import Simulated
-from fedgex.server.run import conduct
+from fedgex.server.federation.participants import Simulated
+from fedgex.server.federation.run import conduct
 from fedgex.server.settings import ServerSettings
-from fedgex.simulations.cohorts import new_data
 from fedgex.simulations.grid import LocalGrid
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.split import split
+from fedgex.simulations.synthetic import new_data
 
 TYPES = ["type-1", "type-2"]
 N_SITES = 4

@@ -24,19 +24,21 @@ import pandas as pd
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedgex.client import decisions, local_training
+from fedgex.client.admission import approvals
 from fedgex.client.identity import Identity
-from fedgex.common import chain, keys
-from fedgex.common.chain import Chain
+from fedgex.client.training import local_round
+from fedgex.common import keys
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, FederationError, TrustError
-from fedgex.common.pki import Signed
-from fedgex.common.records import floats, to_arrays, to_record
 from fedgex.common.study import Study
-from fedgex.common.vocabulary import Vocabulary
-from fedgex.server import asking
+from fedgex.common.transport.records import floats, to_arrays, to_record
+from fedgex.common.trust import audit_log
+from fedgex.common.trust.audit_log import Chain
+from fedgex.common.trust.pki import Signed
+from fedgex.server.federation import dispatch
 
-from . import alliance as alliances
-from .alliance import (
+from ..support import alliance as alliances
+from ..support.alliance import (
     GENES,
     MESSAGES,
     RUN,
@@ -107,7 +109,7 @@ def alliance(founded: Alliance, tmp_path: Path) -> Iterator[Alliance]:
     copy = Alliance(tmp_path / "alliance", NAMES)
     yield copy
     for name in NAMES:
-        chain.verify(copy.state(name) / "audit.jsonl")
+        audit_log.verify(copy.state(name) / "audit.jsonl")
 
 
 @pytest.fixture
@@ -180,7 +182,7 @@ def test_every_hospital_holds_the_receipts_and_a_log_that_says_what_left(
     alliance = undisturbed.alliance
     server = sorted(alliance.run_dir.glob("checkpoints/*/receipt.json"))
     for name in NAMES:
-        chain.verify(alliance.state(name) / "audit.jsonl")
+        audit_log.verify(alliance.state(name) / "audit.jsonl")
         held = sorted((alliance.state(name) / "receipts" / RUN).iterdir())
         # The last one travels with the released model.
         assert [h.read_bytes() for h in held] == [s.read_bytes() for s in server[:-1]]
@@ -299,7 +301,7 @@ def test_an_approval_that_ends_during_the_run_ends_the_hospitals_part(
             return datetime.now(tz) + timedelta(days=30)
 
     def pass_a_month() -> None:
-        monkeypatch.setattr(decisions, "datetime", InAMonth)
+        monkeypatch.setattr(approvals, "datetime", InAMonth)
 
     alliance.conduct(contract, before=at(FIRST, 2, pass_a_month))
 
@@ -391,7 +393,7 @@ def test_a_hospital_that_withdraws_while_it_trains_sends_nothing(
     alliance: Alliance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contract = alliance.agree(short())
-    honest = local_training.train_round
+    honest = local_round.train_round
 
     def train_round(study: Study, phase: str, number: int, *a: Any, **kw: Any) -> Any:
         result = honest(study, phase, number, *a, **kw)
@@ -400,7 +402,7 @@ def test_a_hospital_that_withdraws_while_it_trains_sends_nothing(
             desk.decide(contract, "withdrawn", by="Dr. N.", reason="no")
         return result
 
-    monkeypatch.setattr(local_training, "train_round", train_round)
+    monkeypatch.setattr(local_round, "train_round", train_round)
     run = alliance.conduct(contract)
 
     assert alliance.states(THIRD)[1] == ("refused", "FX-STUDY-003")
@@ -473,14 +475,14 @@ def test_exhausted_memory_leaves_the_hospital_as_a_code(
     alliance: Alliance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contract = alliance.agree(short(n_rounds=1))
-    honest = local_training.train_round
+    honest = local_round.train_round
 
     def train_round(*args: Any, **more: Any) -> Any:
         if more["site"] == THIRD:
             raise MemoryError(f"cannot hold {SECRET}")
         return honest(*args, **more)
 
-    monkeypatch.setattr(local_training, "train_round", train_round)
+    monkeypatch.setattr(local_round, "train_round", train_round)
     run = alliance.conduct(contract)
 
     assert alliance.states(THIRD) == [("refused", "FX-SITE-006")]
@@ -613,7 +615,7 @@ def test_a_clock_that_jumps_by_a_day_during_a_round_makes_nobody_late(
     clock = SimpleNamespace(
         monotonic=time.monotonic, sleep=time.sleep, time=lambda: time.time() + jumped
     )
-    monkeypatch.setattr(asking, "time", clock)
+    monkeypatch.setattr(dispatch, "time", clock)
 
     def jump() -> None:
         """Jump, and have the guard see what every node does by the new time."""
@@ -726,7 +728,7 @@ def test_a_repeated_request_is_answered_with_the_stored_bytes_and_trains_nothing
     assert again.reply_bytes == before.reply_bytes
     assert not trained
     assert len(ran.log(FIRST, "replayed")) == 1
-    chain.verify(ran.state(FIRST) / "audit.jsonl")
+    audit_log.verify(ran.state(FIRST) / "audit.jsonl")
 
 
 def test_a_request_repeated_with_a_newer_receipt_is_still_the_same_request(

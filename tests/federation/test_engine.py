@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fedgex.common import checkpoint
+from fedgex.common.models import checkpoint
 from fedgex.server import journal
 from fedgex.simulations import engine
 from fedgex.simulations.engine import OFFLINE

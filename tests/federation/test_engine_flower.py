@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fedgex.common import checkpoint
+from fedgex.common.models import checkpoint
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations import engine
 

@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedgex.client import local_training
-from fedgex.common import fitting, tasks
+from fedgex.client.training import local_round
 from fedgex.common.arrays import PER_GENE
+from fedgex.common.data.dataset import Patients
+from fedgex.common.data.moments import CrossProducts, GeneMoments, pool
 from fedgex.common.federation import Update
-from fedgex.common.harmonise import Patients
-from fedgex.common.statistics import CrossProducts, GeneMoments, pool
+from fedgex.common.models import tasks, training
 from fedgex.common.study import PRETRAINING, Study
-from fedgex.server.strategy import combine
+from fedgex.server.federation.strategy import combine
 
 N_GENES = 9
 SIZES = {"h1": 4, "h2": 7, "h3": 13}
@@ -50,7 +50,7 @@ def hide_by_row(values: Tensor, measured: Tensor, *_: object) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _hidden_cells_depend_on_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "draw_hidden", hide_by_row)
+    monkeypatch.setattr(training, "draw_hidden", hide_by_row)
 
 
 def patients(seed: int, n: int, lacking: tuple[int, ...] = ()) -> Patients:
@@ -81,7 +81,7 @@ def step(
     rules: Study, site: str, own: Patients, incoming: Parameters, folder: Path
 ) -> Update:
     """Train one round at a site, as its ClientApp does."""
-    result = local_training.train_round(
+    result = local_round.train_round(
         rules, PRETRAINING, 1, own, incoming, site=site, floor=1, state_dir=folder
     )
     return Update(

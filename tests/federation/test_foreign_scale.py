@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 
 from fedgex.common import keys
+from fedgex.common.data.moments import GeneMoments, foreign_scales
 from fedgex.common.errors import FederationError
-from fedgex.common.statistics import GeneMoments, foreign_scales
 from fedgex.simulations.scenario import find
 from fedgex.simulations.split import split
 
-from . import alliance as alliances
+from ..support import alliance as alliances
 from .conftest import N_SITES, Consortium, Finished, write_hospitals
 
 ODD = "hospital-02"

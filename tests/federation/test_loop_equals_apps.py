@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedgex.client import local_training
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort
+from fedgex.client.training import local_round
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import to_patients
 from fedgex.common.federation import RoundResult
-from fedgex.common.harmonise import to_patients
+from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.study import Study
 from fedgex.simulations import training
 
@@ -55,7 +55,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
 @pytest.fixture
 def _disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have two sites answer rounds with what no honest training yields."""
-    honest = local_training.train_round
+    honest = local_round.train_round
 
     def train_round(study: Study, phase: str, number: int, *args: Any, **more: Any):
         result: RoundResult = honest(study, phase, number, *args, **more)
@@ -63,7 +63,7 @@ def _disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
         wrong = {name: factor * array for name, array in result.update.items()}
         return dataclasses.replace(result, update=wrong)
 
-    monkeypatch.setattr(local_training, "train_round", train_round)
+    monkeypatch.setattr(local_round, "train_round", train_round)
     monkeypatch.setattr(training, "train_round", train_round)
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fedgex.common import checkpoint, federation, keys
-from fedgex.common.cohort import load_cohort
+from fedgex.common import federation, keys
+from fedgex.common.data.cohort import load_cohort
+from fedgex.common.data.dataset import to_patients
 from fedgex.common.errors import ConfigError
-from fedgex.common.harmonise import to_patients
+from fedgex.common.models import checkpoint
 from fedgex.common.study import Study
 
 from ..conftest import OF_DELTAS

@@ -15,11 +15,15 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import fedgex.client.app
-from fedgex.common import checkpoint, keys, pki
-from fedgex.common.contract import Contract
+from fedgex.common import keys
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import CheckpointError, FederationError, TrustError
-from fedgex.common.pki import Signed
-from fedgex.common.receipt import (
+from fedgex.common.models import checkpoint
+from fedgex.common.transport.records import to_arrays, to_record
+from fedgex.common.trust import pki
+from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.receipt import (
     Part,
     Receipt,
     parameters_digest,
@@ -27,14 +31,12 @@ from fedgex.common.receipt import (
     request_digest,
     verify_chain,
 )
-from fedgex.common.records import to_arrays, to_record
-from fedgex.common.vocabulary import Vocabulary
-from fedgex.server import annotated_toml
-from fedgex.server.consortium import Consortium as Alliance
-from fedgex.server.consortium import ConsortiumSettings, SiteRequest
-from fedgex.server.deployment import Deployment
+from fedgex.server.consortium import annotated_toml
+from fedgex.server.consortium.participants import Deployment
+from fedgex.server.consortium.store import Consortium as Alliance
+from fedgex.server.consortium.store import ConsortiumSettings, SiteRequest
+from fedgex.server.federation.run import conduct
 from fedgex.server.journal import read
-from fedgex.server.run import conduct
 from fedgex.server.settings import ServerSettings
 
 from .conftest import InProcessGrid

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedgex.common import keys
-from fedgex.common.records import to_arrays
+from fedgex.common.transport.records import to_arrays
 
 if TYPE_CHECKING:
     from .conftest import Consortium, Finished

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import fedgex.client.app
-from fedgex.client import local_training
-from fedgex.common import keys, start
-from fedgex.common.records import to_arrays
-from fedgex.common.statistics import SUPPRESSED, CrossProducts, unpack
+from fedgex.client.training import local_round
+from fedgex.common import keys
+from fedgex.common.data.moments import SUPPRESSED, CrossProducts, unpack
+from fedgex.common.models import factor_model
+from fedgex.common.transport.records import to_arrays
 
 if TYPE_CHECKING:
     from .conftest import Consortium, Finished
@@ -115,14 +116,14 @@ def test_an_exceptions_text_stays_and_a_code_leaves(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    train_round = local_training.train_round
+    train_round = local_round.train_round
 
     def fail_at_one_site(*args: Any, site: str, **settings: Any) -> Any:
         if site == consortium.names[1]:
             raise RuntimeError("row of patient Jane-Doe-4711 cannot be trained on")
         return train_round(*args, site=site, **settings)
 
-    monkeypatch.setattr(local_training, "train_round", fail_at_one_site)
+    monkeypatch.setattr(local_round, "train_round", fail_at_one_site)
     with caplog.at_level(logging.ERROR, logger=fedgex.client.app.__name__):
         run = consortium.conduct(consortium.study(**SHORT), tmp_path)
 
@@ -524,7 +525,7 @@ def test_sums_by_cancer_type_leave_for_groups_of_the_floor_and_make_the_types_me
         np.testing.assert_allclose(totals, np.nansum(z, axis=0), atol=1e-4)
     # The hospitals' genes differ, so that the model's means are of completed sums.
     assert any((s.counts <= 0).any() for groups in sent for s in groups.values())
-    groups = start.pool_completed(lambda: sent, TYPES, 3)
+    groups = factor_model.pool_completed(lambda: sent, TYPES, 3)
     found = run.final.parameters["backbone.encoder.linear.means"]
     for k, name in enumerate(TYPES):
         np.testing.assert_allclose(found[k], groups[name].mean, atol=1e-4)

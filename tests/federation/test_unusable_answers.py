@@ -12,7 +12,7 @@ from flwr.app import Context, Message, RecordDict
 
 import fedgex.client.app
 from fedgex.common import keys
-from fedgex.common.records import to_arrays, to_record
+from fedgex.common.transport.records import to_arrays, to_record
 
 if TYPE_CHECKING:
     from .conftest import Consortium, Finished

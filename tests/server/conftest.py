@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from fedgex.common import checkpoint, pki
-from fedgex.server import orders, runs, studies
-from fedgex.server.consortium import (
+from fedgex.common.models import checkpoint
+from fedgex.common.trust import pki
+from fedgex.server.consortium import commands, contracts, runs
+from fedgex.server.consortium.store import (
     Consortium,
     ConsortiumSettings,
     new_administrator,
@@ -117,7 +118,7 @@ def finish(
     def make(release: str = "") -> runs.Run:
         """`release` goes into that section of the contract."""
         consortium, ada = admitted.consortium, admitted.key("ada")
-        text = studies.draft(
+        text = contracts.draft(
             drafted["study"],
             drafted["genes"],
             purpose="Restoration of gene panels, for tests",
@@ -127,9 +128,9 @@ def finish(
         )
         text = text.replace("[release]\n", f"[release]\n{release}")
         drafted["contract"].write_text(text)
-        studies.sign(drafted["contract"], ada, consortium.administrator(ada)[1])
-        contract = studies.publish(consortium, drafted["contract"], ada).subject
-        order = orders.launch(consortium, contract, "small", ada)
+        contracts.sign(drafted["contract"], ada, consortium.administrator(ada)[1])
+        contract = contracts.publish(consortium, drafted["contract"], ada).subject
+        order = commands.launch(consortium, contract, "small", ada)
         run = runs.launch(consortium, order)
         sites = {
             name: (key, pki.from_pem(consortium.site(name).certificate))
@@ -137,7 +138,7 @@ def finish(
         }
         train(
             run.folder,
-            studies.load(consortium, contract).signed,
+            contracts.load(consortium, contract).signed,
             (consortium.coordinator_key, consortium.coordinator),
             sites,
         )

@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 from lifelines.utils import concordance_index
 from numpy.typing import NDArray
 
-from fedgex.common import tasks
-from fedgex.common.harmonise import Patients
+from fedgex.common.data.dataset import Patients
+from fedgex.common.models import tasks
 from fedgex.common.study import Evaluation, Study
 from fedgex.server import evaluation
 from fedgex.server.evaluation import class_scores, hidden_cells, judge_risk

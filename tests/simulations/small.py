@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedgex.simulations import cohorts
+from fedgex.simulations import synthetic
 from fedgex.simulations.scenario import Scenario
 
 
@@ -36,5 +36,5 @@ def scenario(study: dict[str, Any], **sections: Any) -> Scenario:
 def new_data(factory: pytest.TempPathFactory, **sizes: int) -> Path:
     """Write data of two cancer types and return their folder."""
     folder = factory.mktemp("data") / "data"
-    cohorts.new_data(folder, n_cancer_types=2, **sizes)
+    synthetic.new_data(folder, n_cancer_types=2, **sizes)
     return folder

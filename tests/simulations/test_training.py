@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedgex.client.local_training import train_round
-from fedgex.common import tasks
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort
-from fedgex.common.harmonise import Patients, to_patients
+from fedgex.client.training.local_round import train_round
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.models import tasks
+from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.study import Study
 from fedgex.simulations import training
 

@@ -3,8 +3,8 @@
     split -> panels: drawn at random, or selected -> class predicted by each method for
     each unseen patient, cached -> accuracy and macro-F1 against the number of genes
 
-Panels are selected from the sites' sums (common/panel_selection.py) or, for comparison,
-from pooled rows. N unseen patients, V genes, C classes.
+Panels are selected from the sites' sums (simulations/analysis/panel_selection.py) or,
+for comparison, from pooled rows. N unseen patients, V genes, C classes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from sklearn.metrics import confusion_matrix
 
-from fedgex.common import panel_selection
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import CLASSIFICATION
 from fedgex.server.evaluation import class_scores
-from fedgex.simulations import charts, references
+from fedgex.simulations.analysis import panel_selection
+from fedgex.simulations.baselines import references
 from fedgex.simulations.evaluation import figures
 from fedgex.simulations.evaluation.arms import FEDERATED, LOCAL, LOCAL_SITES, POOLED
 from fedgex.simulations.evaluation.classification.methods import (
@@ -59,6 +59,7 @@ from fedgex.simulations.evaluation.table import (
     spread,
     where,
 )
+from fedgex.simulations.reporting import charts
 
 FEW = 32
 """Genes up to which the model is to be better than simple methods."""

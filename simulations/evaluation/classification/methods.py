@@ -21,14 +21,16 @@ from rich.console import Console
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_selection import f_classif
 
-from fedgex.common import panel_selection, predictions, tasks
-from fedgex.common.harmonise import Patients
-from fedgex.common.panel_selection import Types
-from fedgex.common.phases import take_part
+from fedgex.common.data.dataset import Patients
+from fedgex.common.data.moments import by_type, pool_types
+from fedgex.common.models import predict as predictions
+from fedgex.common.models import tasks
+from fedgex.common.models.losses import take_part
 from fedgex.common.seeds import derive
-from fedgex.common.statistics import by_type, pool_types
 from fedgex.common.study import CLASSIFICATION
-from fedgex.simulations import references
+from fedgex.simulations.analysis import panel_selection
+from fedgex.simulations.analysis.panel_selection import Types
+from fedgex.simulations.baselines import references
 from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,

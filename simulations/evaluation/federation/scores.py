@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fedgex.common import predictions, tasks
-from fedgex.common.cohort import Cohort
-from fedgex.common.harmonise import Patients
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients
+from fedgex.common.evaluation.survival import stratified_c_index
+from fedgex.common.models import predict, tasks
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Evaluation, Study
-from fedgex.common.survival_metrics import stratified_c_index
 from fedgex.server import evaluation
-from fedgex.simulations import references
+from fedgex.simulations.baselines import references
 from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,
@@ -126,7 +126,7 @@ def chances(model: Model, patients: Patients) -> Iterator[tuple[str, torch.Tenso
     for name, panel in _panels_seen(model).items():
         seen = torch.where(panel, patients.values, torch.nan)
         some = dataclasses.replace(patients, values=seen)
-        yield f"hit/{name}", predictions.class_probabilities(classifier, some)
+        yield f"hit/{name}", predict.class_probabilities(classifier, some)
 
 
 def hits(chances: torch.Tensor, target: torch.Tensor) -> Floats:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from fedgex.common import statistics, tasks
-from fedgex.common.cohort import Cohort
-from fedgex.common.scale import CONVERTIBLE
+from fedgex.common.data import moments
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.moments import GeneMoments
+from fedgex.common.data.scales import CONVERTIBLE
+from fedgex.common.models import tasks
 from fedgex.common.seeds import derive
-from fedgex.common.statistics import GeneMoments
 from fedgex.common.study import PRETRAINING, LocalTraining, StrategyRule, Study
 from fedgex.simulations.analysis import foreign_scale
 from fedgex.simulations.evaluation import resumable
@@ -231,7 +232,7 @@ def foreign(bench: Bench) -> Part:
         if cohort is not None:
             sites = without | {site: cohort}
             other = dataclasses.replace(split, sites=sites)
-            level = statistics.foreign_scales(_moments(other)).get(site)
+            level = moments.foreign_scales(_moments(other)).get(site)
             norm = _norm_ratio(bench, other, site, kind)
             checks[kind] |= {"level_ratio": level, "norm_ratio": norm}
             row |= _at_the_server(level, norm, bench.study)

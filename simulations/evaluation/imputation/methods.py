@@ -21,8 +21,10 @@ from rich.console import Console
 from scipy.stats import norm
 from torch import Tensor
 
-from fedgex.common.harmonise import Patients
-from fedgex.common.imputers import (
+from fedgex.common.data.dataset import Patients
+from fedgex.common.data.moments import CrossProducts
+from fedgex.common.evaluation.imputation import restoration
+from fedgex.common.evaluation.imputers import (
     Float,
     GaussianImputer,
     Imputer,
@@ -31,13 +33,11 @@ from fedgex.common.imputers import (
     fit_mixture,
     ppca,
 )
-from fedgex.common.metrics import restoration
-from fedgex.common.model import select
-from fedgex.common.start import LinearStart
-from fedgex.common.statistics import CrossProducts
+from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.gexbert import select
+from fedgex.common.models.tasks import Parameters
+from fedgex.common.models.uncertainty import restore_with_spread
 from fedgex.common.study import Study
-from fedgex.common.tasks import Parameters
-from fedgex.common.uncertainty import restore_with_spread
 from fedgex.server.evaluation import model_imputer
 from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (

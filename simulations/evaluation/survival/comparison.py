@@ -16,19 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fedgex.common import screening
+from fedgex.common.data.dataset import Patients
 from fedgex.common.errors import ConfigError
-from fedgex.common.harmonise import Patients
-from fedgex.common.phases import take_part
-from fedgex.common.study import SURVIVAL, Study
-from fedgex.common.survival_metrics import (
+from fedgex.common.evaluation.survival import (
     c_index,
     c_index_with_se,
     integrated_brier_score,
     kaplan_meier,
     stratified_c_index,
 )
-from fedgex.simulations.charts import DAYS_PER_YEAR
+from fedgex.common.models.losses import take_part
+from fedgex.common.study import SURVIVAL, Study
+from fedgex.simulations.analysis import cox_screen
 from fedgex.simulations.evaluation.arms import LOCAL
 from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Split
@@ -43,6 +42,7 @@ from fedgex.simulations.evaluation.survival.tables import (
     results,
 )
 from fedgex.simulations.evaluation.table import mean_known
+from fedgex.simulations.reporting.charts import DAYS_PER_YEAR
 
 MIN_LEFT = 5
 """The Brier score goes as far as so many of a cancer are followed for longer."""
@@ -227,7 +227,7 @@ def _evaluate(split: Split, seed: int, console: Console) -> Scores:
         of_models | of_references,
         able,
         {
-            name: [genes[g] for g in screening.anchors(scores, n_anchors)]
+            name: [genes[g] for g in cox_screen.anchors(scores, n_anchors)]
             for name, scores in screens.items()
         },
     )

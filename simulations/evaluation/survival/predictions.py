@@ -21,20 +21,22 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fedgex.common import masking, screening, tasks
-from fedgex.common import predictions as predicting
-from fedgex.common.cohort import Cohort
-from fedgex.common.harmonise import Patients
-from fedgex.common.imputers import GaussianImputer, Imputer, MeanImputer
-from fedgex.common.phases import take_part
-from fedgex.common.screening import CoxScore
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import Patients
+from fedgex.common.data.moments import CrossProducts, pool
+from fedgex.common.evaluation.imputers import GaussianImputer, Imputer, MeanImputer
+from fedgex.common.evaluation.survival import kaplan_meier
+from fedgex.common.models import masking, tasks
+from fedgex.common.models import predict as predicting
+from fedgex.common.models.losses import take_part
+from fedgex.common.models.survival import breslow, predict_survival
 from fedgex.common.seeds import derive, generator
-from fedgex.common.statistics import CrossProducts, pool
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
-from fedgex.common.survival import breslow, predict_survival
-from fedgex.common.survival_metrics import kaplan_meier
 from fedgex.server import evaluation
-from fedgex.simulations import references
+from fedgex.simulations.analysis import cox_screen
+from fedgex.simulations.analysis.cox_screen import CoxScore
+from fedgex.simulations.baselines import references
+from fedgex.simulations.baselines.references import Floats
 from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,
@@ -47,7 +49,6 @@ from fedgex.simulations.evaluation.arms import (
     train,
 )
 from fedgex.simulations.evaluation.protocol import Split
-from fedgex.simulations.references import Floats
 
 Predictions = dict[str, NDArray[np.float64]]
 """By method, each of shape (N, 1 + K)."""
@@ -252,7 +253,7 @@ def of_references(
             },
             None
             if name not in screens
-            else screening.anchors(screens[name], n_anchors(split)),
+            else cox_screen.anchors(screens[name], n_anchors(split)),
             imputers,
             seed,
             ends,
@@ -271,7 +272,7 @@ def without_anchors(
     hidden = torch.zeros_like(unseen.measured)
     for name, scores in screens.items():
         gone = torch.zeros(len(split.genes), dtype=torch.bool)
-        gone[torch.from_numpy(screening.anchors(scores, n_anchors(split)))] = True
+        gone[torch.from_numpy(cox_screen.anchors(scores, n_anchors(split)))] = True
         hidden[unseen.type_index((name,)) == 0] = gone
     return {"all/federated": _of_model(federated, _hide(unseen, hidden))}
 

@@ -8,13 +8,13 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner, Result
 
+from fedgex.client.admission.approvals import Desk
 from fedgex.client.cli import app
-from fedgex.client.decisions import Desk
 from fedgex.client.identity import Request
 from fedgex.client.settings import SiteSettings
-from fedgex.common import chain, pki
-from fedgex.common.pki import Signed
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.trust import audit_log, pki
+from fedgex.common.trust.pki import Signed
 
 Authority = tuple[pki.Key, x509.Certificate]
 SERVER = "fedgex.example.org:9092"
@@ -99,5 +99,5 @@ def approve(site_toml: Path, hash: str, expires: object = NEXT_WEEK) -> Result:
 
 
 def audit(site_toml: Path) -> list[tuple[str, str | None]]:
-    lines = chain.read(site_toml.parent / "state/audit.jsonl")
+    lines = audit_log.read(site_toml.parent / "state/audit.jsonl")
     return [(line["event"], line.get("by")) for line in lines]

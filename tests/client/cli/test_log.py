@@ -3,9 +3,9 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedgex.common.chain import Chain
-from fedgex.common.pki import Signed
-from fedgex.common.receipt import Part, Receipt
+from fedgex.common.trust.audit_log import Chain
+from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.receipt import Part, Receipt
 
 from .conftest import (
     Authority,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fedgex.client.prediction import inference
-from fedgex.common import tasks
-from fedgex.common.scale import Scale
-from fedgex.common.uncertainty import restore_with_spread
+from fedgex.common.data.scales import Scale
+from fedgex.common.models import tasks
+from fedgex.common.models.uncertainty import restore_with_spread
 
 from .predicting import (
     GENES,

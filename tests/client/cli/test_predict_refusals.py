@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from fedgex.client.cli import app
 from fedgex.client.prediction import inference
-from fedgex.common import pki
-from fedgex.common.scale import Scale
+from fedgex.common.data.scales import Scale
+from fedgex.common.trust import pki
 
 from .predicting import (
     NOTICE,

@@ -9,7 +9,7 @@ import pytest
 from fedgex.client.identity import Request
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
-from fedgex.common import pki
+from fedgex.common.trust import pki
 
 from .conftest import (
     SERVER,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.client.decisions import Desk
+from fedgex.client.admission.approvals import Desk
 from fedgex.client.settings import SiteSettings
-from fedgex.common import pki
-from fedgex.common.pki import Signed
+from fedgex.common.trust import pki
+from fedgex.common.trust.pki import Signed
 
 from .conftest import (
     NEXT_MONTH,

@@ -9,9 +9,9 @@ import pandas as pd
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.policy import Policy
 from fedgex.client.settings import DataSettings, SiteSettings
-from fedgex.common.cohort import Cohort
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
-from fedgex.common.scale import Scale
 
 ROOT = Path(__file__).parents[3]
 GENES = ("TP53", "MYC", "EGFR", "ACTB", "KRAS", "VIM")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from fedgex.client.settings import DataColumns
-from fedgex.common.scale import Scale
+from fedgex.common.data.scales import Scale
 
 from .cases import (
     FLOOR,

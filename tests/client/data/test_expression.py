@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedgex.common.scale import Scale
+from fedgex.common.data.scales import Scale
 
 from .cases import (
     GENES,

@@ -16,27 +16,29 @@ from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner, Result
 
 import fedgex.client.app
-from fedgex.client import daemon
 from fedgex.client.cli import app as site_app
 from fedgex.client.ledger import debit
 from fedgex.client.ledger.budget import Account
 from fedgex.client.ledger.ledger import FILE, KEY, BudgetError, Ledger, LedgerError
 from fedgex.client.policy import TEMPLATE, Policy
+from fedgex.client.service import daemon
 from fedgex.client.settings import SiteSettings
-from fedgex.common import chain, keys, privacy
-from fedgex.common.chain import Chain
-from fedgex.common.contract import Contract
+from fedgex.common import keys
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.messages.fields import Round, Server
 from fedgex.common.messages.replies import Reply
 from fedgex.common.messages.requests import TrainRequest, read_request
-from fedgex.common.pki import Signed
-from fedgex.common.records import to_record
-from fedgex.common.statistics import Standardisation
+from fedgex.common.privacy import accounting
 from fedgex.common.study import Study
-from fedgex.common.vocabulary import Vocabulary
+from fedgex.common.transport.records import to_record
+from fedgex.common.trust import audit_log
+from fedgex.common.trust.audit_log import Chain
+from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pki import Signed
 
-from .. import hospital
-from ..hospital import Died, as_bytes, code, death_at, join_and_approve
+from ...support import hospital
+from ...support.hospital import Died, as_bytes, code, death_at, join_and_approve
 
 CONTRACT = f"""\
 {hospital.CONTRACT}\
@@ -60,9 +62,9 @@ def after(rounds: int) -> float:
     history = [
         done
         for number in range(1, rounds + 1)
-        for done in privacy.invocations(STUDY, "pretraining", number)
+        for done in accounting.invocations(STUDY, "pretraining", number)
     ]
-    return privacy.epsilon(history, DELTA)
+    return accounting.epsilon(history, DELTA)
 
 
 def asked_to_train(study: Study) -> TrainRequest:
@@ -105,7 +107,7 @@ class Hospital(hospital.Hospital):
 
     def why(self) -> str:
         """Return why the last request was refused, which stays in the log."""
-        return str(chain.read(self.state_dir / "audit.jsonl")[-1]["why"])
+        return str(audit_log.read(self.state_dir / "audit.jsonl")[-1]["why"])
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_a_round_is_debited_and_logged_before_it_is_computed(north: Hospital) ->
         "kept",
     ]
     (row,) = Ledger.open(north.state_dir).rows()
-    line = chain.read(north.state_dir / "audit.jsonl")[-3]
+    line = audit_log.read(north.state_dir / "audit.jsonl")[-3]
     assert line["ledger"] == {"index": 1, "hash": row.hash}
     assert line["request"] == row.about.request
     assert north.spent == after(1)

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from fedgex.client.ledger import ledger as ledgers
 from fedgex.client.ledger.book import Budget, Debit
 from fedgex.client.ledger.ledger import FILE, KEY, BudgetError, LedgerError
-from fedgex.common import failpoints, privacy
-from fedgex.common.privacy import Invocation
+from fedgex.common.privacy import accounting
+from fedgex.common.privacy.accounting import Invocation
+from fedgex.common.system import failpoints
 
 Ledger = ledgers.Ledger
 DELTA = 1e-5
@@ -44,7 +45,7 @@ import json, sys
 from pathlib import Path
 from fedgex.client.ledger.book import Budget, Debit
 from fedgex.client.ledger.ledger import Ledger
-from fedgex.common.privacy import Invocation
+from fedgex.common.privacy.accounting import Invocation
 folder, number, times = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for i in range(times):
     about = Debit(contract="", run="run", type="train", phase="pretraining",
@@ -61,7 +62,7 @@ def number(i: int) -> Debit:
 
 def gaussians(times: int) -> float:
     """Return the epsilon of the Gaussian mechanism above, invoked so often."""
-    return privacy.epsilon([GAUSSIAN] * times, DELTA)
+    return accounting.epsilon([GAUSSIAN] * times, DELTA)
 
 
 def debit(
@@ -106,8 +107,8 @@ def test_the_spend_is_the_composition_of_a_patients_rows(
     debit(ledger, 1, ["a", "b"], [STEPS])
     debit(ledger, 2, ["a"], [STEPS, GAUSSIAN])
 
-    assert ledger.spent(["b"], DELTA) == privacy.epsilon([STEPS], DELTA)
-    twice = privacy.epsilon([STEPS, STEPS, GAUSSIAN], DELTA)
+    assert ledger.spent(["b"], DELTA) == accounting.epsilon([STEPS], DELTA)
+    twice = accounting.epsilon([STEPS, STEPS, GAUSSIAN], DELTA)
     assert ledger.spent(["a"], DELTA) == twice
     assert ledger.spent(["a", "b", "new"], DELTA) == twice
     assert ledger.spent(None, DELTA) == twice

@@ -15,15 +15,16 @@ from typer.testing import CliRunner, Result
 
 from fedgex.client.cli import app
 from fedgex.client.policy import TEMPLATE
-from fedgex.common import attacks, checkpoint, tasks
-from fedgex.common.checkpoint import Checkpoint
-from fedgex.common.cohort import Cohort
-from fedgex.common.harmonise import to_patients
-from fedgex.common.model import GexBert
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import to_patients
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.models import checkpoint, tasks
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.models.gexbert import GexBert
+from fedgex.common.privacy import attacks
 from fedgex.common.seeds import derive
-from fedgex.common.statistics import Standardisation
 from fedgex.common.study import Study
-from fedgex.common.vocabulary import Vocabulary
 
 GENES = ("AAA1", "BBB2", "CCC3", "DDD4", "EEE5", "FFF6")
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from fedgex.client.prediction import inference
 from fedgex.client.prediction.review import review
-from fedgex.common import tasks
-from fedgex.common.checkpoint import Checkpoint
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.scales import Scale
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import CheckpointError, ConfigError, DataError
-from fedgex.common.objectives import ModelImputer, embed
-from fedgex.common.scale import Scale
-from fedgex.common.statistics import Standardisation
+from fedgex.common.models import tasks
+from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.models.restoration import ModelImputer, embed
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
-from fedgex.common.vocabulary import Vocabulary
 
 GENES = tuple(f"G{i:02d}" for i in range(12))
 MEAN, SD = np.linspace(4, 9, 12), np.linspace(0.5, 2, 12)

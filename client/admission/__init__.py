@@ -1,0 +1,1 @@
+"""Which messages are admitted: contracts, approvals, the gate."""

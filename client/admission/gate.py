@@ -1,0 +1,439 @@
+"""The gate of a hospital: what comes in, what goes out, and the record of both.
+
+It stands around the app (`client.app`) that also runs in the simulator. A message
+passes if a person approved its contract here, the message is what the contract says,
+and the policy lets the site answer now. What was answered is signed, stored and logged
+before it leaves, and sent again, byte for byte, to whoever asks the same again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+
+from fedgex.client.admission.approvals import Desk, Refusal
+from fedgex.client.admission.reply_cache import AnotherRequestError, Replies
+from fedgex.client.identity import Identity
+from fedgex.client.ledger import debit
+from fedgex.client.ledger.ledger import LedgerError
+from fedgex.client.settings import SiteSettings
+from fedgex.common import keys
+from fedgex.common.codes import Code
+from fedgex.common.errors import MessageError, TrustError, UpdateError
+from fedgex.common.messages.fields import (
+    Decision,
+    Hospital,
+    LastReceipt,
+    Run,
+    SignedPart,
+)
+from fedgex.common.messages.replies import ContractReply, ReleaseReply, Reply, read_part
+from fedgex.common.messages.replies import Refusal as RefusalReply
+from fedgex.common.messages.requests import (
+    ContractRequest,
+    Envelope,
+    ReleaseRequest,
+    SecureRequest,
+    SharesRequest,
+    StatisticsRequest,
+    StudyRequest,
+    TrainRequest,
+    read_request,
+)
+from fedgex.common.study import NAME_PATTERN
+from fedgex.common.system import failpoints
+from fedgex.common.system.files import disk_full, write_atomic
+from fedgex.common.transport.records import to_arrays
+from fedgex.common.trust import audit_log, bundle, pki
+from fedgex.common.trust.audit_log import Chain
+from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.receipt import Part, Receipt, reply_digest
+
+logger = logging.getLogger(__name__)
+
+App = Callable[[Message, Context], Message]
+
+STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN, *keys.SECURE)
+"""Answered once. `prepare` says what is so now, and may say it again."""
+
+KEPT = "kept"
+"""Event: a reply under differential privacy is stored, and may leave from now on."""
+
+WORKING = "working.json"
+"""Says what is computed now, for the daemon and for who comes after a death."""
+
+MAX_DEATHS = 3
+"""A request during which the process died this often is refused."""
+
+
+class Gate:
+    """What the executor calls for every message."""
+
+    def __init__(self, site_toml: Path, app: App) -> None:
+        """Open the gate of the hospital of a site.toml.
+
+        Raises
+        ------
+        ConfigError
+            If settings or policy cannot be used, or the hospital has not joined.
+        TrustError
+            If the audit log was changed.
+        """
+        self.site_toml, self.app = site_toml, app
+        settings = SiteSettings.load(site_toml)
+        self.state_dir = settings.state_dir
+        self.identity = Identity.load(self.state_dir)
+        self.audit = Chain(self.state_dir / "audit.jsonl")
+        audit_log.verify(self.audit.path)
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message; whatever goes wrong leaves as a code."""
+        try:
+            settings = SiteSettings.load(self.site_toml)
+            reply = self._answer(message, context, settings)
+        except Refusal as refusal:
+            reply = self._refuse(message, refusal)
+        except LedgerError as error:
+            reply = self._refuse(message, Refusal(error.code, str(error)))
+        except Exception as error:
+            logger.exception("failed")
+            reply = self._refuse(message, Refusal(code(error), type(error).__name__))
+        return Message(reply, reply_to=message)
+
+    def _answer(
+        self, message: Message, context: Context, settings: SiteSettings
+    ) -> RecordDict:
+        kind = message.metadata.message_type
+        desk = Desk.of(settings)
+        try:
+            request = read_request(kind, message.content)
+        except MessageError as error:
+            raise Refusal(Code.OUTSIDE_CONTRACT, str(error)) from error
+        run = _run(request)
+        self._same_log(request.receipt)
+        order = (
+            request.round if isinstance(request, TrainRequest | SecureRequest) else None
+        )
+        about = {
+            "contract": run.contract,
+            "run": run.run,
+            "type": kind,
+            "phase": "" if order is None else order.phase,
+            "round": 0 if order is None else order.number,
+            "request": request.digest,
+        }
+        if isinstance(request, ContractRequest):
+            return self._logged(self._contract(request, desk).to_records(), about)
+        contract = desk.admitted(run.contract)
+        self._keep_receipt(request.receipt, run)
+        if isinstance(request, ReleaseRequest):
+            return self._logged(self._release(request, run).to_records(), about)
+        assert isinstance(request, StudyRequest)
+        _same(kind, request, contract)
+        self._open_now(settings)
+        private = contract.study.privacy.patient is not None
+        if private:
+            debit.ready(self.state_dir)
+        question = f"{kind.removeprefix('query.')}-{_place(request)}"
+        replies = Replies(self.state_dir / "replies" / run.run)
+        try:
+            stored = replies.find(question, request.digest) if kind in STORED else None
+        except AnotherRequestError as error:
+            raise Refusal(Code.ANSWERED_ALREADY, str(error)) from error
+        if stored is not None:
+            self.audit.append("replayed", **about)
+            self._end()  # of a process that died once it had stored the reply
+            return self._signed_now(stored, question, about, replies)
+        if private:
+            self._nothing_left(about)
+        self._begin(request.digest)
+        self.audit.append("asked", **about)
+        failpoints.reach("site.before_train")
+        reply: RecordDict = self.app(message, context).content
+        failpoints.reach("site.after_train")
+        desk.admitted(run.contract)  # withdrawn meanwhile: nothing leaves
+        reply = self._logged(reply, about)
+        if kind in STORED and keys.REFUSAL not in reply:
+            replies.store(question, request.digest, reply)
+            if private:
+                self.audit.append(KEPT, **about)
+        self._end()
+        failpoints.reach("site.before_send")
+        return reply
+
+    def _nothing_left(self, about: dict[str, object]) -> None:
+        """Refuse to compute anew what was stored and may have left, under one debit."""
+        for line in audit_log.read(self.audit.path):
+            if line["event"] == KEPT and about.items() <= line.items():
+                raise Refusal(
+                    Code.ANSWERED_ALREADY,
+                    f"the reply of {line['time'][:10]} to this is no longer there, and "
+                    "it may have left; another one would spend privacy that was not "
+                    "debited. Restore the folder replies/ if it was lost.",
+                )
+
+    def _signed_now(
+        self,
+        stored: RecordDict,
+        question: str,
+        about: dict[str, object],
+        replies: Replies,
+    ) -> RecordDict:
+        """Return a stored reply, signed anew if the hospital's keys were replaced."""
+        part = read_part(stored)
+        ours = pki.to_pem(self.identity.certificate)
+        if part is not None and part.certificate == ours:
+            return stored
+        stored.pop(keys.PART, None)
+        stored = self._logged(stored, about)
+        replies.store(question, str(about["request"]), stored)
+        return stored
+
+    def _contract(self, request: ContractRequest, desk: Desk) -> ContractReply:
+        """Take a contract in, and answer with the approval, if there is one."""
+        try:
+            signed = Signed.from_json(request.contract.json_, "the contract sent")
+        except TrustError as error:
+            raise Refusal(Code.UNTRUSTED, str(error)) from error
+        received = desk.receive(signed)
+        desk.admitted(received.hash)  # so what is sent now is an approval
+        decision = self.state_dir / "decisions" / f"{received.hash}.json"
+        return ContractReply(
+            site=Decision(name=self.identity.name, decision=decision.read_text())
+        )
+
+    def _release(self, request: ReleaseRequest, run: Run) -> ReleaseReply:
+        """Keep a released model for predictions, once all of it is verified."""
+        name = f"{run.run}{bundle.SUFFIX}"
+        try:
+            sent = to_arrays(request.bundle)[keys.BUNDLE].tobytes()
+            with tempfile.TemporaryDirectory(prefix="fedgex-") as temporary:
+                arrived = Path(temporary) / name
+                arrived.write_bytes(sent)
+                release = bundle.verify(arrived, self.identity.authority).release
+        except (TrustError, UpdateError) as error:
+            raise Refusal(Code.RELEASE_UNVERIFIED, str(error)) from error
+        if (release.contract, release.run) != (run.contract, run.run):
+            raise Refusal(
+                Code.RELEASE_UNVERIFIED, "the model sent is that of another run."
+            )
+        folder = self.state_dir / "models"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        write_atomic(folder / name, sent, point="release")
+        self.audit.append("model-received", run=run.run, bytes=len(sent))
+        return ReleaseReply(site=Hospital(name=self.identity.name))
+
+    def _same_log(self, last: LastReceipt | None) -> None:
+        """Compare our log with its last line that the server holds our signature of."""
+        known = None if last is None else last.known
+        if known is not None and not self.audit.contains(known):
+            raise Refusal(
+                Code.LOG_RESTORED,
+                f"the server holds our signature over line {known.index} of the log, "
+                "and our log does not have that line: it was cut, or restored from a "
+                "backup. Nothing is answered. See docs/hospital-operation.md.",
+            )
+
+    def _keep_receipt(self, last: LastReceipt | None, run: Run) -> None:
+        """Keep the coordinator's receipt of the round before, once verified."""
+        if last is None or not last.json_:
+            return
+        sent = last.json_
+        try:
+            signed = Signed.from_json(sent, "the receipt sent")
+            receipt = Receipt.read_signed(signed)
+            if not signed.signers(
+                self.identity.authority, "coordinator", at=receipt.time
+            ):
+                raise TrustError("the receipt sent bears no signature.")
+        except TrustError as error:
+            raise Refusal(Code.UNTRUSTED, str(error)) from error
+        if (receipt.contract, receipt.run) != (run.contract, run.run):
+            raise Refusal(Code.OUTSIDE_CONTRACT, "the receipt sent is of another run.")
+        path = self.state_dir / "receipts" / run.run / f"{receipt.index:05d}.json"
+        if path.exists():
+            held = Signed.from_json(path.read_text(), path.name)
+            if held.content == signed.content:
+                return
+            raise Refusal(
+                Code.UNTRUSTED,
+                f"the coordinator signed two different receipts {receipt.index} of "
+                f"{run.run}: it told hospitals different things. Keep {path} and the "
+                "log.",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(path, sent.encode())
+        self.audit.append(
+            "receipt", run=run.run, index=receipt.index, digest=signed.hash
+        )
+
+    def _open_now(self, settings: SiteSettings) -> None:
+        if (self.state_dir / "paused").exists():
+            raise Refusal(Code.PAUSED, "the operator paused this site.")
+        if not settings.policy.open_at(datetime.now()):
+            raise Refusal(
+                Code.OUTSIDE_HOURS, f"policy.toml answers {settings.policy.hours} only."
+            )
+
+    def _logged(self, reply: RecordDict, about: dict[str, object]) -> RecordDict:
+        """Write down that this goes out, and sign it with the log's head beside it."""
+        refused = keys.REFUSAL in reply
+        code = RefusalReply.from_records(reply).refusal.code if refused else None
+        head = self.audit.append(
+            "answered" if code is None else "refused",
+            **about,
+            code=code,
+            reply=reply_digest(reply),
+            bytes=_size(reply),
+        )
+        metrics = reply.metric_records.get(keys.METRICS)
+        patients = None if metrics is None else metrics.get(keys.NUM_EXAMPLES)
+        part = Part.read(
+            {
+                **about,
+                "site": self.identity.name,
+                "reply": reply_digest(reply),
+                "head": {"index": head.index, "hash": head.hash},
+                "patients": "suppressed" if patients is None else patients,
+            },
+            "our part",
+        ).to_json()
+        signed = SignedPart(
+            json_=part,
+            signature=self.identity.sign(part.encode()),
+            certificate=pki.to_pem(self.identity.certificate),
+        )
+        return RecordDict({**reply, **Reply(part=signed).to_records()})
+
+    def _refuse(self, message: Message, refusal: Refusal) -> RecordDict:
+        logger.warning("refused: %s", refusal)
+        self._end()  # first: the log may be what cannot be written
+        self.audit.append(
+            "refused",
+            type=message.metadata.message_type,
+            code=refusal.code,
+            why=refusal.why,
+        )
+        return RefusalReply.of(refusal.code).to_records()
+
+    # ---- what the daemon needs to know of a computation ----
+
+    def _begin(self, request: str) -> None:
+        """Note what is computed, unless it has killed this process too often."""
+        path = self.state_dir / WORKING
+        before = read_working(self.state_dir)
+        deaths = 0
+        if before is not None and before["request"] == request:
+            if before.get("code"):
+                path.unlink()
+                raise Refusal(str(before["code"]), "the computation was stopped.")
+            deaths = int(str(before["deaths"])) + 1
+        if deaths >= MAX_DEATHS:
+            path.unlink()
+            raise Refusal(
+                Code.FAILED, f"the process died {deaths} times over this request."
+            )
+        now = {
+            "request": request,
+            "deaths": deaths,
+            "pid": os.getpid(),
+            "since": time.monotonic(),
+        }
+        write_atomic(path, json.dumps(now).encode())
+
+    def _end(self) -> None:
+        (self.state_dir / WORKING).unlink(missing_ok=True)
+
+
+def code(error: Exception) -> Code:
+    """Return the code of something unforeseen, which says nothing of its text."""
+    return Code.DISK_FULL if disk_full(error) else Code.FAILED
+
+
+def read_working(state_dir: Path) -> dict[str, object] | None:
+    """Return what the site computes now: request, deaths, pid, since (monotonic, s).
+
+    The process may be dead; then it is what it died over.
+    """
+    try:
+        found: dict[str, object] = json.loads((state_dir / WORKING).read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def stop_working(state_dir: Path, code: Code) -> None:
+    """Have the present request refused with a code when it is asked again."""
+    found = read_working(state_dir)
+    if found is not None:
+        content = json.dumps(found | {"code": code}).encode()
+        write_atomic(state_dir / WORKING, content)
+
+
+def _run(request: Envelope) -> Run:
+    """Return the run of a request; only a contract may be of no run."""
+    if request.run is None:
+        raise Refusal(
+            Code.UNKNOWN_RUN,
+            "the message names no run and no contract; it does not come from "
+            "fedgex-admin run launch.",
+        )
+    published = isinstance(request, ContractRequest) and not request.run.run
+    if not published and not re.fullmatch(NAME_PATTERN, request.run.run):
+        raise Refusal(Code.UNKNOWN_RUN, "the run's name cannot name a file.")
+    return request.run
+
+
+def _same(kind: str, request: StudyRequest, contract: Contract) -> None:
+    """Refuse a request whose study, round or vocabulary is not the contract's."""
+    study = contract.study
+    if request.study.to_json() != study.to_json():
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT, "the study of the message is not the contract's."
+        )
+    if isinstance(request, TrainRequest | SecureRequest):
+        order, training = request.round, study.phases.get(request.round.phase)
+        planned = training is not None and order.number <= training.rounds
+        if study.secure_aggregation is None:  # then a round has one attempt
+            planned = planned and request.attempt is None
+        if not planned:
+            place = f"{order.phase} {order.number}"
+            raise Refusal(Code.OUTSIDE_CONTRACT, f"the contract has no {kind} {place}.")
+    if isinstance(request, SharesRequest):
+        strange = set(request.participants) - set(contract.sites)
+        if strange:
+            raise Refusal(
+                Code.OUTSIDE_CONTRACT, f"the contract does not name {sorted(strange)}."
+            )
+    genes = sorted(study.vocabulary.genes)
+    if isinstance(request, StatisticsRequest) and genes != [*request.vocabulary.genes]:
+        raise Refusal(
+            Code.OUTSIDE_CONTRACT, "the genes of the message are not the contract's."
+        )
+
+
+def _place(request: StudyRequest) -> str:
+    """Return phase, number and attempt of what is asked, for a file's name."""
+    if not isinstance(request, TrainRequest | SecureRequest):
+        return "-00000"
+    order, attempt = request.round, request.attempt
+    more = "" if attempt is None else f".{attempt.attempt:03d}"
+    return f"{order.phase}-{order.number:05d}{more}"
+
+
+def _size(reply: RecordDict) -> int:
+    return sum(
+        len(array.data)
+        for record in reply.array_records.values()
+        for array in record.values()
+    )

@@ -1,0 +1,103 @@
+"""The long-lived process that answers messages, from the installed package alone.
+
+It takes client tasks, one at a time, keeps torch, data and model warm between them, and
+never looks into the bundle that came with a run: its hash goes to the audit log, its
+content nowhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import torch
+
+from fedgex.client.admission.gate import Gate, code
+from fedgex.client.app import app
+from fedgex.client.service.flower import SiteTask
+from fedgex.client.service.supernode import ARRIVED_FILE, SECRET_VARIABLE
+from fedgex.client.settings import SiteSettings
+from fedgex.common.system.processes import begin
+from fedgex.common.transport.flower import CLIENT_APP, acquire, executor
+from fedgex.common.transport.records import let_go
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+"""Between two looks whether a message arrived."""
+ASK_S = 10.0
+"""Between two questions to the SuperNode, where no arrival was noted."""
+
+
+def work(site_toml: Path, port: int, secret: str) -> None:
+    """Answer messages until the daemon ends us."""
+    settings = SiteSettings.load(site_toml)
+    if settings.policy.memory_mb:
+        limit = settings.policy.memory_mb * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    torch.set_num_threads(settings.policy.threads)
+    gate = Gate(site_toml, app)
+    client = executor(port, secret)
+    bundles: set[str] = set()
+    arrived = settings.state_dir / ARRIVED_FILE
+    while True:
+        seen = _changed(arrived)
+        try:
+            task = acquire(client, CLIENT_APP)
+        except httpx.TransportError:  # the SuperNode is being started again
+            task = None
+        if task is None:
+            _wait(arrived, seen)
+            continue
+        token, _ = task
+        _answer(gate, port, token, bundles)
+
+
+def _changed(arrived: Path) -> int | None:
+    """Return when the SuperNode last noted an arrival, None if never."""
+    try:
+        return arrived.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _wait(arrived: Path, seen: int | None) -> None:
+    """Wait for the next arrival, or for the next question to the SuperNode anyway."""
+    end = time.monotonic() + ASK_S
+    while _changed(arrived) == seen and time.monotonic() < end:
+        time.sleep(POLL_S)
+
+
+def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
+    """Take one message from the SuperNode, and hand it the reply."""
+    try:
+        with SiteTask.held(port, token) as fetch:
+            try:
+                task = fetch()
+            except Exception as lost:  # such as a run that ended meanwhile
+                logger.warning("a message could not be fetched: %s", lost)
+                return
+            if task.bundle_digest not in bundles:
+                bundles.add(task.bundle_digest)
+                gate.audit.append(
+                    "bundle", digest=task.bundle_digest, bytes=task.bundle_bytes
+                )
+            try:
+                reply = gate(task.message, task.context)
+            except Exception as error:  # such as a full disk; its text must not travel
+                logger.exception("failed")
+                reply = task.failure(code(error))
+            let_go(task.message.content)
+            task.answer(reply)
+    except httpx.HTTPError as error:
+        logger.warning("the SuperNode went away: %s", error)
+
+
+if __name__ == "__main__":
+    begin()
+    work(Path(sys.argv[1]), int(sys.argv[2]), os.environ.pop(SECRET_VARIABLE))

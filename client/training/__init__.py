@@ -1,0 +1,1 @@
+"""One round at one hospital: plain, private and secure."""

@@ -1,0 +1,254 @@
+"""What a site computes for each request of a study, and what it keeps back.
+
+The floor is the stricter of the study's and the site's `minimum_cohort`; a number that
+the policy does not permit is None in the reply, which names it as withheld.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgex.client.data.cohort import assay, load_cohort
+from fedgex.client.ledger import debit
+from fedgex.client.settings import SiteSettings
+from fedgex.client.training import local_round
+from fedgex.client.training import panel as site_panel
+from fedgex.common import federation, keys
+from fedgex.common.codes import Code
+from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.dataset import to_patients
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.scales import Scale
+from fedgex.common.errors import ConfigError, DataError
+from fedgex.common.messages.codec import Fields
+from fedgex.common.messages.fields import CohortSize, Introduction, TrainingMetrics
+from fedgex.common.messages.replies import (
+    CrossProductsReply,
+    PrepareReply,
+    StatisticsReply,
+    TrainReply,
+)
+from fedgex.common.messages.requests import (
+    CrossProductsRequest,
+    KeysRequest,
+    PrepareRequest,
+    StatisticsRequest,
+    TrainRequest,
+)
+from fedgex.common.study import Study
+from fedgex.common.transport.records import floats, to_arrays, to_record
+
+GOVERNED_BY = {
+    keys.NUM_EXAMPLES: keys.NUM_PATIENTS,
+    keys.NUM_LOSS_TERMS: keys.NUM_PATIENTS,
+}
+"""Numbers that a metric of the policy with another name covers."""
+OPTIONAL = (keys.NUM_PATIENTS, *TrainingMetrics.keys())
+"""Numbers that a policy may keep back."""
+
+Numbers = TypeVar("Numbers", bound=Fields)
+
+
+def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
+    """Report name, panel and number of patients.
+
+    A gene known of fewer samples than the floor, or than the study's share of them,
+    counts as not measured. Under patient-level privacy, the columns of the file on the
+    study's genes count as measured, whatever is in them, and nobody is counted.
+
+    A run asks again after its server was started again; then the panel is still the
+    one that the run began with.
+    """
+    study = request.study
+    cohort = _cohort(settings, study)
+    run = "" if request.run is None else request.run.run
+    before = site_panel.read_panel(_state_dir(settings, study))
+    if run and before is not None and before.run == run:
+        _refuse_drift(settings, study, cohort)
+    scale = settings.data.scale.value
+    if study.privacy.patient is None:
+        reported = federation.observed_genes(
+            cohort,
+            min_count=_floor(settings, study),
+            min_share=study.vocabulary.min_patient_share,
+        )
+        panel = site_panel.Panel(scale, cohort.genes, reported, run)
+    else:
+        assayed, asked = assay(settings), set(study.vocabulary.genes)
+        reported = tuple(g for g in assayed if not asked or g in asked)
+        panel = site_panel.Panel(scale, assayed, reported, run)
+    site_panel.remember_panel(_state_dir(settings, study), panel)
+    introduction = Introduction(
+        name=settings.name,
+        version=version("fedgex"),
+        genes=reported,
+        shares_cross_products=settings.policy.share_cross_products,
+        num_patients=cohort.n_patients,
+    )
+    return PrepareReply(site=_permitted(introduction, settings, study))
+
+
+def moments(request: StatisticsRequest, settings: SiteSettings) -> StatisticsReply:
+    """Return count, sum and sum of squares of each gene of the vocabulary.
+
+    A gene measured in fewer patients than the floor is suppressed.
+    """
+    study = request.study
+    _refuse_sums(study)
+    cohort = _cohort(settings, study)
+    floor = _floor(settings, study)
+    sums = federation.gene_moments(cohort, request.vocabulary, floor)
+    size = CohortSize(num_patients=sums.n_patients)
+    return StatisticsReply(sums=sums, metrics=_permitted(size, settings, study))
+
+
+def cross_products(
+    request: CrossProductsRequest, settings: SiteSettings
+) -> CrossProductsReply:
+    """Return cross-products of each cancer type's patients, if the policy permits it.
+
+    Of the types that the study names, and of all other patients together.
+    """
+    study = request.study
+    _refuse_sums(study)
+    if not settings.policy.share_cross_products:
+        raise ConfigError(
+            "the study asks for cross-products, which expose the row space of a small "
+            "site; set share_cross_products = true in policy.toml to permit them."
+        )
+    cohort = _cohort(settings, study)
+    patients = to_patients(cohort, request.vocabulary, request.standardisation)
+    floor = _floor(settings, study)
+    return CrossProductsReply(
+        products=federation.cross_products(study, patients, floor)
+    )
+
+
+def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
+    """Evaluate the incoming model on the site's patients, and train it for one round.
+
+    Under patient-level privacy the round is debited before anything is computed.
+    """
+    started, study, order = time.monotonic(), request.study, request.round
+    cohort = _unchanged_cohort(settings, study)
+    local_round.refuse_large_delta(study, cohort.n_patients)
+    debit.charge(request, settings, cohort.patients)
+    result = local_round.train_round(
+        study,
+        order.phase,
+        order.number,
+        to_patients(cohort, request.vocabulary, request.standardisation),
+        floats(to_arrays(request.model)),
+        site=settings.name,
+        floor=_floor(settings, study),
+        state_dir=_state_dir(settings, study),
+    )
+    report = result.report
+    metrics = TrainingMetrics(
+        num_examples=None if report is None else report.num_examples,
+        num_loss_terms=None if report is None else report.num_loss_terms,
+        train_loss=None if report is None else report.train_loss,
+        pre_training_loss=result.judged_loss,
+        seconds=time.monotonic() - started,
+    )
+    return TrainReply(
+        update=to_record(result.update), metrics=_permitted(metrics, settings, study)
+    )
+
+
+def reported_genes(request: KeysRequest, settings: SiteSettings) -> NDArray[np.bool_]:
+    """Return which genes of the vocabulary the site reported, shape (V,).
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the site cannot take part in the round.
+    """
+    study, vocabulary = request.study, request.vocabulary
+    cohort = _unchanged_cohort(settings, study)
+    unit = Standardisation.identity(len(vocabulary))
+    patients = to_patients(cohort, vocabulary, unit)
+    local_round.enough(study, request.round.phase, patients, _floor(settings, study))
+    panel = site_panel.read_panel(_state_dir(settings, study))
+    return np.isin(vocabulary.genes, () if panel is None else panel.told)
+
+
+def _permitted(numbers: Numbers, settings: SiteSettings, study: Study) -> Numbers:
+    """Return the numbers without those that the policy keeps back.
+
+    None may leave under patient-level privacy.
+    """
+    metrics = () if study.privacy.patient is not None else settings.policy.metrics
+    withheld = [key for key in OPTIONAL if GOVERNED_BY.get(key, key) not in metrics]
+    values = {k: v for k, v in numbers.encode().items() if k not in withheld}
+    return numbers.decode(values)
+
+
+def _refuse_sums(study: Study) -> None:
+    """Refuse sums over patients under patient-level privacy: they have no noise."""
+    if study.privacy.patient is not None:
+        raise ConfigError(
+            "the study promises patient-level privacy, and sums over patients were "
+            "asked for; its means and standard deviations come from the public cohort."
+        )
+
+
+def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
+    """Refuse data that are no longer what `introduce` reported."""
+    panel = site_panel.read_panel(_state_dir(settings, study))
+    genes = set(cohort.genes)
+    if panel is not None and study.privacy.patient is not None:
+        genes |= set(panel.told)  # whether they have values depends on patients
+    if panel is None or panel.holds(settings.data.scale.value, genes):
+        return
+    raise DataError(
+        [
+            Code.PANEL_CHANGED.finding(
+                where=settings.data.expression.name,
+                found="other genes, or another scale, than when the run began",
+                expected="the same columns and data.scale until the run ends",
+                action="Put the file back; a new export is for the next run.",
+            )
+        ]
+    )
+
+
+def _floor(settings: SiteSettings, study: Study) -> int:
+    """Return the smallest count that may leave: the stricter of site and study."""
+    return max(settings.policy.minimum_cohort, study.minimum_cohort)
+
+
+def _state_dir(settings: SiteSettings, study: Study) -> Path:
+    return settings.state_dir / study.hash[:16]
+
+
+def _unchanged_cohort(settings: SiteSettings, study: Study) -> Cohort:
+    cohort = _cohort(settings, study)
+    _refuse_drift(settings, study, cohort)
+    return cohort
+
+
+def _cohort(settings: SiteSettings, study: Study) -> Cohort:
+    tasks = tuple(task for task in study.phases if task in settings.policy.tasks)
+    data = settings.data
+    files = [data.expression, data.clinical, data.opt_outs]
+    changed = tuple(p.stat().st_mtime_ns for p in files if p is not None and p.exists())
+    return _read(settings, study.scale, tasks, changed)
+
+
+@lru_cache(maxsize=256)
+def _read(
+    settings: SiteSettings,
+    scale: Scale,
+    tasks: tuple[str, ...],
+    changed: tuple[int, ...],
+) -> Cohort:
+    """Read and check a site's files; kept warm between rounds until they change."""
+    return load_cohort(settings, scale, tasks)[0]

@@ -1,0 +1,361 @@
+"""Train so that no patient can be told from the result: DP-SGD (Abadi et al. 2016).
+
+Opacus makes each patient's gradient, scales it down to `clip` and adds them up; who is
+in a step and the noise that hides any one of them are drawn in secret. Nothing else
+here depends on the patients: the number of steps, the divisor and the noise are the
+study's. What is drawn for a step (who, and what of them is hidden) comes from
+`SecretRandom`, and all that patients of a step share is drawn once for the step, so
+that a patient who is left out changes nothing for the others.
+
+Opacus' expanded weights are the cheapest of its ways to a patient's gradient
+(docs/benchmarks.md). They take no mixed precision, so that all of it is in float32.
+
+N rows (one per patient), B rows drawn for a step, V genes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from opacus.grad_sample import GradSampleModuleExpandedWeights
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from fedgex.common.data.dataset import Patients
+from fedgex.common.models import survival
+from fedgex.common.models.gexbert import Encoder, GexBert
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
+from fedgex.common.models.masking import draw_hidden
+from fedgex.common.models.restoration import draw_panel, embed, embed_all, restore
+from fedgex.common.models.tasks import Classifier, PhaseModel
+from fedgex.common.models.training import new_optimizer
+from fedgex.common.privacy import accounting
+from fedgex.common.privacy.secure_random import SecretRandom
+from fedgex.common.study import (
+    Classification,
+    LocalTraining,
+    PatientPrivacy,
+    Pretraining,
+    Study,
+    Survival,
+)
+from fedgex.common.system import files
+
+COUNTS = "class-counts.json"
+"""File with the noised numbers of patients of each class."""
+
+
+class PatientLoss(Protocol):
+    """A module that maps patients to one loss each, which depends on no other patient.
+
+    What it trains are those of its parameters that require a gradient.
+    """
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw which cells (B, V) of the patients at these rows a step hides or shows.
+
+        What patients share is drawn without regard to who they are and how many.
+        """
+
+    def __call__(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return the loss of each patient, shape (B,)."""
+
+
+class RestorationLoss(nn.Module):
+    """Each patient's mean squared error over its own hidden cells."""
+
+    def __init__(
+        self, backbone: GexBert, patients: Patients, phase: Pretraining
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._patients, self._measured = patients, patients.measured
+        self._masking = phase.masking
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw the hidden cells; pattern and rate are the step's."""
+        values = self._patients.values[rows]
+        return draw_hidden(values, self._measured[rows], self._masking, rng)
+
+    def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return one loss a patient; 0 for whom nothing is hidden."""
+        device = _device(self)
+        values, measured, hidden = (
+            t.to(device)
+            for t in (self._patients.values[rows], self._measured[rows], drawn)
+        )
+        restored = restore(self.backbone, values, measured & ~hidden, hidden)
+        error = torch.where(hidden, restored - values, 0.0)
+        return error.square().sum(1) / hidden.sum(1).clamp(min=1)
+
+
+class ClassificationLoss(nn.Module):
+    """Each patient's cross-entropy, from a panel that the step's patients share.
+
+    Logits are shifted as in `losses.classification_loss`, by shares that are known
+    with noise only.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: ClassificationHead,
+        patients: Patients,
+        phase: Classification,
+        log_share: Tensor,
+    ) -> None:
+        """Set up for patients of the phase's classes; `log_share` has one a class."""
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self._patients, self._measured = patients, patients.measured
+        self._target = patients.type_index(phase.classes)
+        self._min_genes, self._log_share = phase.min_genes, log_share
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Draw the visible cells."""
+        return draw_panel(self._measured[rows], self._min_genes, rng)
+
+    def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return one loss a patient."""
+        device = _device(self)
+        embedding = embed(self.encoder, self._patients.values[rows], drawn)
+        logits = self.head(embedding) + self._log_share.to(device)
+        target = self._target[rows].to(device)
+        # A class that the noise made absent would cost its patients infinitely much.
+        known = self._log_share.to(device)[target].isfinite()
+        loss = F.cross_entropy(
+            torch.where(known[:, None], logits, 0.0), target, reduction="none"
+        )
+        return torch.where(known, loss, 0.0)
+
+
+class SurvivalLoss(nn.Module):
+    """Each patient's negative log-likelihood of discrete-time hazards."""
+
+    def __init__(
+        self, encoder: Encoder, head: SurvivalHead, patients: Patients, phase: Survival
+    ) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self._patients, self._measured = patients, patients.measured
+        self._types = patients.type_index(phase.cancer_types)
+        clinical = patients.clinical
+        self._clinical = clinical if phase.clinical else torch.zeros_like(clinical)
+        self._at_risk, self._died = survival.intervals(
+            patients.duration, patients.event, phase.interval_ends
+        )
+        frozen = phase.backbone == "frozen"
+        self._frozen = embed_all(encoder, patients) if frozen else None
+
+    def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
+        """Show all that is measured."""
+        return self._measured[rows]
+
+    def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
+        """Return one loss a patient."""
+        device = _device(self)
+        if self._frozen is None:
+            embedding = embed(self.encoder, self._patients.values[rows], drawn)
+        else:
+            embedding = self._frozen[rows.to(device)]
+        clinical, types, at_risk, died = (
+            t[rows].to(device)
+            for t in (self._clinical, self._types, self._at_risk, self._died)
+        )
+        logits = self.head(embedding, clinical, types)
+        return F.binary_cross_entropy_with_logits(
+            logits, died.float(), weight=at_risk.float(), reduction="none"
+        ).sum(1)
+
+
+def phase_loss(
+    study: Study,
+    number: int,
+    model: PhaseModel,
+    patients: Patients,
+    *,
+    state_dir: Path,
+) -> PatientLoss:
+    """Return the loss of a phase for patients that take part in it.
+
+    Parameters
+    ----------
+    number
+        Of the round in its phase, from 1.
+    state_dir
+        Where the noised class counts are kept between rounds.
+    """
+    if isinstance(model, GexBert):
+        return RestorationLoss(model, patients, study.pretraining)
+    if isinstance(model, Classifier):
+        rule, settings = study.privacy.patient, study.classification
+        assert rule is not None
+        share = noised_log_share(patients, settings.classes, rule, state_dir, number)
+        return ClassificationLoss(model.encoder, model.head, patients, settings, share)
+    return SurvivalLoss(model.encoder, model.head, patients, study.survival)
+
+
+def fit_privately(
+    loss: PatientLoss,
+    n_rows: int,
+    training: LocalTraining,
+    rule: PatientPrivacy,
+    *,
+    noise_multiplier: float,
+    learning_rate: float,
+    proximal_mu: float = 0.0,
+) -> None:
+    """Train in place for the steps of one round; what comes out is private.
+
+    A step sums the clipped gradients of the patients drawn, adds noise of standard
+    deviation `noise_multiplier * rule.clip` to each number, and divides by the batch
+    size, whoever was drawn; nobody is a step of pure noise. Nothing is reported, since
+    it would need noise too.
+
+    Parameters
+    ----------
+    loss
+        Module of the losses, see `PatientLoss`.
+    n_rows
+        Patients, N.
+    learning_rate
+        Of this round, see `training.round_learning_rate`.
+    proximal_mu
+        As for `training.fit`; the pull knows no patient, and needs no noise.
+
+    References
+    ----------
+    Abadi et al. (2016), arXiv 1607.00133, algorithm 1.
+    """
+    assert isinstance(loss, nn.Module)
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    incoming = [p.detach().clone() for p in trained]
+
+    def pull(_: DPOptimizer) -> None:
+        for p, start in zip(trained, incoming, strict=True):
+            assert p.grad is not None
+            p.grad += proximal_mu * (p.detach() - start)
+
+    secret = SecretRandom()
+    optimizer = SecretOptimizer(
+        new_optimizer(trained, training, learning_rate),
+        secret,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=rule.clip,
+        expected_batch_size=training.batch_size,
+    )
+    if proximal_mu:
+        optimizer.attach_step_hook(pull)
+    each = GradSampleModuleExpandedWeights(loss, loss_reduction="sum")
+    for _ in range(accounting.steps(training, rule)):
+        rows = secret.bernoulli(n_rows, rule.sample_rate).nonzero().squeeze(1)
+        drawn = loss.draw(rows, torch.Generator().manual_seed(secret.seed()))
+        take_step(each, optimizer, rows, drawn)
+    each.cleanup()
+
+
+class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
+    """Opacus' optimiser, with noise that nobody can predict.
+
+    A patient whose gradient is not finite counts as nobody. The sum is divided by the
+    expected batch size here: Opacus' own way takes time quadratic in the number of
+    parameters' tensors.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, secret: SecretRandom, **settings: Any
+    ) -> None:
+        super().__init__(optimizer, loss_reduction="sum", **settings)
+        self._secret = secret
+
+    def clip_and_accumulate(self) -> None:
+        """Scale each patient's gradient down and add them to the step's sum."""
+        samples = self.grad_samples
+        sums = torch.stack([g.flatten(1).sum(1) for g in samples])
+        bad = ~sums.isfinite().all(0)  # (B,)
+        if bad.any():
+            for g in samples:
+                g[bad] = 0
+        super().clip_and_accumulate()
+
+    def add_noise(self) -> None:
+        """Add Gaussian noise to each number of the step's sum, and make it a mean."""
+        std = self.noise_multiplier * self.max_grad_norm
+        sizes = [p.numel() for p in self.params]
+        noise = self._secret.normal((sum(sizes),), std).split(sizes)
+        for p, part in zip(self.params, noise, strict=True):
+            noised = p.summed_grad + part.view_as(p).to(p.device)
+            p.grad = noised / self.expected_batch_size
+
+
+def take_step(
+    each: GradSampleModuleExpandedWeights,
+    optimizer: SecretOptimizer,
+    rows: Tensor,
+    drawn: Tensor,
+) -> None:
+    """Take one private step with patients, a batch of them at a time.
+
+    Parameters
+    ----------
+    each
+        The losses (`PatientLoss`) of which Opacus notes each patient's gradient.
+    rows, drawn
+        Of the step, shape (B,) and (B, V); B may be 0.
+    """
+    size = optimizer.expected_batch_size
+    parts = list(zip(rows.split(size), drawn.split(size), strict=True))
+    for i, (few, shown) in enumerate(parts):
+        optimizer.zero_grad(set_to_none=True)
+        if len(few):
+            each(few, shown).sum().backward()
+        else:  # an empty tensor splits into one empty part
+            for p in optimizer.params:
+                p.grad_sample = p.new_empty(0, *p.shape)
+        optimizer.signal_skip_step(i + 1 < len(parts))
+        optimizer.step()
+
+
+def noised_log_share(
+    patients: Patients,
+    classes: tuple[str, ...],
+    rule: PatientPrivacy,
+    state_dir: Path,
+    number: int,
+) -> Tensor:
+    """Return the log share of each class at this site, shape (classes,), with noise.
+
+    Patients are counted in the first round, once, which is charged with it. A class of
+    at most one patient by its noised count is absent, minus infinity, unless all are;
+    who was not there in the first round takes all classes as equally common.
+
+    Parameters
+    ----------
+    number
+        Of the round in its phase, from 1.
+    """
+    path = state_dir / COUNTS
+    if path.exists():
+        counted = torch.tensor(json.loads(path.read_text()))
+    elif number > 1:
+        return torch.full((len(classes),), -math.log(len(classes)))
+    else:
+        target = patients.type_index(classes)
+        counted = torch.bincount(target, minlength=len(classes)).float()
+        counted += SecretRandom().normal((len(classes),), rule.label_noise)
+        with files.explained(path):
+            state_dir.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, json.dumps(counted.tolist()).encode())
+    counted = torch.where(counted > 1, counted, 0.0)
+    if not counted.any():
+        return torch.full((len(classes),), -math.log(len(classes)))
+    return (counted / counted.sum()).log()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,157 @@
+"""One round at one hospital: load the phase's model, and train it as the study says.
+
+The ClientApp calls it, and the loop over patients in memory that simulations train.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fedgex.common.codes import Code
+from fedgex.common.data.dataset import Patients
+from fedgex.common.errors import DataError, Finding
+from fedgex.common.federation import RoundResult, round_update
+from fedgex.common.models import tasks
+from fedgex.common.models.losses import take_part, trained_parameters
+from fedgex.common.models.parameters import load_parameters
+from fedgex.common.models.tasks import Parameters, PhaseModel
+from fedgex.common.models.training import round_learning_rate
+from fedgex.common.privacy import accounting
+from fedgex.common.study import SURVIVAL, Study
+from fedgex.common.system import malloc
+
+
+def train_round(
+    study: Study,
+    phase: str,
+    number: int,
+    patients: Patients,
+    incoming: Parameters,
+    *,
+    site: str,
+    floor: int,
+    state_dir: Path,
+    evaluate: bool = True,
+) -> RoundResult:
+    """Evaluate and train a phase's model for one round, privately if the study says so.
+
+    Parameters
+    ----------
+    number
+        Number of the round in its phase, from 1.
+    incoming
+        Parameters sent by the server, see `tasks.sent`.
+    floor
+        Fewest patients that may take part in anything that leaves the site.
+    state_dir
+        Where noised class counts are kept between rounds.
+    evaluate
+        Whether the incoming model is evaluated on the patients first.
+
+    Raises
+    ------
+    DataError
+        If fewer patients than the floor can take part; with the Cox loss, fewer deaths.
+    UpdateError
+        If the incoming parameters do not fit the study's model.
+    """
+    malloc.keep_freed()
+    fitting = enough(study, phase, patients, floor)
+    model = tasks.build(study, patients.values.shape[1], phase)
+    load_parameters(tasks.named(phase, model), incoming)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    fit = None
+    if study.privacy.patient is not None:
+        fit = partial(_train_privately, study, phase, number, model, fitting, state_dir)
+    return round_update(
+        study,
+        phase,
+        number,
+        model,
+        fitting,
+        incoming,
+        site=site,
+        fit=fit,
+        evaluate=evaluate,
+    )
+
+
+def refuse_large_delta(study: Study, n_patients: int) -> None:
+    """Refuse a study whose delta could give one of so many patients away whole.
+
+    Raises
+    ------
+    DataError
+        `Code.DELTA_TOO_LARGE`, unless delta is below 1 / patients.
+    """
+    rule = study.privacy.patient
+    if rule is None or rule.delta * n_patients < 1:
+        return
+    finding = Code.DELTA_TOO_LARGE.finding(
+        where="privacy.patient.delta",
+        found=f"delta = {rule.delta:g}, and 1 / delta patients or more",
+        expected="a delta below 1 / patients, or some patient may be given away whole",
+        action="Ask for a study with a smaller delta.",
+    )
+    raise DataError([finding])
+
+
+def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients:
+    """Return the patients that a phase can learn from, see `take_part`.
+
+    Raises
+    ------
+    DataError
+        If they are fewer than the floor; with the Cox loss, their deaths.
+    """
+    fitting = take_part(study, phase, patients)
+    if _unit_count(study, phase, fitting) < floor:
+        raise DataError([_too_few(phase, floor)])
+    return fitting
+
+
+def _train_privately(
+    study: Study,
+    phase: str,
+    number: int,
+    model: PhaseModel,
+    patients: Patients,
+    state_dir: Path,
+) -> None:
+    # Imports Opacus, which takes seconds and hundreds of MB that others need not pay.
+    from fedgex.client.training import dp_sgd
+
+    rule, settings = study.privacy.patient, study.phases[phase]
+    assert rule is not None
+    model.requires_grad_(False)
+    for parameter in trained_parameters(study, phase, model):
+        parameter.requires_grad_(True)
+    dp_sgd.fit_privately(
+        dp_sgd.phase_loss(study, number, model, patients, state_dir=state_dir),
+        len(patients),
+        settings,
+        rule,
+        noise_multiplier=accounting.noise_multiplier(study),
+        learning_rate=round_learning_rate(settings, number),
+        proximal_mu=study.strategy.proximal_mu,
+    )
+
+
+def _unit_count(study: Study, phase: str, patients: Patients) -> int:
+    """Return what the phase's loss is a mean over, a number that leaves the site."""
+    if phase == SURVIVAL and study.survival.loss == "cox":
+        return int(patients.event.sum())
+    return len(patients)
+
+
+def _too_few(phase: str, floor: int) -> Finding:
+    return Code.TOO_FEW_FOR_PHASE.finding(
+        where=phase,
+        found=f"fewer than {floor} patients (with the Cox loss: deaths) to learn from",
+        expected=f"{floor} or more, with the cancer types and follow-up of the study",
+        action="The site takes no part in this phase; nothing is to be done.",
+    )

@@ -1,0 +1,1 @@
+"""Cohorts, genes, scales and the statistics that sites share."""

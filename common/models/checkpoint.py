@@ -1,0 +1,234 @@
+"""Checkpoints: safetensors plus a JSON manifest, written completely or not at all.
+
+The format stands in docs/checkpoint.md. A checkpoint is a folder:
+
+    model.safetensors    parameters, and mean and sd of each gene
+    server.safetensors   what the server's optimiser remembers (absent if nothing)
+    receipt.json         signed record of the round that made it (absent if none)
+    manifest.json        what, from which study, how good; SHA-256 of the other files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.errors import CheckpointError
+from fedgex.common.study import Study
+from fedgex.common.system import failpoints, files
+
+FORMAT = 1
+MEAN, SD = "standardisation.mean", "standardisation.sd"
+PACKAGES = ("fedgex", "flwr", "numpy", "torch")
+CARD = (
+    "Research use only; not a medical device. Restored values and risks are estimates "
+    "of a statistical model, not measurements."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model at one point of its study."""
+
+    study: Study
+    vocabulary: Vocabulary
+    standardisation: Standardisation
+    phase: str
+    """Phase that the last round belongs to."""
+    round: int
+    """Last round of the phase that went into the parameters; 0 before the first."""
+    parameters: Mapping[str, NDArray[np.float32]]
+    """Parameters of backbone and heads by name."""
+    server: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    """State of the server's optimiser."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured in the last round, as in the journal."""
+    trained_on: Mapping[str, Any] = field(default_factory=dict)
+    """Sites and number of patients, for the model card."""
+    receipt: str | None = None
+    """JSON text of the signed receipt in the checkpoint's folder."""
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What every prediction carries: use, origin, hashes."""
+        return {
+            "use": CARD,
+            "study": self.study.name,
+            "study_hash": self.study.hash,
+            "vocabulary_hash": self.vocabulary.hash,
+            "phase": self.phase,
+            "round": self.round,
+            "scale": self.study.scale.value,
+            "trained_on": dict(self.trained_on),
+        }
+
+
+def save(checkpoint: Checkpoint, folder: Path, receipt: str | None = None) -> None:
+    """Write a checkpoint so that `folder` either holds all of it or does not exist.
+
+    Parameters
+    ----------
+    receipt
+        JSON text of the signed receipt of the round that made these parameters; it
+        appears in the same rename as they do. `checkpoint.receipt`, which may be that
+        of the round before, is not written.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder exists already, or cannot be written; then it may be tried again.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; a checkpoint is written once.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    with files.explained(folder, CheckpointError):
+        try:
+            _write(checkpoint, receipt, partial)
+            failpoints.reach("checkpoint.written")
+            partial.rename(folder)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        failpoints.reach("checkpoint.renamed")
+        files.sync(folder.parent)
+        failpoints.reach("checkpoint.synced")
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint and verify every file against the manifest.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing or differs from its hash, or the format is unknown.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} holds no readable manifest.json; expected a checkpoint's folder."
+        ) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{folder} is of format {found}; this fedgex reads {FORMAT}."
+        )
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or digest(path) != expected:
+            raise CheckpointError(
+                f"{path} is missing or differs from its SHA-256 in manifest.json; "
+                "fetch the checkpoint again."
+            )
+    tensors = load_file(folder / "model.safetensors")
+    mean, sd = tensors.pop(MEAN), tensors.pop(SD)
+    server, receipt = folder / "server.safetensors", folder / "receipt.json"
+    return Checkpoint(
+        study=Study.read(manifest["study"], str(folder / "manifest.json")),
+        vocabulary=Vocabulary(tuple(manifest["vocabulary"])),
+        standardisation=Standardisation(mean=mean, sd=sd),
+        phase=manifest["phase"],
+        round=manifest["round"],
+        parameters=tensors,
+        server=load_file(server) if server.name in manifest["files"] else {},
+        metrics=manifest["metrics"],
+        trained_on=manifest["trained_on"],
+        receipt=receipt.read_text(encoding="utf-8")
+        if receipt.name in manifest["files"]
+        else None,
+    )
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the last checkpoint in a run's folder of checkpoints, or None.
+
+    Their names begin with a rising number; partial ones begin with a dot.
+    """
+    done = sorted(p for p in folder.glob("[0-9]*") if (p / "manifest.json").is_file())
+    return done[-1] if done else None
+
+
+def find(path: Path) -> Path:
+    """Return the checkpoint that `path` is, or the last one of the run that it is.
+
+    A run is the folder with `checkpoints`, or the one above it, where `fedgex-sim`
+    writes the run as `run`.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    for run in (path, path / "run"):
+        found = latest(run / "checkpoints")
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{path} is neither a checkpoint (no manifest.json) nor a run (no "
+        "checkpoints/); name the folder that `fedgex-sim run --out` wrote."
+    )
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(checkpoint: Checkpoint, receipt: str | None, partial: Path) -> None:
+    """Write all files of a checkpoint into a new folder, onto the disk."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors: dict[str, NDArray[np.generic]] = dict(checkpoint.parameters)
+    tensors[MEAN] = checkpoint.standardisation.mean
+    tensors[SD] = checkpoint.standardisation.sd
+    _save_tensors(tensors, partial / "model.safetensors")
+    if checkpoint.server:
+        _save_tensors(checkpoint.server, partial / "server.safetensors")
+    if receipt is not None:
+        (partial / "receipt.json").write_text(receipt, encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "card": checkpoint.card,
+        "study": json.loads(checkpoint.study.to_json()),
+        "vocabulary": list(checkpoint.vocabulary.genes),
+        "phase": checkpoint.phase,
+        "round": checkpoint.round,
+        "metrics": checkpoint.metrics,
+        "trained_on": checkpoint.trained_on,
+        "versions": {name: version(name) for name in PACKAGES},
+        "files": {path.name: digest(path) for path in sorted(partial.iterdir())},
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    (partial / "manifest.json").write_text(text)
+    for path in partial.iterdir():
+        files.sync(path)
+    files.sync(partial)
+
+
+def _save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    try:
+        save_file(ordered, path)
+    except SafetensorError as error:  # how it reports a full disk, in words
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error

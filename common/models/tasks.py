@@ -1,0 +1,233 @@
+"""The model of each phase, its parameters' names, and which of them travel.
+
+    phase            model           names
+    pretraining      GexBert         backbone.*
+    classification   Classifier      classification.encoder.*, classification.head.*
+    survival         SurvivalModel   survival.encoder.*, survival.head.*
+
+Fine-tuning starts from the pretrained encoder. A tuned encoder is a copy of its own, so
+that no task spoils restoration or another task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from fedgex.common.data.moments import CrossProducts
+from fedgex.common.models import factor_model
+from fedgex.common.models.gexbert import Encoder, GexBert, ModelConfig, preset
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
+from fedgex.common.models.parameters import load_parameters, parameters
+from fedgex.common.seeds import seeded
+from fedgex.common.study import (
+    CLASSIFICATION,
+    PRETRAINING,
+    SURVIVAL,
+    Study,
+)
+
+BACKBONE = "backbone"
+FIXED = ".encoder.linear."
+"""In the names of what is computed once and never trained: the linear start."""
+Parameters = Mapping[str, NDArray[np.float32]]
+
+
+class Classifier(nn.Module):
+    """Cancer type from expression."""
+
+    def __init__(self, encoder: Encoder, head: ClassificationHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+
+class SurvivalModel(nn.Module):
+    """Log-hazard and survival from expression."""
+
+    def __init__(self, encoder: Encoder, head: SurvivalHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+
+PhaseModel = GexBert | Classifier | SurvivalModel
+Built = TypeVar("Built", bound=GexBert | Classifier | SurvivalModel)
+
+
+def build(study: Study, n_genes: int, phase: str) -> PhaseModel:
+    """Return a phase's model, initialised by the study's seed alone."""
+    return _NEW[phase](study, n_genes)
+
+
+def new_backbone(study: Study, n_genes: int) -> GexBert:
+    """Return a new backbone."""
+    with seeded(study.seed, "initial", PRETRAINING):
+        return GexBert(_config(study, n_genes))
+
+
+def new_classifier(study: Study, n_genes: int) -> Classifier:
+    """Return a new classifier."""
+    config, classes = _config(study, n_genes), study.classification.classes
+    with seeded(study.seed, "initial", CLASSIFICATION):
+        encoder = Encoder(config)
+        head = ClassificationHead(config, len(classes))
+        head.start_from(study.linear_types, classes)
+    return Classifier(encoder, head)
+
+
+def new_survival(study: Study, n_genes: int) -> SurvivalModel:
+    """Return a new survival model."""
+    config, rule = _config(study, n_genes), study.survival
+    with seeded(study.seed, "initial", SURVIVAL):
+        encoder = Encoder(config)
+        head = SurvivalHead(config, len(rule.cancer_types), len(rule.interval_ends))
+    return SurvivalModel(encoder, head)
+
+
+_NEW: dict[str, Callable[[Study, int], PhaseModel]] = {
+    PRETRAINING: new_backbone,
+    CLASSIFICATION: new_classifier,
+    SURVIVAL: new_survival,
+}
+
+
+def named(phase: str, model: PhaseModel) -> dict[str, nn.Module]:
+    """Return a phase's model under the prefix of its parameters' names."""
+    return {BACKBONE if phase == PRETRAINING else phase: model}
+
+
+def initial(study: Study, n_genes: int) -> dict[str, NDArray[np.float32]]:
+    """Return every parameter of a new model: the backbone and the heads.
+
+    A fine-tuned encoder joins when its phase begins, see `begin`.
+    """
+    whole = parameters({BACKBONE: new_backbone(study, n_genes)})
+    for phase, new in ((CLASSIFICATION, new_classifier), (SURVIVAL, new_survival)):
+        if phase in study.phases:
+            whole |= parameters({f"{phase}.head": new(study, n_genes).head})
+    return whole
+
+
+def begin(
+    study: Study, phase: str, whole: Parameters
+) -> dict[str, NDArray[np.float32]]:
+    """Return the whole model as a phase begins: a tuned encoder copies the backbone's.
+
+    Parameters
+    ----------
+    whole
+        Every parameter of the model so far, by name.
+    """
+    if not is_tuned(study, phase):
+        return dict(whole)
+    own = f"{phase}.encoder."
+    if any(name.startswith(own) for name in whole):
+        return dict(whole)
+    return dict(whole) | _renamed(whole, f"{BACKBONE}.encoder.", own)
+
+
+def sent(study: Study, phase: str, whole: Parameters) -> dict[str, NDArray[np.float32]]:
+    """Return what a site needs for a phase: what travels, and a frozen encoder."""
+    if phase == PRETRAINING:
+        return {k: v for k, v in whole.items() if k.startswith(f"{BACKBONE}.")}
+    own = {k: v for k, v in whole.items() if k.startswith(f"{phase}.")}
+    if any(name.startswith(f"{phase}.encoder.") for name in own):
+        return own
+    return own | _renamed(whole, f"{BACKBONE}.encoder.", f"{phase}.encoder.")
+
+
+def travelling(study: Study, phase: str) -> tuple[str, ...]:
+    """Return the names of the modules whose parameters travel up in a phase."""
+    if phase == PRETRAINING:
+        return (BACKBONE,)
+    parts = ("encoder", "head") if is_tuned(study, phase) else ("head",)
+    return tuple(f"{phase}.{part}" for part in parts)
+
+
+def is_tuned(study: Study, phase: str) -> bool:
+    """Return whether a fine-tuning phase has an encoder of its own, which it trains."""
+    backbones = {
+        CLASSIFICATION: study.classification.backbone,
+        SURVIVAL: study.survival.backbone,
+    }
+    return backbones.get(phase) == "tuned"
+
+
+def updated(
+    study: Study, phase: str, arrays: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """Return those of `arrays` that a site sends back, which are those trained."""
+    up = tuple(f"{name}." for name in travelling(study, phase))
+    return {
+        name: array
+        for name, array in arrays.items()
+        if name.startswith(up) and FIXED not in name
+    }
+
+
+def linear_start(
+    study: Study, groups: Mapping[str, CrossProducts]
+) -> dict[str, NDArray[np.float32]]:
+    """Return the linear start's parameters; empty if the study leaves it out.
+
+    Parameters
+    ----------
+    groups
+        Cross-products pooled over the sites, see `factor_model.pool_completed`.
+    """
+    if not study.linear_rank:
+        return {}
+    found = factor_model.fit(groups, study.linear_types, study.linear_rank)
+    return {f"{BACKBONE}{FIXED}{name}": array for name, array in found.items()}
+
+
+def load(study: Study, n_genes: int, phase: str, whole: Parameters) -> PhaseModel:
+    """Return a phase's model with the parameters of a whole one, on the CPU.
+
+    Raises
+    ------
+    UpdateError
+        If a parameter of the phase is missing.
+    """
+    return _loaded(study, phase, whole, build(study, n_genes, phase))
+
+
+def load_backbone(study: Study, n_genes: int, whole: Parameters) -> GexBert:
+    """Return the backbone, see `load`."""
+    return _loaded(study, PRETRAINING, whole, new_backbone(study, n_genes))
+
+
+def load_classifier(study: Study, n_genes: int, whole: Parameters) -> Classifier:
+    """Return the classifier, see `load`."""
+    return _loaded(study, CLASSIFICATION, whole, new_classifier(study, n_genes))
+
+
+def load_survival(study: Study, n_genes: int, whole: Parameters) -> SurvivalModel:
+    """Return the survival model, see `load`."""
+    return _loaded(study, SURVIVAL, whole, new_survival(study, n_genes))
+
+
+def _loaded(study: Study, phase: str, whole: Parameters, model: Built) -> Built:
+    load_parameters(named(phase, model), sent(study, phase, whole))
+    return model
+
+
+def _config(study: Study, n_genes: int) -> ModelConfig:
+    return preset(
+        study.preset,
+        n_genes,
+        study.linear_rank,
+        max(len(study.linear_types), 1),
+        study.network_where,
+    )
+
+
+def _renamed(whole: Parameters, old: str, new: str) -> dict[str, NDArray[np.float32]]:
+    return {
+        new + name.removeprefix(old): array
+        for name, array in whole.items()
+        if name.startswith(old)
+    }

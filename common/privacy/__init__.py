@@ -1,0 +1,1 @@
+"""Privacy accounting, secure randomness, and attacks that test both."""

@@ -1,0 +1,1 @@
+"""Files, processes, memory and fail-points of one machine."""

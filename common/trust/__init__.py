@@ -1,0 +1,1 @@
+"""Keys, certificates, contracts, receipts and bundles: what is signed."""

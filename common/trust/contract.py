@@ -1,0 +1,127 @@
+"""The contract around a study: for what, until when, with whom, and who releases it.
+
+A contract is a TOML text that administrators sign; the hash of the text's bytes is what
+a hospital approves. The format stands in docs/contract.md.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.errors import ConfigError
+from fedgex.common.study import Name, Settings, Study
+from fedgex.common.trust.pki import Signed
+
+
+class ReleaseRule(Settings):
+    """Conditions for the release of the model."""
+
+    administrators: int = Field(default=2, ge=1)
+    """How many of them must order it, each with a key of their own."""
+    audit_max_auc: float | None = Field(default=None, ge=0.5, le=1)
+    """Most that the upper end of the interval of a membership attack's AUC may be; each
+    order must then name an audit report (docs/audit.md). None: none is needed."""
+
+
+class Contract(Settings):
+    """What a hospital approves, and what a run must keep to."""
+
+    purpose: str = Field(min_length=10)
+    """For what, in words that the person who approves understands."""
+    expires: date
+    """Last day, in UTC, on which it holds."""
+    code_version: str = Field(pattern=r"^\d+\.\d+$")
+    """Major and minor version of fedgex, on the server and at every site."""
+    vocabulary_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hash of the vocabulary that the study's genes make, once sorted."""
+    sites: tuple[Name, ...] = Field(min_length=2)
+    """Sites that may take part."""
+    release: ReleaseRule = ReleaseRule()
+    study: Study
+
+    @model_validator(mode="after")
+    def _contract_and_study_fit(self) -> Self:
+        if wrong := list(self._misfits()):
+            raise ValueError("; ".join(wrong))
+        return self
+
+    @classmethod
+    def from_toml(cls, text: str, source: str) -> Self:
+        """Read a contract's text.
+
+        Raises
+        ------
+        ConfigError
+            If it is no TOML, or with everything else that is wrong with it.
+        """
+        try:
+            values = tomllib.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{source} is not TOML: {error}") from error
+        return cls.read(values, source)
+
+    @classmethod
+    def read_signed(cls, signed: Signed) -> Self:
+        """Read a signed contract's text; signatures and expiry are not verified.
+
+        `Signed.signers` says whose signatures hold, `expired` whether it is too late.
+
+        Raises
+        ------
+        ConfigError
+            As for `from_toml`.
+        """
+        return cls.from_toml(signed.content, f"contract {signed.hash[:12]}")
+
+    def supports(self, version: str) -> bool:
+        """Return whether this fedgex version is of the contract's major and minor."""
+        found = re.match(r"\d+\.\d+(?!\d)", version)
+        return found is not None and found[0] == self.code_version
+
+    def expired(self, at: datetime | None = None) -> bool:
+        """Return whether its last day, in UTC, is over at this time; now, if absent."""
+        at = at or datetime.now(UTC)
+        return at.astimezone(UTC).date() > self.expires
+
+    def _misfits(self) -> Iterator[str]:
+        study, sites = self.study, set(self.sites)
+        if len(sites) < len(self.sites):
+            yield "sites must be distinct; one is named more than once"
+        if not study.vocabulary.genes:
+            yield (
+                "study.vocabulary.genes is empty; between hospitals the genes are "
+                "fixed in the contract"
+            )
+        elif self.vocabulary_hash != (found := _hash(study.vocabulary.genes)):
+            yield (
+                f"vocabulary_hash is {self.vocabulary_hash}, that of "
+                f"study.vocabulary.genes is {found}"
+            )
+        if study.rounds.quorum > len(sites):
+            yield (
+                f"study.rounds.quorum is {study.rounds.quorum}, more than the "
+                f"{len(sites)} sites"
+            )
+        if strange := set(study.rounds.mandatory_sites) - sites:
+            yield f"study.rounds.mandatory_sites not among sites: {_listed(strange)}"
+        if study.strategy.weights == "fixed":
+            named = set(study.strategy.site_weights)
+            if missing := sites - named:
+                yield f"study.strategy.site_weights lacks {_listed(missing)}"
+            if strange := named - sites:
+                yield f"study.strategy.site_weights not among sites: {_listed(strange)}"
+
+
+def _hash(genes: tuple[str, ...]) -> str:
+    return Vocabulary(tuple(sorted(genes))).hash
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,553 @@
+"""Keys, certificates and signatures of one consortium, and what makes them trusted.
+
+One certificate authority signs every certificate. Each has a name (CN) and a role (OU)
+in its subject, and O is "fedgex". A document is text with signatures, each beside the
+certificate that it is checked with; what counts as trusted is decided by `verify` and
+`Signed.signers`, nowhere else.
+
+Certificates and signatures use ECDSA over P-256 with SHA-256 (FIPS 186-5); the keys
+of Flower's node authentication are on P-384.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import ipaddress
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fedgex.common.canonical import canonical_json
+from fedgex.common.errors import TrustError
+from fedgex.common.system.files import write_atomic
+
+Role = Literal["server", "coordinator", "administrator", "site"]
+"""Who a certificate is for. `server`: TLS of the coordinating machine. `coordinator`:
+signs receipts. `administrator`: signs contracts and orders. `site`: signs approvals and
+its part of receipts."""
+
+Key = ec.EllipticCurvePrivateKey
+
+ORGANISATION = "fedgex"
+BACKDATED = timedelta(days=2)
+"""How long before its making a certificate is valid, for machines whose clock is
+behind."""
+DOCUMENT_SIGNING = ObjectIdentifier("1.3.6.1.5.5.7.3.36")
+"""Extended key usage of RFC 9336. It keeps a certificate that signs documents from
+passing as the server's in TLS."""
+
+
+# ---- keys ----
+
+
+def new_key() -> Key:
+    """Return a new key for a certificate, on P-256."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def new_node_key() -> Key:
+    """Return a new key for Flower's node authentication, on P-384."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+def save_key(key: Key, path: Path) -> None:
+    """Write a certificate's key as PKCS #8 PEM, unencrypted, readable by its owner.
+
+    Raises
+    ------
+    TrustError
+        If `path` exists: a key is never overwritten.
+    """
+    _save(key, path, serialization.PrivateFormat.PKCS8)
+
+
+def save_node_key(key: Key, path: Path) -> None:
+    """Write a node key in OpenSSH's private format, as Flower reads it.
+
+    Raises
+    ------
+    TrustError
+        If `path` exists: a key is never overwritten.
+    """
+    _save(key, path, serialization.PrivateFormat.OpenSSH)
+
+
+def load_key(path: Path) -> Key:
+    """Read what `save_key` wrote.
+
+    Raises
+    ------
+    TrustError
+        If the file cannot be read, or holds no unencrypted key on P-256.
+    """
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise TrustError(
+            f"{path}: the private key cannot be read ({error.strerror}); expected a "
+            "PEM file that belongs to the user who runs this. Check the path and its "
+            "owner."
+        ) from error
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise TrustError(
+            f"{path}: holds no unencrypted private key; expected PKCS #8 PEM. Restore "
+            "it from your backup, or make new keys and have them rotated."
+        ) from error
+    if not isinstance(key, Key) or not isinstance(key.curve, ec.SECP256R1):
+        raise TrustError(
+            f"{path}: holds a private key of another kind; expected EC on P-256."
+        )
+    return key
+
+
+def public_ssh(key: Key) -> str:
+    """Return the public half as OpenSSH writes it, as Flower registers it."""
+    return (
+        key.public_key()
+        .public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        .decode()
+    )
+
+
+def fingerprint(of: PublicKeyTypes | x509.Certificate) -> str:
+    """Return the SHA-256 of the public key, SubjectPublicKeyInfo in DER, as hex."""
+    key = of.public_key() if isinstance(of, x509.Certificate) else of
+    der = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(der).hexdigest()
+
+
+# ---- certificates ----
+
+
+def new_authority(consortium: str, days: int = 3650) -> tuple[Key, x509.Certificate]:
+    """Return the key and the self-signed certificate of a new authority.
+
+    It may sign certificates of the four roles and no authority below it.
+    """
+    key, now = new_key(), _now()
+    subject = _subject(consortium, None)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(authority=True), critical=True)
+        .add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    return key, certificate
+
+
+def request(key: Key, name: str, role: Role) -> str:
+    """Return a certificate signing request (PKCS #10, PEM) for `name` in `role`."""
+    made = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(_subject(name, role))
+        .sign(key, hashes.SHA256())
+    )
+    return made.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def issue(
+    authority_key: Key,
+    authority: x509.Certificate,
+    csr: str,
+    *,
+    name: str,
+    role: Role,
+    days: int,
+    hosts: Sequence[str] = (),
+) -> x509.Certificate:
+    """Return the certificate for a request, if it asks for exactly this name and role.
+
+    What is verified: that the sender holds the request's private key, and that it names
+    `name` and `role`. That `name` is who they say is for the caller to know, by the
+    fingerprint that reached it in another way.
+
+    Parameters
+    ----------
+    csr
+        What `request` returned. Its subject and key are taken; extensions are not.
+    days
+        Validity from now; it ends with the authority's at the latest.
+    hosts
+        DNS names and IP addresses under which a server is reached.
+
+    Raises
+    ------
+    TrustError
+        If the request is unreadable, its signature is bad, or name, role or kind of key
+        differ.
+    """
+    try:
+        asked = x509.load_pem_x509_csr(csr.encode())
+        valid, key = asked.is_signature_valid, asked.public_key()
+        found = _name_and_role(asked.subject)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+        raise TrustError(
+            "the certificate request cannot be read; expected PKCS #10 in PEM. Ask for "
+            "the file again."
+        ) from error
+    if not valid:
+        raise TrustError(
+            "the certificate request is not signed by its own key, so it was changed; "
+            "ask for the file again."
+        )
+    if found != (name, role):
+        raise TrustError(
+            f"the certificate request is for {_told(*found)}; expected "
+            f"{_told(name, role)}. Ask for a request made under that name."
+        )
+    if not _on_p256(key):
+        raise TrustError(
+            f"the certificate request of {_told(name, role)} holds another kind of "
+            "key; expected EC on P-256. Have it made by this fedgex."
+        )
+    now = _now()
+    usage = ExtendedKeyUsageOID.SERVER_AUTH if role == "server" else DOCUMENT_SIGNING
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(asked.subject)
+        .issuer_name(authority.subject)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(min(now + timedelta(days=days), authority.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(authority=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(
+                authority_key.public_key()
+            ),
+            critical=False,
+        )
+    )
+    if hosts:
+        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(authority_key, hashes.SHA256())
+
+
+def to_pem(certificate: x509.Certificate) -> str:
+    """Return a certificate as PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def from_pem(text: str) -> x509.Certificate:
+    """Read a certificate; nothing about it is verified.
+
+    Raises
+    ------
+    TrustError
+        If the text holds none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(text.encode())
+    except ValueError as error:
+        raise TrustError(
+            "the certificate cannot be read; expected X.509 in PEM. Ask for the file "
+            "again."
+        ) from error
+
+
+def verify(
+    certificate: x509.Certificate,
+    authority: x509.Certificate,
+    role: Role,
+    *,
+    at: datetime | None = None,
+    revoked: Collection[int] = (),
+) -> str:
+    """Return whom a certificate names, once everything about it is verified.
+
+    Verified: the signature of `authority`, that both are valid at the time, that it is
+    for `role`, and that its serial number is not revoked. Not verified: the authority
+    itself, which came with the kit, and whether the name still belongs to the
+    consortium; that is what `revoked` is for.
+
+    Parameters
+    ----------
+    at
+        Time with its zone; now, if absent.
+    revoked
+        Serial numbers.
+
+    Raises
+    ------
+    TrustError
+        If any of it does not hold.
+    """
+    at = at or _now()
+    try:
+        certificate.verify_directly_issued_by(authority)
+        found_name, found_role = _name_and_role(certificate.subject)
+        authority_name = _name_and_role(authority.subject)[0]
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
+        raise TrustError(
+            f"the certificate with fingerprint {_short(certificate)} was not issued by "
+            f"this consortium's authority ({_short(authority)}); expected one that "
+            "was. Ask an administrator for a new kit."
+        ) from error
+    found = _told(found_name, found_role)
+    for what, each in ((authority_name, authority), (found, certificate)):
+        _verify_time(f"the certificate of {what}", each, at)
+    if found_role != role:
+        raise TrustError(
+            f"the certificate is for {found}; expected one for the role {role}. Use "
+            "the certificate that was issued for it."
+        )
+    if certificate.serial_number in revoked:
+        raise TrustError(
+            f"the certificate of {found} (serial number "
+            f"{certificate.serial_number:x}) was revoked; expected one in force. Ask "
+            "an administrator for a new one."
+        )
+    return found_name
+
+
+# ---- signatures ----
+
+
+def sign(key: Key, content: bytes) -> str:
+    """Return an ECDSA signature with SHA-256 over the bytes, in base64."""
+    return base64.b64encode(key.sign(content, ec.ECDSA(hashes.SHA256()))).decode()
+
+
+def check(certificate: x509.Certificate, content: bytes, signature: str) -> None:
+    """Refuse a signature that the certificate's key did not make over these bytes.
+
+    The certificate itself is not verified; see `verify`.
+
+    Raises
+    ------
+    TrustError
+        If the signature does not fit.
+    """
+    key = certificate.public_key()
+    try:
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise InvalidSignature
+        raw = base64.b64decode(signature, validate=True)
+        key.verify(raw, content, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, ValueError) as error:
+        raise TrustError(
+            f"the signature does not fit the content under the key "
+            f"{_short(certificate)}; one of them was changed. Fetch the document again "
+            "from who signed it."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Who says to have signed, with what."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    """Must be the certificate's."""
+    certificate: str
+    """PEM."""
+    signature: str
+    """What `sign` returned for the content's UTF-8."""
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A text and its signatures. Holding one says nothing; call `signers`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    content: str
+    signatures: tuple[Signature, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the content's UTF-8, as hex; signatures do not change it."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the canonical form: sorted keys, no spaces."""
+        return canonical_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str) -> Self:
+        """Read what `to_json` returned; no signature is verified.
+
+        Raises
+        ------
+        TrustError
+            If the text is no signed document.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except (ValidationError, ValueError) as error:
+            raise TrustError(
+                f"{source} is no signed document; expected JSON with a content and its "
+                "signatures. Fetch it again."
+            ) from error
+
+    def signed_by(self, key: Key, certificate: x509.Certificate) -> Self:
+        """Return the document with one signature more; a name's earlier one goes.
+
+        Raises
+        ------
+        TrustError
+            If the key is not the certificate's.
+        """
+        name = _name_and_role(certificate.subject)[0]
+        if fingerprint(key.public_key()) != fingerprint(certificate):
+            raise TrustError(
+                f"the private key is not that of {name}'s certificate "
+                f"({_short(certificate)}); expected the two of one kit. Check which "
+                "files were named."
+            )
+        made = Signature(name, to_pem(certificate), sign(key, self.content.encode()))
+        others = tuple(each for each in self.signatures if each.name != name)
+        return dataclasses.replace(self, signatures=(*others, made))
+
+    def signers(
+        self,
+        authority: x509.Certificate,
+        role: Role,
+        *,
+        at: datetime | None = None,
+        revoked: Collection[int] = (),
+    ) -> tuple[str, ...]:
+        """Return who signed, once every signature and certificate is verified.
+
+        Each name counts once, in order of first signature. A document without
+        signatures has no signers, so a caller says how many it needs.
+
+        Raises
+        ------
+        TrustError
+            If any one signature or certificate cannot be trusted.
+        """
+        names: dict[str, None] = {}
+        for each in self.signatures:
+            certificate = from_pem(each.certificate)
+            name = verify(certificate, authority, role, at=at, revoked=revoked)
+            if name != each.name:
+                raise TrustError(
+                    f'a signature says to be of "{each.name}", its certificate is of '
+                    f'"{name}"; expected the same name. Fetch the document again.'
+                )
+            check(certificate, self.content.encode(), each.signature)
+            names[name] = None
+        return tuple(names)
+
+
+# ---- helpers ----
+
+
+def _save(key: Key, path: Path, form: serialization.PrivateFormat) -> None:
+    if path.exists():
+        raise TrustError(
+            f"{path} exists already, and a private key is never overwritten; move it "
+            "away if it is no longer in use."
+        )
+    content = key.private_bytes(
+        serialization.Encoding.PEM, form, serialization.NoEncryption()
+    )
+    write_atomic(path, content, mode=0o600)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _subject(name: str, role: Role | None) -> x509.Name:
+    parts = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, ORGANISATION)]
+    if role is not None:
+        parts.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role))
+    parts.append(x509.NameAttribute(NameOID.COMMON_NAME, name))
+    return x509.Name(parts)
+
+
+def _name_and_role(subject: x509.Name) -> tuple[str, str]:
+    """Return CN and OU, each empty unless it stands there exactly once."""
+    name, role = (
+        [str(part.value) for part in subject.get_attributes_for_oid(oid)]
+        for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME)
+    )
+    return (
+        name[0] if len(name) == 1 else "",
+        role[0] if len(role) == 1 else "",
+    )
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _on_p256(key: object) -> bool:
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(
+        key.curve, ec.SECP256R1
+    )
+
+
+def _verify_time(what: str, certificate: x509.Certificate, at: datetime) -> None:
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if at < first:
+        raise TrustError(
+            f"{what} is valid from {first:%Y-%m-%d %H:%M} UTC and it is "
+            f"{at:%Y-%m-%d %H:%M}; correct this machine's clock."
+        )
+    if at > last:
+        raise TrustError(
+            f"{what} expired on {last:%Y-%m-%d %H:%M} UTC and it is "
+            f"{at:%Y-%m-%d %H:%M}; have it rotated, or correct this machine's clock."
+        )
+
+
+def _told(name: str, role: str) -> str:
+    return f'{role or "no role"} "{name}"'
+
+
+def _short(certificate: x509.Certificate) -> str:
+    """Return enough of the fingerprint to find the key by."""
+    try:
+        return fingerprint(certificate)[:16]
+    except (ValueError, UnsupportedAlgorithm):
+        return "unreadable"

@@ -1,0 +1,1 @@
+"""A consortium on disk: members, contracts, runs and releases."""

@@ -1,0 +1,340 @@
+"""What administrators ordered: signed files, each carried out once by the supervisor.
+
+    orders/pending/TOKEN.json   the signed order, waiting
+    orders/done/TOKEN.json      the same order, whether it was accepted, and why not
+
+The token makes an order idempotent: submitted again it is the same order, and a token
+that is done is never carried out again, even if its file is copied back.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from fedgex.common.errors import ConfigError, FedgexError, TrustError
+from fedgex.common.study import NAME_PATTERN, Settings
+from fedgex.common.system.files import write_atomic
+from fedgex.common.trust import pki
+from fedgex.common.trust.pki import Signed
+from fedgex.server.consortium.store import Consortium
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["publish", "launch", "stop", "resume", "release"]
+TOKEN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$"
+"""Tokens name files."""
+
+
+class Order(Settings):
+    """What an administrator signs."""
+
+    kind: Kind
+    token: str = Field(pattern=TOKEN_PATTERN)
+    """Names the order; the same token is the same order."""
+    subject: str
+    """Contract's hash for publish and launch, the run's name for all others."""
+    administrator: str = Field(pattern=NAME_PATTERN)
+    at: datetime
+    """When it was made, UTC."""
+    run: str = Field(default="", pattern=rf"{NAME_PATTERN}|^$")
+    """launch: name of the run."""
+    model: str = ""
+    """release: SHA-256 of the manifest of the checkpoint that is to be released."""
+    audit: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    """release: SHA-256 of the audit report, see `releases.keep_audit`; "" for none."""
+
+
+class Outcome(Settings):
+    """What became of an order."""
+
+    state: Literal["pending", "accepted", "refused"]
+    reason: str = ""
+    """Why it was refused."""
+    at: datetime | None = None
+    """When it was decided, UTC."""
+    signed: str
+    """The order as it came."""
+
+
+def submit(
+    consortium: Consortium,
+    kind: Kind,
+    subject: str,
+    key: pki.Key,
+    *,
+    token: str | None = None,
+    run: str = "",
+    model: str = "",
+    audit: str = "",
+) -> Order:
+    """Sign an order and leave it for the supervisor; return the one that stands.
+
+    Parameters
+    ----------
+    key
+        The administrator's.
+    token
+        If it was used before for the same, the earlier order is returned and nothing
+        is written; if absent, a new one is made.
+
+    Raises
+    ------
+    TrustError
+        If the key is no registered administrator's.
+    ConfigError
+        If the token was used for something else, or its order was refused.
+    """
+    name, certificate = consortium.administrator(key)
+    values = {
+        "kind": kind,
+        "token": token or uuid.uuid4().hex,
+        "subject": subject,
+        "administrator": name,
+        "at": datetime.now(UTC),
+        "run": run,
+        "model": model,
+        "audit": audit,
+    }
+    order = Order.read(values, "the order")
+    with consortium.locked():
+        earlier = outcome(consortium, order.token)
+        if earlier is not None:
+            return _same(order, earlier)
+        signed = Signed(order.model_dump_json()).signed_by(key, certificate)
+        path = _pending(consortium) / f"{order.token}.json"
+        write_atomic(path, signed.to_json().encode(), point="order")
+    return order
+
+
+def launch(
+    consortium: Consortium,
+    contract: str,
+    run: str,
+    key: pki.Key,
+    *,
+    token: str | None = None,
+) -> Order:
+    """Order a run of a contract; see `submit`.
+
+    Parameters
+    ----------
+    contract
+        Hash of a published contract.
+    token
+        If absent, one that run and contract determine: the same launch twice is one.
+
+    Raises
+    ------
+    ConfigError
+        Also if another launch has the name already.
+    """
+    token = token or f"launch-{run}-{contract[:16]}"
+    other = launches(consortium).get(run)
+    taken = other is None and (consortium.folder / "runs" / run).exists()
+    if taken or (other is not None and other.token != token):
+        raise ConfigError(
+            f'there is a run "{run}" already'
+            + (f", launched with the token {other.token}" if other else "")
+            + "; give this one another --name, or that token to mean the same run."
+        )
+    return submit(consortium, "launch", contract, key, token=token, run=run)
+
+
+def take(consortium: Consortium) -> Iterator[Order]:
+    """Yield each order that waits and can be trusted, oldest first.
+
+    One that cannot is refused on the spot. The others come again until `finish` is
+    called for them, so that a crash between the two loses none.
+    """
+    waiting = []
+    for path in sorted(_pending(consortium).glob("*.json")):
+        if (_done(consortium) / path.name).exists():
+            logger.warning("order=%s was done before; its copy is removed", path.stem)
+            path.unlink()
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            waiting.append(_trusted(consortium, text, path.stem))
+        except FedgexError as error:
+            consortium.audit.append("order-refused", token=path.stem, reason=str(error))
+            _close(consortium, path, text, "refused", str(error))
+    yield from sorted(waiting, key=lambda order: (order.at, order.token))
+
+
+def finish(consortium: Consortium, order: Order, *, refused: str | None = None) -> None:
+    """Note that an order was carried out, or why it was not; it never comes again."""
+    path = _pending(consortium) / f"{order.token}.json"
+    if not path.exists():
+        return  # finished before
+    facts = {
+        "token": order.token,
+        "kind": order.kind,
+        "subject": order.subject,
+        "administrator": order.administrator,
+    }
+    if refused is None:
+        consortium.audit.append("order-accepted", **facts)
+    else:
+        consortium.audit.append("order-refused", **facts, reason=refused)
+    state: Literal["accepted", "refused"] = "refused" if refused else "accepted"
+    _close(consortium, path, path.read_text(), state, refused or "")
+
+
+def outcome(consortium: Consortium, token: str) -> Outcome | None:
+    """Return what became of an order, None if the token was never used.
+
+    Raises
+    ------
+    ConfigError
+        If the token cannot be one.
+    """
+    if not re.fullmatch(TOKEN_PATTERN, token):
+        raise ConfigError(
+            f'"{token:.80}" cannot be a token; expected up to 128 letters, digits, '
+            "hyphens and underscores."
+        )
+    # Pending first: an order is written to done before it is removed from there.
+    waiting = _read(_pending(consortium) / f"{token}.json")
+    done = _read(_done(consortium) / f"{token}.json")
+    if done is not None:
+        return Outcome.model_validate_json(done)
+    return None if waiting is None else Outcome(state="pending", signed=waiting)
+
+
+def launches(consortium: Consortium) -> dict[str, Order]:
+    """Return the launch of each run by the run's name; refused ones are left out."""
+    orders = (order for order in _standing(consortium) if order.kind == "launch")
+    return {order.run: order for order in sorted(orders, key=lambda o: o.at)}
+
+
+def approvals(consortium: Consortium, run: str, model: str) -> tuple[str, ...]:
+    """Return the administrators who ordered the release of exactly this model.
+
+    See `consents`. Each name counts once.
+    """
+    return tuple(sorted(consents(consortium, run, model)))
+
+
+def consents(consortium: Consortium, run: str, model: str) -> dict[str, Signed]:
+    """Return an order of each administrator to release exactly this model, as signed.
+
+    Orders that wait count as well as those that were accepted, and only while their
+    administrator's certificate does.
+    """
+    found = {}
+    for order in _standing(consortium):
+        if (order.kind, order.subject, order.model) == ("release", run, model):
+            known = outcome(consortium, order.token)
+            assert known is not None, "a standing order has an outcome"
+            found[order.administrator] = Signed.from_json(known.signed, order.token)
+    return found
+
+
+def _standing(consortium: Consortium) -> Iterator[Order]:
+    """Yield every order that was not refused and that can be trusted now."""
+    folders = (_pending(consortium), _done(consortium))
+    tokens = {path.stem for folder in folders for path in folder.glob("*.json")}
+    for token in sorted(tokens):
+        if not re.fullmatch(TOKEN_PATTERN, token):
+            continue
+        known = outcome(consortium, token)
+        if known is None or known.state == "refused":
+            continue
+        try:
+            yield _trusted(consortium, known.signed, token)
+        except FedgexError as error:
+            logger.warning("order=%s does not count: %s", token, error)
+
+
+def _trusted(consortium: Consortium, text: str, token: str) -> Order:
+    """Return an order once its signature is verified.
+
+    Raises
+    ------
+    TrustError
+        If it is not what one registered administrator signed under this token.
+    """
+    signed = Signed.from_json(text, f"the order {token}")
+    signers = consortium.signers(signed)
+    try:
+        order = Order.model_validate_json(signed.content)
+    except ValueError as error:
+        raise TrustError(
+            f"the order {token} cannot be read; expected one that fedgex-admin wrote. "
+            "Give the order again."
+        ) from error
+    if signers != (order.administrator,):
+        raise TrustError(
+            f'the order {token} is of "{order.administrator}" and signed by '
+            f"{', '.join(signers) or 'nobody'}; expected that administrator's "
+            "signature alone. Give the order again."
+        )
+    if order.token != token:
+        raise TrustError(
+            f"the order {order.token} lies under the name {token}; expected its own. "
+            "A copied order is not carried out again: give a new one."
+        )
+    return order
+
+
+def _same(order: Order, earlier: Outcome) -> Order:
+    """Return the earlier order of a token if it asks for the same and was not refused.
+
+    Raises
+    ------
+    ConfigError
+        If it does not, or was.
+    """
+    before = Order.model_validate_json(
+        Signed.from_json(earlier.signed, f"the order {order.token}").content
+    )
+    used = f"the token {order.token} was used on {before.at:%Y-%m-%d %H:%M} UTC"
+    asked = {"kind", "subject", "run", "model", "audit"}
+    if order.model_dump(include=asked) != before.model_dump(include=asked):
+        raise ConfigError(
+            f"{used} for another order ({before.kind} of {before.subject[:16]}); "
+            "expected the same, or a token of its own."
+        )
+    if earlier.state == "refused":
+        raise ConfigError(
+            f"{used}, and that order was refused: {earlier.reason} Once this is "
+            "remedied, order it with another --submit-token."
+        )
+    return before
+
+
+def _close(
+    consortium: Consortium,
+    pending: Path,
+    text: str,
+    state: Literal["accepted", "refused"],
+    reason: str,
+) -> None:
+    """Write what became of an order, then remove it from those that wait."""
+    closed = Outcome(state=state, reason=reason, at=datetime.now(UTC), signed=text)
+    path = _done(consortium) / pending.name
+    write_atomic(path, closed.model_dump_json(indent=1).encode(), point="order")
+    pending.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _pending(consortium: Consortium) -> Path:
+    return consortium.folder / "orders" / "pending"
+
+
+def _done(consortium: Consortium) -> Path:
+    return consortium.folder / "orders" / "done"

@@ -1,0 +1,1 @@
+"""One federated run: rounds, aggregation and evaluation."""

@@ -1,0 +1,346 @@
+"""Ask the sites something, ask again what got lost, and say how each one ended.
+
+Flower carries the messages. What we add: one reply in memory at a time, who answered
+what under which message, a deadline that counts from the last movement, and a reason
+for everybody who did not answer. Asking twice is safe: a site computes an answer once
+and sends it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedgex.common import codes, keys
+from fedgex.common.errors import UpdateError
+from fedgex.common.messages.codec import boundary
+from fedgex.common.messages.fields import Server
+from fedgex.common.messages.replies import Refusal
+from fedgex.common.messages.requests import Envelope
+from fedgex.common.system import failpoints
+from fedgex.common.transport.records import let_go
+from fedgex.common.trust.receipt import request_digest
+from fedgex.server.federation.participants import (
+    CONTRIBUTED,
+    Activity,
+    Channel,
+    Request,
+    SignedReply,
+    SiteOutcome,
+    State,
+)
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S = 5.0
+"""Longest pause between two tries of one site."""
+IDLE_S = 3.0
+"""A node that asks for work this long after its message was sent has lost it; Flower's
+nodes ask every three seconds."""
+MAX_DEATHS = 5
+"""How often the death of a node or its app gives the site its full time anew. One that
+dies whenever it is asked would otherwise hold up the round for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How asking one site ended; `content` is absent unless it did as asked."""
+
+    site: str
+    outcome: SiteOutcome
+    content: RecordDict | None = None
+    signed: SignedReply | None = None
+    """Its signature, of a run between hospitals."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def request_all(
+    channel: Channel,
+    sites: Iterable[str],
+    request: Request,
+    *,
+    deadline_s: float,
+    temporary: Collection[str] = codes.TEMPORARY,
+) -> Iterator[Answer]:
+    """Ask all sites the same and yield each one's answer as it comes, each once.
+
+    A site is asked again when its node or app failed, when it refuses for a reason that
+    passes, when its node is idle without having answered, and when its node is back. It
+    ends as late, or with what failed last, once nothing of it has moved for
+    `deadline_s`. An answer loses its arrays when the next is taken, so that those of
+    one reply are in memory at a time.
+
+    Parameters
+    ----------
+    temporary
+        Codes of refusals that pass.
+    """
+    return _Asking(channel, sites, request, deadline_s, temporary).answers()
+
+
+def refusal_code(content: RecordDict) -> str | None:
+    """Return the code of a refusal, None if the reply is none.
+
+    Raises
+    ------
+    MessageError
+        If it is a refusal that holds more, or no code.
+    """
+    if keys.REFUSAL not in content:
+        return None
+    return Refusal.from_records(content).refusal.code
+
+
+def size_bytes(content: RecordDict) -> int:
+    """Return the bytes of arrays and texts in a message."""
+    size = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            size += sum(len(array.data) for array in record.values())
+        elif isinstance(record, ConfigRecord):
+            size += _text_size(record)
+    return size
+
+
+@dataclass(kw_only=True)
+class _Wait:
+    """Where one unanswered site stands; times are monotonic if not stated otherwise."""
+
+    progress: float
+    """When something of it last moved."""
+    due: float
+    """When to try next, if no message is under way."""
+    before: float = 0.0
+    """`progress` before the present try."""
+    message: str | None = None
+    """Identifier of the message under way."""
+    node: int | None = None
+    """Node that it went to."""
+    sent_at: float = 0.0
+    """When, seconds since the epoch."""
+    moved: float | None = None
+    """Last movement that the guard reported, seconds since the epoch."""
+    tries: int = 0
+    deaths: int = 0
+    bytes_down: int = 0
+    ended: tuple[State, str] | None = None
+    """How the last try ended, unless something moved since."""
+    noted: tuple[State, str] | None = None
+    """What the journal says of it."""
+
+
+@dataclass
+class _Asking:
+    channel: Channel
+    sites: Iterable[str]
+    request: Request
+    deadline_s: float
+    temporary: Collection[str]
+    waiting: dict[str, _Wait] = field(default_factory=dict)
+    under_way: dict[str, str] = field(default_factory=dict)
+    """Site of each message whose reply may come, superseded ones included."""
+    asked: dict[str, str] = field(default_factory=dict)
+    """Digest of what each site is asked."""
+    shared: str = ""
+    """The same, where all are asked the same."""
+
+    def answers(self) -> Iterator[Answer]:
+        now = time.monotonic()
+        self.waiting = {site: _Wait(progress=now, due=now) for site in self.sites}
+        first = True
+        while self.waiting:
+            yield from self._barred()
+            pushed = self._push()
+            if first:
+                failpoints.reach("server.asked")
+                first = False
+            # Read before the replies: a site that was idle and has no reply even now
+            # has none on the way.
+            activity = self.channel.participants.activity()
+            came = False
+            for message_id in list(self.under_way):
+                answer = self._pull(message_id)
+                if answer is not None:
+                    came = True
+                    yield answer
+                    if answer.content is not None:
+                        let_go(answer.content)
+                del answer
+            self._look(activity)
+            yield from self._late()
+            if self.waiting and not came and not pushed:
+                time.sleep(self.channel.poll_s)
+
+    def _barred(self) -> Iterator[Answer]:
+        for site, reason in self.channel.participants.barred().items():
+            if site in self.waiting:
+                yield self._end(site, "refused", reason)
+
+    def _push(self) -> bool:
+        """Send a message to every site that is due; return whether any was sent."""
+        now, pushed = time.monotonic(), False
+        due = [s for s, w in self.waiting.items() if w.message is None and w.due <= now]
+        if not due:
+            return False
+        nodes, connected = (
+            self.channel.participants.nodes(),
+            set(self.channel.grid.get_node_ids()),
+        )
+        activity = self.channel.participants.activity()
+        content = self.request.message().to_records()
+        server = Envelope(server=Server(version=version("fedgex"))).to_records()
+        for site in due:
+            wait, node = self.waiting[site], nodes.get(site)
+            if node is None or node not in connected:
+                self._try_later(site, "failed", "its node is not connected")
+                continue
+            envelope = self.channel.participants.envelope(site).to_records()
+            own = self.request.own
+            more = {} if own is None else own(site).to_records()
+            sent = RecordDict({**content, **server, **envelope, **more})
+            self._note_digest(site, sent, shared=own is None)
+            message = Message(
+                sent, node, self.request.type, group_id=self.request.group
+            )
+            ids = list(self.channel.grid.push_messages([message]))
+            if not ids or not ids[0]:
+                self._try_later(site, "failed", "message not accepted")
+                continue
+            if wait.tries == 0:
+                wait.progress = time.monotonic()
+            pushed, wait.message, wait.node = True, ids[0], node
+            wait.sent_at, wait.before = time.time(), wait.progress
+            wait.moved = activity[node].moved if node in activity else None
+            wait.tries += 1
+            wait.bytes_down += size_bytes(sent)
+            self.under_way[ids[0]] = site
+        return pushed
+
+    def _note_digest(self, site: str, sent: RecordDict, *, shared: bool) -> None:
+        """Compute the digest of a site's request, once for all where it is the same."""
+        if site in self.asked:
+            return
+        digest = self.shared if shared else ""
+        self.asked[site] = digest or request_digest(self.request.type, sent)
+        if shared:
+            self.shared = self.asked[site]
+
+    def _pull(self, message_id: str) -> Answer | None:
+        """Fetch the reply to one message; return it if it settles its site."""
+        pulled = list(self.channel.grid.pull_messages([message_id]))
+        if not pulled:
+            return None
+        reply = pulled.pop()
+        site = self.under_way.pop(message_id)
+        wait = self.waiting.get(site)
+        if wait is None:
+            if not reply.has_error():
+                self._note("duplicate", site)
+            return None
+        superseded = wait.message != message_id
+        if reply.has_error():
+            if not superseded:
+                reason = f"Flower error {reply.error.code}: {reply.error.reason}"
+                self._died(site, "failed", reason)
+            return None
+        content = reply.content
+        try:
+            code = refusal_code(content)
+        except UpdateError as error:
+            return self._end(site, "quarantined", str(error), size_bytes(content))
+        if code is not None and code in self.temporary:
+            if not superseded:
+                wait.progress = wait.before  # to be paused is no progress
+                self._try_later(site, "refused", code)
+            return None
+        return self._settle(site, content, code)
+
+    def _settle(self, site: str, content: RecordDict, code: str | None) -> Answer:
+        bytes_up, asked = size_bytes(content), self.asked[site]
+        try:
+            with boundary("the reply cannot be used: "):
+                signed = self.channel.participants.verify(
+                    site, self.request, asked, content
+                )
+        except UpdateError as error:
+            return self._end(site, "quarantined", str(error), bytes_up)
+        if code is not None:
+            return self._end(site, "refused", code, bytes_up)
+        return Answer(
+            site=site,
+            outcome=CONTRIBUTED,
+            content=content,
+            signed=signed,
+            bytes_up=bytes_up,
+            bytes_down=self.waiting.pop(site).bytes_down,
+        )
+
+    def _look(self, activity: Mapping[int, Activity]) -> None:
+        """Note what moved, and find messages that their node no longer has."""
+        nodes = self.channel.participants.nodes()
+        for site, wait in self.waiting.items():
+            if wait.message is None or wait.node is None:
+                continue
+            if nodes.get(site) != wait.node:
+                self._died(site, "failed", "its node was replaced")
+                continue
+            seen = activity.get(wait.node)
+            if seen is None:
+                continue
+            if seen.moved is not None and seen.moved != wait.moved:
+                # That it changed, not when: clocks jump.
+                wait.moved, wait.progress = seen.moved, time.monotonic()
+                wait.ended = None
+            if seen.idle is not None and seen.idle - wait.sent_at > IDLE_S:
+                self._died(site, "late", "its node lost the message")
+
+    def _late(self) -> Iterator[Answer]:
+        now = time.monotonic()
+        for site, wait in list(self.waiting.items()):
+            if now - wait.progress > self.deadline_s:
+                silent: tuple[State, str]
+                silent = "late", f"no answer in {self.deadline_s:g} s"
+                yield self._end(site, *(wait.ended or silent))
+
+    def _died(self, site: str, state: State, reason: str) -> None:
+        """Ask again what a node or its app took and did not bring to its end."""
+        wait = self.waiting[site]
+        wait.deaths += 1
+        if wait.deaths > MAX_DEATHS:
+            wait.progress = wait.before
+        self._try_later(site, state, reason)
+
+    def _try_later(self, site: str, state: State, reason: str) -> None:
+        wait = self.waiting[site]
+        pause = min(PAUSE_S, self.channel.poll_s * 2 ** min(wait.tries, 10))
+        wait.message, wait.due = None, time.monotonic() + pause
+        wait.ended = state, reason
+        if wait.noted != wait.ended:
+            wait.noted = wait.ended
+            self._note("asked-again", site, state=state, reason=reason)
+
+    def _end(self, site: str, state: State, reason: str, bytes_up: int = 0) -> Answer:
+        return Answer(
+            site=site,
+            outcome=SiteOutcome(state=state, reason=reason),
+            bytes_up=bytes_up,
+            bytes_down=self.waiting.pop(site).bytes_down,
+        )
+
+    def _note(self, event: str, site: str, **facts: str) -> None:
+        logger.info("%s site=%s %s %s", self.request.group, site, event, facts)
+        self.channel.journal.write(event, site=site, group=self.request.group, **facts)
+
+
+def _text_size(record: ConfigRecord) -> int:
+    return sum(
+        sum(len(str(item)) for item in value) if isinstance(value, list)
+        else len(str(value))
+        for value in record.values()
+    )  # fmt: skip

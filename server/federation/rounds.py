@@ -1,0 +1,227 @@
+"""One round of training: ask the sites, check what comes back, decide if it counts.
+
+An update is checked tensor by tensor and lies on disk until it is combined, so that
+memory grows neither with the sites nor with what they send.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgex.common import federation, keys
+from fedgex.common.errors import FederationError, UpdateError
+from fedgex.common.federation import Update
+from fedgex.common.messages.fields import TrainingMetrics
+from fedgex.common.messages.replies import TrainReply
+from fedgex.common.study import RoundRule, Study
+from fedgex.common.system import failpoints
+from fedgex.common.system.files import explained
+from fedgex.common.transport.records import pieces
+from fedgex.server.federation.aggregation import Array
+from fedgex.server.federation.dispatch import Answer, request_all
+from fedgex.server.federation.participants import (
+    Channel,
+    Outcomes,
+    Request,
+    SignedReply,
+    SiteOutcome,
+)
+from fedgex.server.federation.strategy import Spooled
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A site that takes part in the run."""
+
+    name: str
+    measured: NDArray[np.bool_]
+    """Genes of the vocabulary that it measures, shape (V,)."""
+    n_patients: int | None
+    """None if the site withholds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundOutcome:
+    """Who contributed to a round with what, and who did not and why."""
+
+    updates: list[Update]
+    sites: dict[str, SiteOutcome]
+    """Of every site, in order of name."""
+    signed: dict[str, SignedReply] = field(default_factory=dict)
+    """Replies whose signature holds."""
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+def train_round(
+    channel: Channel,
+    sites: list[Site],
+    request: Request,
+    incoming: Mapping[str, Array],
+    study: Study,
+    *,
+    absent: Outcomes,
+    spool_dir: Path,
+) -> RoundOutcome:
+    """Run one round of training, and spool every acceptable update to disk.
+
+    Parameters
+    ----------
+    incoming
+        Parameters that must come back trained, no more and no fewer.
+    absent
+        Outcomes of the sites that are not asked at all.
+    spool_dir
+        Folder for the updates; the caller empties it.
+
+    Raises
+    ------
+    FederationError
+        If fewer sites than the quorum, or not all mandatory ones, contributed.
+    FedgexError
+        If an update cannot be written.
+    """
+    started = time.monotonic()
+    by_name = {site.name: site for site in sites}
+    outcomes = dict(absent)
+    updates: list[Update] = []
+    norms: dict[str, float] = {}
+    signed: dict[str, SignedReply] = {}
+    bytes_up = bytes_down = 0
+    rule = study.rounds
+    for answer in request_all(channel, by_name, request, deadline_s=rule.deadline_s):
+        name, outcome = answer.site, answer.outcome
+        bytes_up += answer.bytes_up
+        bytes_down += answer.bytes_down
+        if answer.signed is not None:
+            signed[name] = answer.signed
+        if answer.content is not None:
+            path = spool_dir / f"{name}.safetensors"
+            try:
+                metrics, norms[name] = _accept(answer, incoming, study, path)
+            except UpdateError as error:
+                outcome = SiteOutcome(state="quarantined", reason=str(error))
+                path.unlink(missing_ok=True)
+            else:
+                outcome = SiteOutcome(state="contributed", metrics=metrics)
+                updates.append(
+                    Update(
+                        site=name,
+                        arrays=Spooled(path),
+                        num_examples=metrics.num_examples,
+                        num_loss_terms=metrics.num_loss_terms,
+                        measured=by_name[name].measured,
+                    )
+                )
+        del answer  # before the next is fetched
+        outcomes[name] = outcome
+    for name, reason in federation.far_beyond(study, norms).items():
+        outcomes[name] = SiteOutcome(state="quarantined", reason=reason)
+    for name, each in outcomes.items():
+        if not each.contributed:
+            where = request.group, name, each.state, each.reason
+            logger.warning("%s site=%s state=%s %s", *where)
+    failpoints.reach("server.collected")
+    require_quorum(outcomes, rule, request.group)
+    kept = [u for u in updates if outcomes[u.site].contributed]
+    return RoundOutcome(
+        updates=sorted(kept, key=lambda update: update.site),
+        sites=dict(sorted(outcomes.items())),
+        signed=signed,
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
+        seconds=time.monotonic() - started,
+    )
+
+
+def require_quorum(
+    outcomes: Outcomes,
+    rule: RoundRule,
+    group: str,
+    *,
+    invited: int | None = None,
+) -> None:
+    """Refuse to go on without the quorum or a mandatory site.
+
+    Parameters
+    ----------
+    outcomes
+        Of each site, those that contributed included.
+    invited
+        Number of sites that there should be; as many as `outcomes` has, if absent.
+
+    Raises
+    ------
+    FederationError
+        With the reason of everybody who did not contribute.
+    """
+    contributed = {name for name, each in outcomes.items() if each.contributed}
+    missing = set(rule.mandatory_sites) - contributed
+    if len(contributed) >= rule.quorum and not missing:
+        return
+    others = "; ".join(
+        f"{name}: {each.state} ({each.reason})"
+        for name, each in sorted(outcomes.items())
+        if name not in contributed
+    )
+    raise FederationError(
+        f"{group}: {len(contributed)} of {invited or len(outcomes)} sites contributed, "
+        f"the quorum is {rule.quorum}"
+        + (f", and mandatory {sorted(missing)} did not" if missing else "")
+        + f". {others}. Mend the sites, then resume from the last checkpoint."
+    )
+
+
+def read_reply(answer: Answer, study: Study) -> TrainReply:
+    """Return a site's reply to `train`.
+
+    Raises
+    ------
+    UpdateError
+        If its numbers are withheld though updates are weighted by them, are not those
+        that it signed, or are of too few patients.
+    """
+    assert answer.content is not None
+    reply = TrainReply.from_records(answer.content)
+    metrics, by = reply.metrics, keys.WEIGHTED_BY.get(study.strategy.weights)
+    if by in (reply.withheld or ()):
+        raise UpdateError(f'"{by}" is withheld, and updates are weighted by it')
+    patients = metrics.num_examples
+    if patients is not None and patients < study.minimum_cohort:
+        raise UpdateError(f"trained on fewer than {study.minimum_cohort} patients")
+    signed = None if answer.signed is None else answer.signed.part.patients
+    if isinstance(signed, int) and signed != patients:
+        raise UpdateError("its number of patients is not the one that it signed")
+    return reply
+
+
+def _accept(
+    answer: Answer, incoming: Mapping[str, Array], study: Study, path: Path
+) -> tuple[TrainingMetrics, float]:
+    """Check an update and spool it; return its numbers, and the norm of its change.
+
+    Raises
+    ------
+    UpdateError
+        If it lacks a record, or holds anything that cannot be aggregated.
+    FedgexError
+        If it cannot be written.
+    """
+    reply = read_reply(answer, study)
+    if reply.update is None:
+        raise UpdateError(f'the reply has no "{keys.UPDATE}"')
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.writelines(pieces(reply.update))
+    return reply.metrics, federation.update_norm(study, incoming, Spooled(path))

@@ -1,0 +1,108 @@
+"""What the server keeps of one attempt at secure aggregation, on its disk.
+
+Steps that are done, with what the sites answered; who was lost, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedgex.common import keys
+from fedgex.common.secure_aggregation.protocol import Context
+from fedgex.common.system.files import write_atomic
+from fedgex.common.trust.receipt import Part
+from fedgex.server.federation.participants import (
+    Outcomes,
+    Participants,
+    Request,
+    SignedReply,
+    SiteOutcome,
+)
+
+FILE = "exchange.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of an attempt; all that changes it is on the disk at once."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    @classmethod
+    def begin(cls, folder: Path, participants: Participants, request: Request) -> Self:
+        """Go on with the exchange of this round, or begin its next attempt."""
+        path = folder / FILE
+        if not path.exists():
+            attempt, drawn = 1, f"simulated-{secrets.token_hex(8)}"
+        else:
+            before = cls(folder, json.loads(path.read_text()))
+            last = before.context
+            drawn = last.run
+            same = (last.phase, last.round) == (request.phase, request.round)
+            if same and not before.values["over"]:
+                return before
+            attempt = last.attempt + 1 if same else 1
+        context = Context(
+            contract=participants.contract_hash,
+            run=participants.run or drawn,
+            phase=request.phase,
+            round=request.round,
+            attempt=attempt,
+        )
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        made = cls(folder, {"context": asdict(context), "over": False, "lost": {}})
+        made.write()
+        shutil.rmtree(folder / "masked", ignore_errors=True)
+        return made
+
+    @property
+    def context(self) -> Context:
+        """What the attempt is about."""
+        return Context(**self.values["context"])
+
+    @property
+    def lost(self) -> dict[str, SiteOutcome]:
+        """Outcomes of the sites that are not heard of any more."""
+        return {name: SiteOutcome(**each) for name, each in self.values["lost"].items()}
+
+    def lose(self, lost: Outcomes) -> None:
+        """Leave sites out from here on; written with the next step."""
+        self.values["lost"] |= {name: each.to_json() for name, each in lost.items()}
+
+    def end(self) -> None:
+        """Have the round's next try be another attempt: no shares have left yet."""
+        self.values["over"] = True
+        self.write()
+
+    def write(self) -> None:
+        """Put the record on the disk."""
+        content = json.dumps(self.values, sort_keys=True)
+        write_atomic(self.folder / FILE, content.encode())
+
+
+def proof(signed: SignedReply | None) -> dict[str, str]:
+    """Return a signed reply as the record holds it; empty where nobody signs."""
+    if signed is None:
+        return {}
+    return {
+        keys.JSON: signed.text,
+        keys.SIGNATURE: signed.signature,
+        keys.CERTIFICATE: signed.certificate,
+    }
+
+
+def signed_reply(proof: Mapping[str, str]) -> SignedReply:
+    """Return what `proof` wrote."""
+    return SignedReply(
+        part=Part.from_json(proof[keys.JSON], "a site's part"),
+        text=proof[keys.JSON],
+        signature=proof[keys.SIGNATURE],
+        certificate=proof[keys.CERTIFICATE],
+    )

@@ -1,0 +1,261 @@
+"""Flower's SuperLink behind a guard: hospitals reach the fleet, and nothing else.
+
+One process, one app, two listeners. The public one speaks TLS and lets the calls of
+hospitals' nodes and `/health` pass. The other is bound to the loopback interface, and
+wants a secret that the supervisor made for this process; only there are control and
+runtime served.
+
+The guard also notes when each node last moved anything, which is what a round's
+deadline goes by (docs/rounds.md). State is in memory: what must survive is the run's
+own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from fedgex.common.study import Settings
+from fedgex.common.system.processes import begin
+from fedgex.common.trust.audit_log import Chain
+from fedgex.server.service.flower import NODE_KEY_HEADER, SECRET_HEADER, superlink_app
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+NodeOf = Callable[[bytes], int | None]
+"""Flower's number of the node with a public key."""
+
+SECRET_VARIABLE = "FEDGEX_SUPERLINK_SECRET"
+FLEET, HEALTH = "/v1/fleet/", "/health"
+POLL, HEARTBEAT = FLEET + "pull-messages", FLEET + "send-node-heartbeat"
+PUBLIC = frozenset(
+    {
+        HEALTH,
+        *(
+            FLEET + call
+            for call in (
+                "activate-node",
+                "deactivate-node",
+                "send-node-heartbeat",
+                "pull-messages",
+                "push-messages",
+                "get-run",
+                "get-fab",
+                "push-object",
+                "pull-object",
+                "confirm-message-received",
+            )
+        ),
+    }
+)
+"""All that hospitals reach. The supervisor registers nodes; they cannot do it."""
+MAX_BODY_BYTES = 64 * 2**20
+"""Of one request; Flower cuts arrays into objects of 5 MiB."""
+ACTIVITY_PERIOD_S = 0.5
+
+
+class SuperLinkSettings(Settings):
+    """What the supervisor tells the process."""
+
+    host: str
+    """Public interface."""
+    port: int
+    control_port: int
+    """Loopback port of control and runtime."""
+    health_port: int
+    """Loopback port of Flower's gRPC health service; 0 leaves it out."""
+    certificate: Path
+    key: Path
+    state_dir: Path
+
+
+class Activity:
+    """When each node last moved a byte, and last polled in vain."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._moved: dict[bytes, float] = {}
+        self._idle: dict[bytes, float] = {}
+        self._lock = threading.Lock()
+        self._changed = False
+
+    def moved(self, node_key: bytes) -> None:
+        """Note that an authenticated node sent or took something."""
+        with self._lock:
+            self._moved[node_key] = time.time()
+            self._changed = True
+
+    def moving(self, node_key: bytes) -> None:
+        """Note a byte on its way in, if the node was authenticated before."""
+        if node_key in self._moved:
+            self.moved(node_key)
+
+    def idle(self, node_key: bytes) -> None:
+        """Note that a node asked for work and there was none."""
+        with self._lock:
+            self._idle[node_key] = time.time()
+            self._changed = True
+
+    def keep_writing(self, node_of: NodeOf) -> None:
+        """Write the file whenever something changed, for ever."""
+        while True:
+            time.sleep(ACTIVITY_PERIOD_S)
+            try:
+                self.write(node_of)
+            except OSError as error:  # a full disk must not end what rounds go by
+                logger.error("%s could not be written: %s", self.path, error)
+
+    def write(self, node_of: NodeOf) -> None:
+        """Write the file if something changed since it was last written."""
+        with self._lock:
+            if not self._changed:
+                return
+            moved, idle = dict(self._moved), dict(self._idle)
+            self._changed = False
+        told = {}
+        for key in moved.keys() | idle.keys():
+            node = node_of(key)
+            if node is not None:
+                told[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
+        partial = self.path.with_suffix(".partial")
+        try:
+            partial.write_text(json.dumps(told))
+            partial.replace(self.path)
+        except OSError:
+            self._changed = True
+            raise
+
+
+class PublicGuard:
+    """Let hospitals' calls pass, note them, and answer 404 to everything else."""
+
+    def __init__(self, app: App, activity: Activity, audit: Chain) -> None:
+        self.app, self.activity, self.audit = app, activity, audit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return
+        path = scope["path"]
+        if path not in PUBLIC:
+            client = (scope.get("client") or ("unknown",))[0]
+            self.audit.append("denied", path=path[:200], peer=client)
+            await _answer(send, 404)
+            return
+        node_key = _node_key(scope)
+        received = sent = 0
+        status = 0
+
+        async def counted_receive() -> MutableMapping[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise ValueError(f"a request of more than {MAX_BODY_BYTES} bytes")
+            if path not in (POLL, HEARTBEAT) and message.get("body"):
+                self.activity.moving(node_key)
+            return message
+
+        async def counted_send(message: MutableMapping[str, Any]) -> None:
+            nonlocal sent, status
+            status = message.get("status", status)
+            sent += len(message.get("body", b""))
+            await send(message)
+            if (
+                status == 200
+                and message.get("body")
+                and path not in (HEARTBEAT, HEALTH)
+            ):
+                self.activity.moved(node_key)
+
+        await self.app(scope, counted_receive, counted_send)
+        if path == POLL and status == 200 and sent == 0:
+            self.activity.idle(node_key)
+
+
+class LoopbackGuard:
+    """Serve only who knows the supervisor's secret, or holds a task's token."""
+
+    def __init__(self, app: App, secret: bytes) -> None:
+        self.app, self.secret = app, secret
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the app's start and end."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/control/"):
+            given = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
+            if given != self.secret:
+                await _answer(send, 401)
+                return
+        await self.app(scope, receive, send)
+
+
+async def serve(settings: SuperLinkSettings, secret: str) -> None:
+    """Serve both listeners until the process is told to end."""
+    import uvicorn  # which the supervisor does without
+
+    app, node_of = superlink_app(
+        control_port=settings.control_port,
+        health_port=settings.health_port,
+        secret=secret,
+    )
+    activity = Activity(settings.state_dir / "activity.json")
+    threading.Thread(
+        target=activity.keep_writing, args=(node_of,), daemon=True, name="activity"
+    ).start()
+    common: dict[str, Any] = {"log_level": "warning", "access_log": False}
+    loopback = uvicorn.Config(
+        LoopbackGuard(app, secret.encode()),
+        host="127.0.0.1",
+        port=settings.control_port,
+        **common,
+    )
+    guard = PublicGuard(app, activity, Chain(settings.state_dir / "audit.jsonl"))
+    public = uvicorn.Config(
+        guard,
+        host=settings.host,
+        port=settings.port,
+        lifespan="off",
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.key,
+        h11_max_incomplete_event_size=64 * 1024,
+        **common,
+    )
+    servers = [uvicorn.Server(loopback), uvicorn.Server(public)]
+    await asyncio.gather(*(server.serve() for server in servers))
+
+
+def _node_key(scope: Scope) -> bytes:
+    """Return the public key that a request claims, as Flower stores it."""
+    claimed = dict(scope["headers"]).get(NODE_KEY_HEADER.encode(), b"")
+    try:
+        return b64decode(claimed, validate=True)
+    except ValueError:
+        return b""
+
+
+async def _answer(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+if __name__ == "__main__":
+    begin()
+    asyncio.run(
+        serve(
+            SuperLinkSettings.read(json.loads(sys.argv[1]), "the supervisor's word"),
+            os.environ.pop(SECRET_VARIABLE),
+        )
+    )

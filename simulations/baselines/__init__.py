@@ -1,0 +1,1 @@
+"""Reference models and single-site or pooled training."""

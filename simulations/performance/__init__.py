@@ -1,0 +1,1 @@
+"""Performance tests: time, memory and traffic as ratios."""

@@ -1,0 +1,1 @@
+"""Membership attacks on federations, and the cost of privacy."""

@@ -1,0 +1,1 @@
+"""The report of a simulated federation: numbers and a page."""

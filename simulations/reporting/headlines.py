@@ -1,0 +1,199 @@
+"""What a report comes to, in sentences: about ten, for the terminal and the page.
+
+They say who wins, also when it is not the federated model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedgex.simulations.reporting.charts import LABELS, SCHEMES
+from fedgex.simulations.reporting.schema import (
+    Classifications,
+    Imputations,
+    PerGene,
+    Report,
+    Round,
+    Survivals,
+    headline_key,
+)
+
+
+def headlines(report: Report) -> list[str]:
+    """Return the lines, each `Topic: sentence`."""
+    study, holdout = report.study, report.study.holdout
+    patients = sum(site.patients for site in study.sites)
+    lines = [
+        f"Study: {study.name}, {count(len(study.sites), 'hospital')} with "
+        f"{count(patients, 'patient')}; {count(study.vocabulary.genes, 'gene')}; "
+        f"{study.preset} model of {study.parameters:,} parameters",
+        f"Training: {phases(report.rounds)} in {duration(study.seconds)}",
+        f"Updates: {contributions(report.rounds)}",
+        f"Hold-out: {count(holdout.patients, 'patient')} from "
+        f"{count(len(holdout.institutions), 'institution')}, none of which trains",
+    ]
+    for scheme in SCHEMES:
+        if keys := keys_of(report.imputation, scheme):
+            key = headline_key(keys)
+            verdict = against_best(report.imputation, scheme, key)
+            lines.append(f"Restoration, {condition(scheme, key)}: {verdict}")
+    if not any(keys_of(report.imputation, scheme) for scheme in SCHEMES):
+        lines.append("Restoration: not judged in this run")
+    if report.imputation_per_gene:
+        lines.append(f"Genes: {genes_won(report.imputation_per_gene)}")
+    lines.append(f"Survival: {survival_verdict(report.survival)}")
+    lines.append(f"Classification: {classification_verdict(report.classification)}")
+    return lines
+
+
+def phases(rounds: tuple[Round, ...]) -> str:
+    """Return how many rounds each phase had."""
+    names = [r.phase for r in rounds]
+    counts = [f"{count(names.count(p), 'round')} of {p}" for p in dict.fromkeys(names)]
+    return ", ".join(counts) or "no rounds"
+
+
+def contributions(rounds: tuple[Round, ...]) -> str:
+    """Return whether hospitals were missing, how often, and when it was worst."""
+    if not rounds:
+        return "none, as there were no rounds"
+    short = [r for r in rounds if r.sites_contributed < r.sites_total]
+    if not short:
+        return "every hospital contributed to every round"
+    worst = min(short, key=lambda r: r.sites_contributed)
+    return (
+        f"some hospital was missing in {len(short)} of {count(len(rounds), 'round')}; "
+        f"at worst {worst.sites_contributed} of {worst.sites_total} contributed "
+        f"({worst.phase}, round {worst.round})"
+    )
+
+
+def condition(scheme: str, key: str) -> str:
+    """Return what was hidden: "50% missing at random", "100 genes measured"."""
+    if scheme == "panel":
+        return count(int(float(key)), "gene") + " measured"
+    share = f"{float(key):.0%}"
+    return f"{share} missing" + (", low first" if scheme == "mnar" else " at random")
+
+
+def against_best(imputation: Imputations, scheme: str, key: str) -> str:
+    """Return one sentence about the model and its best rival, whoever wins."""
+    model = mse(imputation, "model", scheme, key)
+    best = best_baseline(imputation, scheme, key)
+    if model is None:
+        return "the model was not judged"
+    if best is None:
+        return f"MSE {model:.3f}; no baseline was run"
+    method, error = best
+    return (
+        f"MSE {model:.3f}, best baseline {error:.3f} ({LABELS[method]}); "
+        f"{_verdict(model / error)}"
+    )
+
+
+def best_baseline(
+    imputation: Imputations, scheme: str, key: str
+) -> tuple[str, float] | None:
+    """Return the rival with the least error, or None if none was run."""
+    errors = [
+        (method, error)
+        for method in LABELS
+        if method != "model"
+        and (error := mse(imputation, method, scheme, key)) is not None
+    ]
+    return min(errors, key=lambda pair: pair[1], default=None)
+
+
+def mse(imputation: Imputations, method: str, scheme: str, key: str) -> float | None:
+    """Return one error, or None where it was not taken."""
+    score = imputation.get(method, {}).get(scheme, {}).get(key)
+    return score.mse if score else None
+
+
+def keys_of(imputation: Imputations, scheme: str) -> list[str]:
+    """Return the rates or numbers of genes at which any method was judged, rising."""
+    keys = {
+        key for of_method in imputation.values() for key in of_method.get(scheme, {})
+    }
+    return sorted(keys, key=float)
+
+
+def genes_won(genes: PerGene) -> str:
+    """Return on how many genes the model beats the Gaussian."""
+    pairs = genes.pairs()
+    won = sum(model < gaussian for model, gaussian in pairs)
+    share = f" ({won / len(pairs):.0%})" if pairs else ""
+    return (
+        f"the model beats the Gaussian on {won:,} of {count(len(pairs), 'gene')}"
+        f"{share}, {float(genes.rate):.0%} missing"
+    )
+
+
+def survival_verdict(cohorts: Survivals) -> str:
+    """Return the mean C-index of each method over the cohorts where all have one."""
+    if not cohorts:
+        return "not judged in this run"
+    methods = [m for m in LABELS if any(m in of for of in cohorts.values())]
+    complete = _complete(cohorts, methods)
+    if not complete:
+        return f"no C-index by every method in any of {count(len(cohorts), 'cohort')}"
+    means = ", ".join(
+        f"{LABELS[m]} {sum(c[m] for c in complete) / len(complete):.3f}"
+        for m in methods
+    )
+    verdict = f"mean C-index over {len(complete)} of {count(len(cohorts), 'cohort')}"
+    verdict += f": {means}"
+    if "federated" in methods and "alone" in methods:
+        won = sum(c["federated"] > c["alone"] for c in complete)
+        verdict += f"; federated above alone in {won} of {len(complete)}"
+    return verdict
+
+
+def classification_verdict(scores: Classifications) -> str:
+    """Return each method's accuracy at the fewest and the most genes."""
+    keys = sorted({key for of in scores.values() for key in of}, key=float)
+    if not keys:
+        return "not judged in this run"
+    return "; ".join(
+        f"accuracy with {count(int(float(key)), 'gene')}: "
+        + ", ".join(
+            f"{LABELS[m]} {score.accuracy:.3f}"
+            for m in LABELS
+            if (score := scores.get(m, {}).get(key)) and score.accuracy is not None
+        )
+        for key in dict.fromkeys((keys[0], keys[-1]))
+    )
+
+
+def count(n: int, noun: str) -> str:
+    """Return "1 hospital", "1,204 hospitals"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Return 83 seconds as "1 min 23 s"; seconds alone below a minute."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {m} min"
+    return f"{m} min {s} s" if m else f"{s} s"
+
+
+def _verdict(ratio: float) -> str:
+    if abs(ratio - 1) < 0.0005:
+        return "ratio 1.000, level"
+    better_or_worse = "better" if ratio < 1 else "worse"
+    return f"ratio {ratio:.3f}, the model is {abs(ratio - 1):.1%} {better_or_worse}"
+
+
+def _complete(cohorts: Survivals, methods: list[str]) -> list[Mapping[str, float]]:
+    """Return the C-indices of the cohorts in which every method has one."""
+    table = [
+        {
+            m: score.c_index
+            for m in methods
+            if (score := of.get(m)) and score.c_index is not None
+        }
+        for of in cohorts.values()
+    ]
+    return [c for c in table if len(c) == len(methods)]

@@ -1,0 +1,588 @@
+"""GexBERT: any genes in, any genes out, at a cost that grows linearly with them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedgex.common.arrays import PER_GENE
+from fedgex.common.errors import ConfigError
+from fedgex.common.models.factor_model import NEVER, TYPE_NOISE, LinearStart
+from fedgex.common.models.gexbert import (
+    PRESETS,
+    Attention,
+    GeneTokens,
+    GexBert,
+    ModelConfig,
+    n_parameters,
+    preset,
+    select,
+)
+from fedgex.common.models.heads import ClassificationHead, SurvivalHead
+
+V = 23
+"""Genes; no other dimension of the model below is of this size."""
+
+
+def tiny() -> GexBert:
+    torch.manual_seed(0)
+    return GexBert(
+        ModelConfig(n_genes=V, width=8, n_latents=3, n_blocks=2, n_heads=2)
+    ).eval()
+
+
+def drawn(n_patients: int, n_given: int, n_asked: int) -> tuple[Tensor, ...]:
+    """Return genes (B, T), values (B, T) and asked (B, Q), each row without repeats."""
+    rng = torch.Generator().manual_seed(n_given + 100 * n_asked)
+    order = torch.stack([torch.randperm(V, generator=rng) for _ in range(n_patients)])
+    values = torch.randn(n_patients, n_given, generator=rng)
+    return order[:, :n_given], values, order.flip(1)[:, :n_asked]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, V), st.integers(1, V))
+def test_any_subset_of_genes_goes_in_and_any_genes_are_restored(n_given, n_asked):
+    genes, values, asked = drawn(4, n_given, n_asked)
+
+    restored = tiny()(genes, values, None, asked)
+
+    assert restored.shape == (4, n_asked)
+    assert restored.isfinite().all()
+
+
+def test_what_is_restored_depends_on_what_is_given():
+    genes, values, asked = drawn(1, 5, 5)
+    model = tiny()
+
+    here, there = model(genes, values, None, asked), model(genes, -values, None, asked)
+
+    assert not torch.allclose(here, there, atol=1e-3)
+
+
+def test_the_order_of_the_given_genes_changes_nothing():
+    genes, values, asked = drawn(3, 11, 6)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
+    model = tiny()
+
+    there = model(genes[:, order], values[:, order], None, asked)
+
+    torch.testing.assert_close(there, model(genes, values, None, asked))
+
+
+def test_genes_asked_for_together_are_restored_as_if_asked_for_alone():
+    genes, values, asked = drawn(3, 11, 6)
+    model = tiny()
+
+    together = model(genes, values, None, asked)
+    alone = [model(genes, values, None, asked[:, [i]]) for i in range(6)]
+
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
+
+
+def test_padding_changes_nothing_whatever_it_holds():
+    genes, values, asked = drawn(2, 11, 6)
+    keep = torch.arange(11) < 7
+    model = tiny()
+    values[:, 7:] = 1e3
+
+    padded = model(genes, values, keep.expand(2, -1), asked)
+
+    torch.testing.assert_close(padded, model(genes[:, :7], values[:, :7], None, asked))
+
+
+def test_a_patient_without_any_visible_gene_gets_finite_values_and_gradients():
+    genes, values, asked = drawn(2, 4, 6)
+    keep = torch.tensor([[True] * 4, [False] * 4])
+    model = tiny()
+
+    restored = model(genes, values, keep, asked)
+    restored.sum().backward()
+
+    assert restored.isfinite().all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_patients_of_a_batch_do_not_see_one_another():
+    genes, values, asked = drawn(3, 9, 4)
+    model = tiny()
+
+    alone = [
+        model(genes[i : i + 1], values[i : i + 1], None, asked[i : i + 1])
+        for i in range(3)
+    ]
+
+    torch.testing.assert_close(model(genes, values, None, asked), torch.cat(alone))
+
+
+@pytest.mark.parametrize("side", ["given", "asked"])
+def test_twice_the_genes_cost_at_most_twice_the_operations(side):
+    n_genes = 2048
+    model = GexBert(preset("tiny", n_genes, linear_rank=4, linear_components=3))
+
+    def operations(n: int) -> int:
+        many, few = torch.arange(n)[None], torch.arange(8)[None]
+        given, asked = (many, few) if side == "given" else (few, many)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(given, torch.zeros(given.shape), None, asked)
+        return counter.get_total_flops()
+
+    ratio = operations(n_genes) / operations(n_genes // 2)
+
+    assert 1.0 < ratio < 2.1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_builds_and_restores(name):
+    model = GexBert(preset(name, V))
+
+    restored = model(
+        torch.tensor([[0, 3]]), torch.zeros(1, 2), None, torch.tensor([[1, 2, 22]])
+    )
+
+    assert restored.shape == (1, 3)
+    assert model.config.n_genes == V
+
+
+def test_an_unknown_preset_is_refused_with_the_names_that_exist():
+    with pytest.raises(ConfigError, match=r'"huge".*tiny, small, base'):
+        preset("huge", V)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_genes": 0}, "model.n_genes is 0; expected 1 or more"),
+        ({"n_blocks": -1}, "model.n_blocks is -1"),
+        ({"linear_components": 0}, "model.linear_components is 0"),
+        ({"n_heads": 3}, "model.width is 8 and model.n_heads 3"),
+    ],
+)
+def test_sizes_that_cannot_be_built_are_refused(change, message):
+    sizes = {"n_genes": V, "width": 8, "n_latents": 3, "n_blocks": 1, "n_heads": 2}
+
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**sizes | change)
+
+
+def test_per_gene_names_exactly_the_parameters_with_a_row_for_each_gene():
+    rows = {name for name, p in tiny().named_parameters() if len(p) == V}
+
+    named = {
+        name for name, _ in tiny().named_parameters() if name.endswith(tuple(PER_GENE))
+    }
+    assert named == rows
+    assert len(rows) == len(PER_GENE)
+
+
+def test_attention_is_that_of_pytorch():
+    torch.manual_seed(0)
+    ours, theirs = Attention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    parts = (ours.query, ours.key, ours.value)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    theirs.out_proj.load_state_dict(ours.out.state_dict())
+    x, context = torch.randn(3, 4, 8), torch.randn(3, 6, 8)
+    keep = torch.arange(6)[None, :] < torch.tensor([[6], [3], [1]])
+
+    expected, _ = theirs(x, context, context, key_padding_mask=~keep)
+
+    torch.testing.assert_close(ours(x, context, keep), expected)
+
+
+def test_a_token_is_identity_plus_value_times_direction_plus_a_shared_curve():
+    torch.manual_seed(0)
+    tokens = GeneTokens(V, 4)
+    genes, values = torch.tensor([[5, 2]]), torch.tensor([[1.5, -2.0]])
+
+    found = tokens(genes, values)
+
+    def curve(value: float) -> Tensor:
+        x = tokens.curve_in.weight[:, 0] * value + tokens.curve_in.bias
+        phi = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        return tokens.curve_out.weight @ (x * phi) + tokens.curve_out.bias
+
+    identity, direction = tokens.identity.weight, tokens.direction.weight
+    torch.testing.assert_close(
+        found[0, 0], identity[5] + 1.5 * direction[5] + curve(1.5)
+    )
+    torch.testing.assert_close(
+        found[0, 1], identity[2] - 2 * direction[2] + curve(-2.0)
+    )
+
+
+def test_a_patients_vector_is_the_mean_of_the_latents():
+    genes, values, _ = drawn(3, 5, 1)
+    encoder = tiny().encoder
+
+    found = encoder.embed(genes, values, None)
+
+    latents, _ = encoder(genes, values, None)
+    torch.testing.assert_close(found, latents.sum(1) / 3)
+    assert found.shape == (3, 8)
+
+
+R = 3
+"""Factors of the linear starts below."""
+
+
+def linear_start(n_components: int = 4) -> LinearStart:
+    """Return a mixture drawn at random, every gene under a noise of its own."""
+    start = LinearStart(V, R, n_components)
+    rng = torch.Generator().manual_seed(5)
+    start.loadings.copy_(torch.randn(V, R, generator=rng))
+    start.noise.copy_(torch.rand(V, generator=rng) + 0.1)
+    start.means.copy_(torch.randn(n_components, V, generator=rng) / 2)
+    roots = torch.randn(n_components, R, 2 * R, generator=rng)
+    start.precisions.copy_(roots @ roots.mT)
+    shares = torch.rand(n_components, generator=rng) + 0.2
+    start.log_shares.copy_((shares / shares.sum()).log())
+    return start
+
+
+def of_the_mixture(
+    start: LinearStart, genes: Tensor, values: Tensor, asked: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a patient's genes tell of those asked for, factors and component.
+
+    From each component's joint normal distribution of genes and factors, in NumPy.
+    """
+    W, noise = start.loadings.double().numpy(), start.noise.double().numpy()
+    joint, restored, factors = [], [], []
+    x, g, q = values.double().numpy(), genes.numpy(), asked.numpy()
+    for mean, precision, log_share in zip(
+        start.means.double().numpy(),
+        start.precisions.double().numpy(),
+        start.log_shares.double().numpy(),
+        strict=True,
+    ):
+        C = np.linalg.inv(precision)
+        S = W @ C @ W.T + np.diag(noise)
+        within = S[np.ix_(g, g)]
+        off = np.linalg.solve(within, x - mean[g])
+        restored.append(mean[q] + S[np.ix_(q, g)] @ off)
+        factors.append(C @ W[g].T @ off)
+        joint.append(log_share + multivariate_normal.logpdf(x, mean[g], within))
+    weights = softmax(joint)
+    return weights @ restored, weights @ factors, weights
+
+
+@pytest.mark.parametrize("n_components", [1, 4])
+@pytest.mark.parametrize("n_given", [2, 6, 17])
+def test_the_linear_start_restores_the_conditional_mean_of_a_mixture_of_normals(
+    n_given, n_components
+):
+    genes, values, asked = drawn(5, n_given, 6)
+    start = linear_start(n_components)
+
+    known = start(genes, values, None)
+    restored = start.restore(known, asked)
+
+    for i in range(5):
+        assert not set(genes[i].tolist()) & set(asked[i].tolist())
+        expected, factors, weights = of_the_mixture(
+            start, genes[i], values[i], asked[i]
+        )
+        np.testing.assert_allclose(known.log_weights[i].exp(), weights, atol=1e-4)
+        np.testing.assert_allclose(known.factors[i], factors, atol=1e-4)
+        np.testing.assert_allclose(restored[i], expected, atol=1e-4)
+    if n_components > 1 and n_given == 2:  # so that all components have a say
+        assert known.log_weights.exp().max() < 0.95
+
+
+def test_of_a_patient_without_genes_the_linear_start_knows_the_shares_alone():
+    genes, values, asked = drawn(1, 4, 6)
+    start = linear_start()
+
+    known = start(genes, values, torch.zeros(1, 4, dtype=torch.bool))
+
+    shares = start.log_shares.exp()
+    torch.testing.assert_close(known.log_weights[0].exp(), shares)
+    torch.testing.assert_close(known.factors[0], torch.zeros(R))
+    expected = shares @ start.means[:, asked[0]]
+    torch.testing.assert_close(start.restore(known, asked)[0], expected)
+
+
+def test_a_component_of_which_nothing_is_known_has_no_weight():
+    genes, values, asked = drawn(3, 11, 6)
+    start, without = linear_start(4), linear_start(4)
+    start.log_shares[1] = NEVER
+    start.means[1], start.precisions[1] = 0, torch.eye(R)
+    values[0] = 0  # the very mean of that component
+    others = [0, 2, 3]
+    for name in ("means", "precisions", "log_shares"):
+        setattr(without, name, getattr(without, name)[others])
+
+    known, expected = start(genes, values, None), without(genes, values, None)
+
+    assert known.log_weights[:, 1].exp().tolist() == [0, 0, 0]
+    torch.testing.assert_close(known.log_weights[:, others], expected.log_weights)
+    torch.testing.assert_close(
+        start.restore(known, asked), without.restore(expected, asked)
+    )
+
+
+def test_the_evidence_for_a_component_does_not_depend_on_how_common_it_is():
+    genes, values, _ = drawn(3, 11, 6)
+    start, others = linear_start(4), linear_start(4)
+    others.log_shares.copy_(torch.tensor([0.7, 0.1, 0.1, 0.1]).log())
+
+    found = start.evidence(genes, values, None)
+
+    torch.testing.assert_close(found, others.evidence(genes, values, None))
+    start.noise.mul_(TYPE_NOISE)
+    start.log_shares.fill_(math.log(1 / 4))
+    expected = start(genes, values, None).log_weights.clamp(min=-20)
+    torch.testing.assert_close(found, expected)
+
+
+def test_there_is_no_evidence_for_a_component_of_which_nothing_is_known():
+    genes, values, _ = drawn(3, 11, 6)
+    start = linear_start(4)
+    start.log_shares[1] = NEVER
+    start.means[1], start.precisions[1] = 0, torch.eye(R)
+
+    assert (start.evidence(genes, values, None)[:, 1] == -20).all()
+
+
+def test_padding_changes_nothing_in_the_linear_start():
+    genes, values, _ = drawn(2, 11, 6)
+    keep = torch.arange(11) < torch.tensor([[7], [3]])
+    start = linear_start()
+
+    padded = start(genes, values.masked_fill(~keep, 1e3), keep)
+
+    for i, n in enumerate((7, 3)):
+        alone = start(genes[i : i + 1, :n], values[i : i + 1, :n], None)
+        torch.testing.assert_close(padded.factors[i], alone.factors[0])
+        torch.testing.assert_close(padded.log_weights[i], alone.log_weights[0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_patients_of_one_panel_are_known_together_as_by_themselves(padded):
+    genes, values, _ = drawn(5, 11, 6)
+    genes = genes[:1].expand(5, -1)
+    keep = (torch.arange(11) < 7).expand(5, -1) if padded else None
+    start = linear_start()
+
+    together = start(genes, values, keep)
+
+    for i in range(5):
+        other = torch.cat([genes[i : i + 1], genes[i : i + 1].flip(1)])
+        both = None if keep is None else torch.cat([keep[i : i + 1], keep[:1].flip(1)])
+        twice = torch.cat([values[i : i + 1], values[i : i + 1].flip(1)])
+        apart = start(other, twice, both)  # not the same columns: one by one
+        for found, expected in zip(together[:2], apart[:2], strict=True):
+            torch.testing.assert_close(found[i], expected[0])
+            torch.testing.assert_close(found[i], expected[1])
+
+
+def test_the_linear_start_tells_components_apart_on_many_genes_in_float32():
+    start, n_genes = LinearStart(5000, R, 2), 5000
+    rng = torch.Generator().manual_seed(0)
+    start.loadings.copy_(torch.randn(n_genes, R, generator=rng))
+    start.noise.fill_(0.1)
+    start.means[0] = 0.01 * torch.randn(n_genes, generator=rng)
+    genes, values = torch.arange(n_genes)[None], torch.randn(1, n_genes, generator=rng)
+
+    found = start(genes, values, None).log_weights[0]
+
+    # With C the same in both, and flat, the densities differ by squares alone.
+    w, x = start.loadings.double().numpy(), values[0].double().numpy()
+    inner = np.eye(R) + w.T @ w / 0.1
+    off = np.stack([x - start.means[0].double().numpy(), x])
+    target = off @ w / 0.1
+    distance = (off**2).sum(1) / 0.1
+    distance -= (target * np.linalg.solve(inner, target.T).T).sum(1)
+    np.testing.assert_allclose(found.exp(), softmax(-distance / 2), atol=0.02)
+    assert 0.001 < found.exp()[0] < 0.999
+
+
+def test_the_linear_start_stands_beside_the_network_and_is_never_trained():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        n_genes=V,
+        width=8,
+        n_latents=3,
+        n_blocks=1,
+        n_heads=2,
+        linear_rank=R,
+        linear_components=4,
+    )
+    model = GexBert(config)
+    model.encoder.linear = linear_start()
+    genes, values, asked = drawn(2, 11, 6)
+
+    at_first = model(genes, values, None, asked)
+    torch.nn.init.normal_(model.decoder.weight.weight)
+    trained = model(genes, values, None, asked)
+
+    linear = model.encoder.linear
+    alone = linear.restore(linear(genes, values, None), asked)
+    torch.testing.assert_close(at_first, alone)
+    assert not torch.allclose(trained, alone)
+    vectors = model.encoder.embed(genes, values, None)
+    known = linear(genes, values, None)
+    assert vectors.shape == (2, 8 + R + 4)
+    torch.testing.assert_close(vectors[:, 8 : 8 + R], known.factors * known.spread)
+    evidence = linear.evidence(genes, values, None)
+    torch.testing.assert_close(vectors[:, 8 + R :], evidence)
+    size = linear.loadings.norm(dim=0)
+    torch.testing.assert_close(known.spread, size / size.square().mean().sqrt())
+    assert not [n for n, _ in model.named_parameters() if "linear." in n]
+
+
+PLAIN = ModelConfig(n_genes=V, width=8, n_latents=3, n_blocks=1, n_heads=2)
+STARTED = ModelConfig(
+    n_genes=V,
+    width=8,
+    n_latents=3,
+    n_blocks=1,
+    n_heads=2,
+    linear_rank=3,
+    linear_components=2,
+)
+
+
+def test_the_classification_head_gives_a_logit_for_each_class():
+    assert ClassificationHead(PLAIN, 5)(torch.randn(2, 8)).shape == (2, 5)
+    assert ClassificationHead(STARTED, 5)(torch.randn(2, 13)).shape == (2, 5)
+
+
+def test_a_new_classification_head_says_what_the_linear_start_says():
+    head = ClassificationHead(STARTED, 3)
+    head.start_from(("LUAD", "BRCA"), ("BRCA", "KIRC", "LUAD"))
+    embedding = torch.randn(4, 13)
+
+    logits = head(embedding)
+
+    luad, brca = embedding[:, 11], embedding[:, 12]
+    expected = torch.stack([brca, torch.zeros(4), luad], dim=1)
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_new_survival_head_gives_everyone_a_hazard_of_one_in_eight():
+    head = SurvivalHead(PLAIN, n_types=3, n_intervals=4)
+    types = torch.tensor([0, 2])
+
+    logits = head(torch.randn(2, 8), torch.randn(2, 2), types)
+
+    torch.testing.assert_close(logits.sigmoid(), torch.full((2, 4), 0.1192029))
+
+
+def test_the_survival_head_adds_what_all_types_share_and_what_is_the_types_own():
+    torch.manual_seed(0)
+    head = SurvivalHead(STARTED, n_types=3, n_intervals=2)
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight)
+    embedding, clinical = torch.randn(13), torch.tensor([0.5, 1.0])
+
+    logits = head(embedding[None], clinical[None], torch.tensor([2]))
+
+    latents, factors = embedding[:8], embedding[8:11]  # responsibilities are not read
+    normed = (latents - latents.mean()) / (latents.var(correction=0) + 1e-5).sqrt()
+    x = torch.cat([normed / 8**0.5, factors / 3**0.5])
+    weight = head.shared.weight[0] + 0.6 * head.own.weight[2]
+    of_clinical = head.clinical_shared.weight[0] + 0.2 * head.clinical_own.weight[2]
+    log_hazard = weight @ x + of_clinical @ clinical
+    expected = -2 + 3 * head.baseline.weight[2] + log_hazard
+    torch.testing.assert_close(logits[0], expected)
+
+
+def test_select_lists_the_genes_of_each_row_and_marks_the_padding():
+    mask = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0]]).bool()
+
+    genes, keep = select(mask)
+
+    assert keep is not None
+    assert keep.tolist() == [[True, True, True], [True, False, False]]
+    assert genes[0].tolist() == [1, 3, 4]
+    assert genes[1, 0] == 0
+    assert not mask[1, genes[1, 1:]].any()
+
+
+def test_select_without_padding_says_so():
+    genes, keep = select(torch.tensor([[0, 1, 1], [1, 0, 1]]).bool())
+
+    assert keep is None
+    assert genes.tolist() == [[1, 2], [0, 2]]
+
+
+def test_parameters_are_counted_by_hand():
+    assert n_parameters(torch.nn.Linear(3, 2)) == 3 * 2 + 2
+
+
+def strong_start(n_genes: int) -> LinearStart:
+    """Return one factor that half of the genes follow and half oppose."""
+    start = LinearStart(n_genes, 1, 1)
+    sign = torch.ones(n_genes, 1)
+    sign[::2] = -1
+    start.loadings.copy_(sign)
+    start.noise.fill_(0.01)
+    return start
+
+
+def said_of(start: LinearStart, measured: Tensor, values: Tensor) -> Tensor:
+    genes, keep = select(measured)
+    given = values.gather(1, genes)
+    return start.say(start(genes, given, keep), genes, keep)
+
+
+def test_missingness_says_nothing_if_genes_are_missing_whatever_their_value():
+    start, values = strong_start(200), torch.ones(1, 200)
+    values[:, ::2] = -1  # the factor is 1
+    at_random = torch.ones(1, 200, dtype=torch.bool)
+    at_random[:, :50] = False
+
+    assert said_of(start, at_random, values).item() == 0
+    everything = torch.ones(1, 200, dtype=torch.bool)
+    assert said_of(start, everything, values).item() == 0
+    assert said_of(start, ~everything, values).item() == 0
+
+
+def test_missingness_speaks_if_the_low_genes_are_missing_and_not_if_the_high_are():
+    start, values = strong_start(200), torch.ones(1, 200)
+    values[:, ::2] = -1
+    low_are_gone, high_are_gone = values > 0, values < 0
+
+    assert said_of(start, low_are_gone, values).item() == 1
+    assert said_of(start, high_are_gone, values).item() == 0
+
+
+def test_the_network_is_silent_where_it_was_told_to_speak_under_dropout_alone():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        n_genes=200,
+        width=8,
+        n_latents=3,
+        n_blocks=1,
+        n_heads=2,
+        linear_rank=1,
+        network_where="dropout",
+    )
+    model = GexBert(config)
+    model.encoder.linear = strong_start(200)
+    torch.nn.init.normal_(model.decoder.weight.weight)
+    values = torch.ones(2, 200)
+    values[:, ::2] = -1
+    measured = torch.ones(2, 200, dtype=torch.bool)
+    measured[0, :50] = False  # whatever their value
+    measured[1] = values[1] > 0
+    genes, keep = select(measured)
+    asked = torch.arange(200).expand(2, -1)
+
+    restored = model(genes, values.gather(1, genes), keep, asked)
+
+    linear = model.encoder.linear
+    start = linear.restore(linear(genes, values.gather(1, genes), keep), asked)
+    torch.testing.assert_close(restored[0], start[0])
+    assert not torch.allclose(restored[1], start[1], atol=0.1)

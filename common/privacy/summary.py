@@ -49,5 +49,6 @@ def _site(study: Study, rule: SitePrivacy) -> str:
     return (
         "Site-level differential privacy: epsilon "
         f"{accounting.site_epsilon(study, rounds):.3g} at delta {rule.delta:g} for "
-        "each hospital over all planned rounds; the server makes the noise, and is trusted."
+        "each hospital over all planned rounds; the server makes the noise, and is "
+        "trusted."
     )

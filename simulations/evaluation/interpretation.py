@@ -39,7 +39,7 @@ from fedgex.simulations.evaluation.attributions import (
     Found,
     descending,
 )
-from fedgex.simulations.evaluation.page import Results, plain
+from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     markdown,
@@ -50,6 +50,7 @@ from fedgex.simulations.evaluation.table import (
     tidy,
     where,
 )
+from fedgex.simulations.reporting.schema import plain
 
 TOP = 10
 """Genes in the table of a cancer type."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 
@@ -78,27 +76,6 @@ def write(
         figure.savefig(out / f"{results.name}-{name}.png", dpi=120)
     (out / f"{results.name}.md").write_text(page)
     return page
-
-
-def plain(value: Any, digits: int | None = None) -> Any:
-    """Return what JSON can hold: NaN as None, numpy's numbers as Python's.
-
-    Parameters
-    ----------
-    digits
-        Significant digits of floats; None: all.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(each, digits) for key, each in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist(), digits)
-    if isinstance(value, list | tuple):
-        return [plain(each, digits) for each in value]
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return None
-        return value if digits is None else float(f"{value:.{digits}g}")
-    return value
 
 
 def _fields(template: str) -> set[str]:

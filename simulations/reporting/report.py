@@ -14,7 +14,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from fedgex.simulations.evaluation.page import plain
 from fedgex.simulations.reporting import charts, headlines
 from fedgex.simulations.reporting.charts import LABELS, SCHEMES
 from fedgex.simulations.reporting.headlines import condition, count, duration
@@ -23,6 +22,7 @@ from fedgex.simulations.reporting.schema import (
     Report,
     SurvivalScore,
     headline_key,
+    plain,
 )
 
 DIGITS = 6

@@ -6,9 +6,11 @@ inside a section are kept in report.json, though the page does not show them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from fedgex.common.study import Settings
@@ -239,3 +241,24 @@ def headline_key(keys: Iterable[str]) -> str:
     """Return the key that stands for all: "0.5" if there, else the middle one."""
     ordered = sorted(set(keys), key=float)
     return "0.5" if "0.5" in ordered else ordered[len(ordered) // 2]
+
+
+def plain(value: Any, digits: int | None = None) -> Any:
+    """Return what JSON can hold: NaN as None, numpy's numbers as Python's.
+
+    Parameters
+    ----------
+    digits
+        Significant digits of floats; None: all.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(each, digits) for key, each in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), digits)
+    if isinstance(value, list | tuple):
+        return [plain(each, digits) for each in value]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
+    return value

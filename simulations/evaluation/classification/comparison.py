@@ -48,7 +48,7 @@ from fedgex.simulations.evaluation.classification.methods import (
     choose,
     task_of,
 )
-from fedgex.simulations.evaluation.page import Results, plain
+from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     Cells,
@@ -60,6 +60,7 @@ from fedgex.simulations.evaluation.table import (
     where,
 )
 from fedgex.simulations.reporting import charts
+from fedgex.simulations.reporting.schema import plain
 
 FEW = 32
 """Genes up to which the model is to be better than simple methods."""

@@ -35,9 +35,10 @@ from fedgex.simulations.evaluation.federation.scores import (
     percent,
     yes,
 )
-from fedgex.simulations.evaluation.page import Results, plain
+from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import markdown, mean_known, paired_p, spread
+from fedgex.simulations.reporting.schema import plain
 
 POOLED_WITHIN = 1.02
 """Goal: error of the federated model over that of the pooled one."""

@@ -31,7 +31,7 @@ from fedgex.simulations.evaluation.imputation.methods import (
     UNCERTAINTY,
     collect,
 )
-from fedgex.simulations.evaluation.page import Results, plain
+from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     Cells,
@@ -50,6 +50,7 @@ from fedgex.simulations.evaluation.test_sets import (
     other_data,
     unseen,
 )
+from fedgex.simulations.reporting.schema import plain
 
 SHOWN_LEVELS = (0.5, 0.8, 0.95)
 RATIOS = {

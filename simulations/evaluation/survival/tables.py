@@ -15,7 +15,7 @@ import numpy as np
 
 from fedgex.simulations.evaluation import figures
 from fedgex.simulations.evaluation.arms import LOCAL, POOLED
-from fedgex.simulations.evaluation.page import Results, plain
+from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.survival.predictions import (
     CLINICAL_COX,
     CLINICAL_GAUSSIAN,
@@ -33,6 +33,7 @@ from fedgex.simulations.evaluation.survival.predictions import (
     WITH_CLINICAL,
 )
 from fedgex.simulations.evaluation.table import markdown, mean_known, paired_p, spread
+from fedgex.simulations.reporting.schema import plain
 
 MIN_EVENTS = 10
 """Fewest deaths of a cancer among the unseen patients to be estimable."""

@@ -140,7 +140,7 @@ def new_authority(consortium: str, days: int = 3650) -> tuple[Key, x509.Certific
 
     It may sign certificates of the four roles and no authority below it.
     """
-    key, now = new_key(), _now()
+    key, made = new_key(), now()
     subject = _subject(consortium, None)
     certificate = (
         x509.CertificateBuilder()
@@ -148,8 +148,8 @@ def new_authority(consortium: str, days: int = 3650) -> tuple[Key, x509.Certific
         .issuer_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATED)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_before(made - BACKDATED)
+        .not_valid_after(made + timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(authority=True), critical=True)
         .add_extension(
@@ -225,7 +225,7 @@ def issue(
             f"the certificate request of {_told(name, role)} holds another kind of "
             "key; expected EC on P-256. Have it made by this fedgex."
         )
-    now = _now()
+    made = now()
     usage = ExtendedKeyUsageOID.SERVER_AUTH if role == "server" else DOCUMENT_SIGNING
     builder = (
         x509.CertificateBuilder()
@@ -233,8 +233,10 @@ def issue(
         .issuer_name(authority.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - BACKDATED)
-        .not_valid_after(min(now + timedelta(days=days), authority.not_valid_after_utc))
+        .not_valid_before(made - BACKDATED)
+        .not_valid_after(
+            min(made + timedelta(days=days), authority.not_valid_after_utc)
+        )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(authority=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -301,7 +303,7 @@ def verify(
     TrustError
         If any of it does not hold.
     """
-    at = at or _now()
+    at = at or now()
     try:
         certificate.verify_directly_issued_by(authority)
         found_name, found_role = _name_and_role(certificate.subject)
@@ -476,7 +478,8 @@ def _save(key: Key, path: Path, form: serialization.PrivateFormat) -> None:
     write_atomic(path, content, mode=0o600)
 
 
-def _now() -> datetime:
+def now() -> datetime:
+    """Return the time of this machine, UTC, in seconds."""
     return datetime.now(UTC).replace(microsecond=0)
 
 

@@ -20,11 +20,9 @@ from fedgex.server.cli.command_line import (
     show_rows,
     write_out,
 )
-from fedgex.server.consortium.store import (
-    Consortium,
-    ConsortiumSettings,
-    new_administrator,
-)
+from fedgex.server.consortium import members
+from fedgex.server.consortium.certificates import expiries
+from fedgex.server.consortium.store import Consortium, ConsortiumSettings
 
 consortium = typer.Typer(
     no_args_is_help=True, help="Found a consortium; see how it is."
@@ -85,7 +83,7 @@ def consortium_status(state: State, form: Format = "text") -> None:
     with refusals():
         found = Consortium(state)
         settings, sites = found.settings, found.sites().values()
-        warnings = [str(each) for each in found.expiries()]
+        warnings = [str(each) for each in expiries(found)]
         facts = {
             "consortium": settings.name,
             "server": f"{settings.host}:{settings.port}",
@@ -123,7 +121,7 @@ def administrator_request(
 ) -> None:
     """Make an administrator's key, where it will be used, and the request for it."""
     with refusals():
-        path, asked = new_administrator(name, out)
+        path, asked = members.new_administrator(name, out)
     facts = {
         "key": str(out / f"{name}.key"),
         "request": str(path),
@@ -146,7 +144,7 @@ def administrator_add(
     """Admit an administrator whose request has this fingerprint."""
     with refusals():
         found = Consortium(state)
-        certificate = found.add_administrator(request, fingerprint)
+        certificate = members.add_administrator(found, request, fingerprint)
         if out is not None:
             write_out(out, pki.to_pem(certificate))
         name = pki.verify(certificate, found.authority, "administrator")
@@ -177,7 +175,7 @@ def administrator_revoke(
 ) -> None:
     """Make an administrator's signatures count no more."""
     with refusals():
-        Consortium(state).revoke_administrator(name, reason)
+        members.revoke_administrator(Consortium(state), name, reason)
     show({"administrator": name, "state": "revoked"}, form)
 
 
@@ -196,7 +194,7 @@ def site_add(
     """Admit a hospital whose request has this fingerprint, and write its kit."""
     with refusals():
         found = Consortium(state)
-        kit = found.add_site(request, fingerprint, name=name)
+        kit = members.add_site(found, request, fingerprint, name=name)
         write_out(out, kit)
         expires = found.site(name).expires.date()
     show({"site": name, "kit": str(out), "expires": expires}, form)
@@ -225,7 +223,7 @@ def site_renew(name: Name, out: Kit, state: State, form: Format = "text") -> Non
     """Write a kit with a new certificate over the keys that a hospital has."""
     with refusals():
         found = Consortium(state)
-        write_out(out, found.renew_site(name))
+        write_out(out, members.renew_site(found, name))
         expires = found.site(name).expires.date()
     show({"site": name, "kit": str(out), "expires": expires}, form)
 
@@ -242,7 +240,7 @@ def site_rotate(
     """Revoke a hospital's keys, admit its new ones, and write the new kit."""
     with refusals():
         found = Consortium(state)
-        write_out(out, found.rotate_site(name, request, fingerprint))
+        write_out(out, members.rotate_site(found, name, request, fingerprint))
         expires = found.site(name).expires.date()
     show({"site": name, "kit": str(out), "expires": expires}, form)
 
@@ -253,5 +251,5 @@ def site_revoke(
 ) -> None:
     """Strike a hospital: neither its connection nor its signatures count any more."""
     with refusals():
-        Consortium(state).revoke_site(name, reason)
+        members.revoke_site(Consortium(state), name, reason)
     show({"site": name, "state": "revoked"}, form)

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedgex.common.system.processes import log_to_stderr
 from fedgex.server.cli.command_line import NOT_RUNNING, Format, State, refusals, show
 from fedgex.server.consortium import runs
+from fedgex.server.consortium.certificates import expiries
 from fedgex.server.consortium.store import Consortium
 
 server = typer.Typer(no_args_is_help=True, help="The service: SuperLink and runs.")
@@ -46,7 +47,7 @@ def server_status(state: State, form: Format = "text") -> None:
             "address": f"{found.settings.host}:{found.settings.port}",
             "hospitals": {name: site.state for name, site in found.sites().items()},
             "runs": {run.name: run.state for run in runs.every(found.folder)},
-            "warnings": [str(each) for each in found.expiries()],
+            "warnings": [str(each) for each in expiries(found)],
         }
     show(facts, form)
     if not serving:

@@ -9,9 +9,7 @@ Everything lies under one folder, the state directory:
     revoked.json              certificates that count no more, and their keys
     audit.jsonl               who was admitted and revoked, what was ordered
 
-Private keys of hospitals and administrators are made where they are used; only requests
-come here, and a request is admitted under the fingerprint that its owner read out.
-Each change is noted in the audit log before it is made.
+Members are admitted and revoked by `members`.
 """
 
 from __future__ import annotations
@@ -19,17 +17,13 @@ from __future__ import annotations
 import json
 import socket
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from pydantic import Field, model_validator
 
 from fedgex.common.errors import ConfigError, TrustError
@@ -38,13 +32,10 @@ from fedgex.common.system import files
 from fedgex.common.system.files import exclusive_lock, explained, write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Chain
-from fedgex.common.trust.enrolment import EnrolmentRequest, SiteRequest
 from fedgex.server.consortium import annotated_toml
 
 VALID_DAYS = 365
 """Of every certificate but the authority's."""
-WARN_DAYS = 30
-"""Certificates that expire sooner are warned of."""
 FOLDERS = (
     "pki",
     "administrators",
@@ -89,10 +80,6 @@ class ConsortiumSettings(Settings):
         return self
 
 
-class AdministratorRequest(EnrolmentRequest):
-    """An administrator's request, as `fedgex-admin administrator request` writes it."""
-
-
 class SiteEntry(Settings):
     """A hospital as the consortium knows it: `sites/NAME.json`."""
 
@@ -129,35 +116,6 @@ class Revocation(Settings):
     at: datetime
     keys: tuple[str, ...]
     """Fingerprints of the keys that went with it; they are never admitted again."""
-
-
-@dataclass(frozen=True)
-class Expiry:
-    """A certificate that ends soon, or has ended."""
-
-    name: str
-    role: str
-    expires: datetime
-
-    @property
-    def days_left(self) -> int:
-        """Whole days; negative once it has expired."""
-        return (self.expires - _now()).days
-
-    def __str__(self) -> str:
-        """Return a warning with what to do."""
-        when = "expired" if self.expires <= _now() else "expires"
-        remedy = {
-            "authority": "found a new consortium; it cannot be renewed",
-            "server": "run fedgex-admin consortium renew and restart the server",
-            "coordinator": "run fedgex-admin consortium renew and restart the server",
-            "administrator": "revoke it and add a new request of that administrator",
-            "site": f"run fedgex-admin site renew {self.name} and send the kit",
-        }[self.role]
-        return (
-            f'the certificate of {self.role} "{self.name}" {when} on '
-            f"{self.expires:%Y-%m-%d} ({self.days_left} days); {remedy}."
-        )
 
 
 class Consortium:
@@ -225,7 +183,7 @@ class Consortium:
     @property
     def authority(self) -> x509.Certificate:
         """The certificate that every other is verified against."""
-        return self._certificate("authority")
+        return self.certificate("authority")
 
     @property
     def server_key_path(self) -> Path:
@@ -245,7 +203,7 @@ class Consortium:
     @property
     def coordinator(self) -> x509.Certificate:
         """Certificate that receipts are checked with."""
-        return self._certificate("coordinator")
+        return self.certificate("coordinator")
 
     def renew(self) -> None:
         """Issue new certificates of server and coordinator over the keys they have.
@@ -254,13 +212,13 @@ class Consortium:
         """
         self.audit.append("server-certificates-issued")
         name, folder = self.settings.name, self.folder / "pki"
-        told: tuple[tuple[pki.Role, list[str]], ...] = (
-            ("server", [self.settings.host]),
-            ("coordinator", []),
-        )
-        for role, hosts in told:
+        of: dict[pki.Role, list[str]] = {
+            "server": [self.settings.host],
+            "coordinator": [],
+        }
+        for role, hosts in of.items():
             asked = pki.request(pki.load_key(folder / f"{role}.key"), name, role)
-            certificate = self._issue(asked, name, role, hosts)
+            certificate = self.issue(asked, name, role, hosts)
             _write(folder / f"{role}.crt", pki.to_pem(certificate))
 
     def is_served(self) -> bool:
@@ -323,63 +281,10 @@ class Consortium:
             if each.name not in known or known[each.name].serial_number != serial:
                 raise TrustError(
                     f'the signature of "{each.name}" is by a certificate that is not '
-                    f"registered here; expected one of {_listed(known)}. Add the "
+                    f"registered here; expected one of {listed(known)}. Add the "
                     "administrator, or have the document signed by another."
                 )
         return names
-
-    def add_administrator(
-        self, request: Path, fingerprint: str, *, name: str | None = None
-    ) -> x509.Certificate:
-        """Admit an administrator and return the new certificate.
-
-        Parameters
-        ----------
-        request
-            What `fedgex-admin administrator request` wrote.
-        fingerprint
-            As the administrator read it out.
-        name
-            Whom to expect; if absent, whoever the request names.
-
-        Raises
-        ------
-        TrustError
-            With everything that speaks against it.
-        """
-        asked = AdministratorRequest.read(
-            read_json(request, "an administrator's request"), request.name
-        )
-        with self.locked():
-            findings = self._findings(asked, fingerprint, name, "administrator")
-            if asked.name in self.administrators():
-                findings.append(
-                    f'an administrator "{asked.name}" exists already; choose another '
-                    "name, or revoke the present one first."
-                )
-            certificate = self._issue_or_refuse(asked, "administrator", findings)
-            self.audit.append("administrator-added", name=asked.name)
-            path = self.folder / "administrators" / f"{asked.name}.crt"
-            _write(path, pki.to_pem(certificate))
-        return certificate
-
-    def revoke_administrator(self, name: str, reason: str) -> None:
-        """Make an administrator's certificate count no more.
-
-        Raises
-        ------
-        NotFoundError
-            If there is no such administrator.
-        """
-        known = self.administrators()
-        if name not in known:
-            raise NotFoundError(
-                f'there is no administrator "{name}"; expected one of {_listed(known)}.'
-            )
-        with self.locked():
-            self.audit.append("administrator-revoked", name=name, reason=reason)
-            serials, keys = [_serial(known[name])], (pki.fingerprint(known[name]),)
-            self._revoke(serials, name, "administrator", reason, keys)
 
     # ---- hospitals ----
 
@@ -400,102 +305,9 @@ class Consortium:
         known = self.sites()
         if name not in known:
             raise NotFoundError(
-                f'there is no hospital "{name}"; expected one of {_listed(known)}.'
+                f'there is no hospital "{name}"; expected one of {listed(known)}.'
             )
         return known[name]
-
-    def add_site(
-        self, request: Path, fingerprint: str, *, name: str | None = None
-    ) -> dict[str, Any]:
-        """Admit a hospital and return its kit. A revoked one may come back so.
-
-        Parameters
-        ----------
-        request
-            The hospital's `request.json`.
-        fingerprint
-            As the hospital read it out.
-        name
-            Whom to expect; if absent, whoever the request names.
-
-        Raises
-        ------
-        TrustError
-            With everything that speaks against it.
-        """
-        asked = self._site_request(request)
-        with self.locked():
-            findings = self._site_findings(asked, fingerprint, name)
-            present = self.sites().get(asked.name)
-            if present is not None and present.state == "active":
-                findings.append(
-                    f'a hospital "{asked.name}" exists already; choose another name, '
-                    "or give it new keys with fedgex-admin site rotate."
-                )
-            certificate = self._issue_or_refuse(asked, "site", findings)
-            self.audit.append("site-added", site=asked.name)
-            return self._enter(asked, certificate)
-
-    def rotate_site(self, name: str, request: Path, fingerprint: str) -> dict[str, Any]:
-        """Replace a hospital's keys and return its new kit; no other's changes.
-
-        The old certificate is revoked first.
-
-        Raises
-        ------
-        NotFoundError
-            If there is no such hospital.
-        TrustError
-            With everything that speaks against the request.
-        """
-        asked = self._site_request(request)
-        with self.locked():
-            present = self._active(name)
-            findings = self._site_findings(asked, fingerprint, name)
-            certificate = self._issue_or_refuse(asked, "site", findings)
-            self.audit.append("site-rotated", site=name)
-            self._revoke_site(present, "rotated")
-            return self._enter(asked, certificate)
-
-    def renew_site(self, name: str) -> dict[str, Any]:
-        """Return a kit with a new certificate over the keys that a hospital has.
-
-        Raises
-        ------
-        NotFoundError
-            If there is no such hospital.
-        TrustError
-            If it was revoked.
-        """
-        with self.locked():
-            present = self._active(name)
-            asked = SiteRequest(
-                name=name,
-                certificate_request=present.certificate_request,
-                node_public_key=present.node_public_key,
-                version=present.version,
-            )
-            certificate = self._issue(asked.certificate_request, name, "site")
-            self.audit.append("site-renewed", site=name)
-            old = _serial(pki.from_pem(present.certificate))
-            return self._enter(asked, certificate, (*present.earlier, old))
-
-    def revoke_site(self, name: str, reason: str) -> None:
-        """Strike a hospital: its certificate and both keys count no more.
-
-        Raises
-        ------
-        NotFoundError
-            If there is no such hospital.
-        TrustError
-            If it was revoked before.
-        """
-        with self.locked():
-            present = self._active(name)
-            self.audit.append("site-revoked", site=name, reason=reason)
-            self._revoke_site(present, reason)
-            struck = present.model_copy(update={"state": "revoked", "reason": reason})
-            self._write_site(struck)
 
     # ---- certificates ----
 
@@ -511,38 +323,20 @@ class Consortium:
         """Return the serial numbers that count no more."""
         return {int(each.serial, 16) for each in self.revocations()}
 
-    def expiries(self, within_days: int = WARN_DAYS) -> tuple[Expiry, ...]:
-        """Return the certificates in force that end within so many days, soonest first.
-
-        Those that have ended already are among them.
-        """
-        name = self.settings.name
-        server = pki.from_pem(self.server_certificate_path.read_text())
-        found = [
-            Expiry(name, "authority", self.authority.not_valid_after_utc),
-            Expiry(name, "server", server.not_valid_after_utc),
-            Expiry(name, "coordinator", self.coordinator.not_valid_after_utc),
-        ]
-        found += [
-            Expiry(who, "administrator", certificate.not_valid_after_utc)
-            for who, certificate in self.administrators().items()
-        ]
-        found += [
-            Expiry(site.name, "site", site.expires)
-            for site in self.sites().values()
-            if site.state == "active"
-        ]
-        soon = [each for each in found if each.days_left < within_days]
-        return tuple(sorted(soon, key=lambda each: each.expires))
-
-    # ---- helpers ----
-
-    def _certificate(self, role: str) -> x509.Certificate:
+    def certificate(self, role: str) -> x509.Certificate:
+        """Return the certificate of authority, server or coordinator."""
         return pki.from_pem((self.folder / "pki" / f"{role}.crt").read_text())
 
-    def _issue(
-        self, csr: str, name: str, role: pki.Role, hosts: list[str] | None = None
+    def issue(
+        self, csr: str, name: str, role: pki.Role, hosts: Sequence[str] = ()
     ) -> x509.Certificate:
+        """Return a new certificate for a request that was found in order.
+
+        Raises
+        ------
+        TrustError
+            If the request is for another name or role.
+        """
         return pki.issue(
             pki.load_key(self.folder / "pki" / "authority.key"),
             self.authority,
@@ -550,121 +344,10 @@ class Consortium:
             name=name,
             role=role,
             days=VALID_DAYS,
-            hosts=hosts or (),
+            hosts=hosts,
         )
 
-    def _issue_or_refuse(
-        self, asked: EnrolmentRequest, role: pki.Role, findings: list[str]
-    ) -> x509.Certificate:
-        """Issue the certificate, or raise with all findings and the request's own."""
-        try:
-            certificate = self._issue(asked.certificate_request, asked.name, role)
-        except TrustError as error:
-            raise TrustError("\n".join([*findings, str(error)])) from error
-        own, keys = pki.fingerprint(certificate), self._known_keys()
-        if own in keys:
-            findings = [*findings, _key_taken("signing key", keys[own])]
-        if findings:
-            raise TrustError("\n".join(findings))
-        return certificate
-
-    def _site_request(self, path: Path) -> SiteRequest:
-        return SiteRequest.read(read_json(path, "a hospital's request.json"), path.name)
-
-    def _site_findings(
-        self, asked: SiteRequest, fingerprint: str, name: str | None
-    ) -> list[str]:
-        findings = self._findings(asked, fingerprint, name, "hospital")
-        try:
-            own = _node_key_fingerprint(asked.node_public_key)
-        except TrustError as error:
-            return [*findings, str(error)]
-        keys = self._known_keys()
-        if own in keys:
-            findings.append(_key_taken("node key", keys[own]))
-        return findings
-
-    def _findings(
-        self, asked: EnrolmentRequest, fingerprint: str, name: str | None, who: str
-    ) -> list[str]:
-        findings = []
-        given = "".join(fingerprint.replace(":", "").split()).lower()
-        if given != asked.fingerprint:
-            findings.append(
-                f"the request's fingerprint is {asked.fingerprint}, and {given} was "
-                f"given; expected the one that the {who} reads out. Compare them again "
-                "by telephone; if they differ still, the file was changed on its way: "
-                "ask for it anew."
-            )
-        if name is not None and asked.name != name:
-            findings.append(
-                f'the request is of "{asked.name}"; expected "{name}". Check which '
-                f"file was named, or ask the {who} for a request under that name."
-            )
-        return findings
-
-    def _known_keys(self) -> dict[str, str]:
-        """Return the fingerprint of every key here, past ones too, and whose it is."""
-        keys = {
-            key: f'{each.role} "{each.name}", revoked'
-            for each in self.revocations()
-            for key in each.keys
-        }
-        for role in ("authority", "server", "coordinator"):
-            if (self.folder / "pki" / f"{role}.crt").exists():
-                keys[pki.fingerprint(self._certificate(role))] = f"the {role}"
-        for name, certificate in self.administrators().items():
-            keys[pki.fingerprint(certificate)] = f'administrator "{name}"'
-        for site in self.sites().values():
-            for key in _keys(site):
-                keys.setdefault(key, f'hospital "{site.name}"')
-        return keys
-
-    def _active(self, name: str) -> SiteEntry:
-        present = self.site(name)
-        if present.state == "revoked":
-            raise TrustError(
-                f'the hospital "{name}" was revoked ({present.reason}); expected an '
-                "active one. To admit it again, add a request with new keys."
-            )
-        return present
-
-    def _enter(
-        self,
-        asked: SiteRequest,
-        certificate: x509.Certificate,
-        earlier: tuple[str, ...] = (),
-    ) -> dict[str, Any]:
-        """Write a hospital's entry and return its kit."""
-        entry = SiteEntry(
-            name=asked.name,
-            node_public_key=asked.node_public_key,
-            certificate=pki.to_pem(certificate),
-            earlier=earlier,
-            certificate_request=asked.certificate_request,
-            state="active",
-            added=_now(),
-            version=asked.version,
-        )
-        self._write_site(entry)
-        return {
-            "format": 1,
-            "consortium": self.settings.name,
-            "site": entry.name,
-            "server": f"{self.settings.host}:{self.settings.port}",
-            "authority": pki.to_pem(self.authority),
-            "certificate": entry.certificate,
-        }
-
-    def _write_site(self, entry: SiteEntry) -> None:
-        path = self.folder / "sites" / f"{entry.name}.json"
-        _write(path, entry.model_dump_json(indent=1))
-
-    def _revoke_site(self, site: SiteEntry, reason: str) -> None:
-        serials = [*site.earlier, _serial(pki.from_pem(site.certificate))]
-        self._revoke(serials, site.name, "site", reason, _keys(site))
-
-    def _revoke(
+    def revoke(
         self,
         serials: Sequence[str],
         name: str,
@@ -672,9 +355,15 @@ class Consortium:
         reason: str,
         keys: tuple[str, ...],
     ) -> None:
+        """Add certificates to `revoked.json`, with the fingerprints of their keys."""
         new = [
             Revocation(
-                serial=serial, name=name, role=role, reason=reason, at=_now(), keys=keys
+                serial=serial,
+                name=name,
+                role=role,
+                reason=reason,
+                at=pki.now(),
+                keys=keys,
             )
             for serial in serials
         ]
@@ -688,35 +377,6 @@ class Consortium:
         return exclusive_lock(self.folder / "registry.lock")
 
 
-def new_administrator(name: str, folder: Path) -> tuple[Path, AdministratorRequest]:
-    """Make an administrator's key and request in `folder`, where the key will stay.
-
-    Returns
-    -------
-    tuple
-        Path of the request, to be handed to who runs the server, and the request.
-
-    Raises
-    ------
-    FedgexError
-        If the name cannot be used or there is a key of that name already.
-    """
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    key = pki.new_key()
-    asked = AdministratorRequest.read(
-        {
-            "name": name,
-            "certificate_request": pki.request(key, name, "administrator"),
-        },
-        "the request",
-    )
-    pki.save_key(key, folder / f"{name}.key")
-    path = folder / f"{name}.request.json"
-    write_atomic(path, asked.to_json().encode(), mode=0o644)
-    return path, asked
-
-
 def read_json(path: Path, expected: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -728,50 +388,10 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     return files.read_json(path, expected, missing=NotFoundError)
 
 
-def _keys(site: SiteEntry) -> tuple[str, str]:
-    return (
-        pki.fingerprint(pki.from_pem(site.certificate)),
-        _node_key_fingerprint(site.node_public_key),
-    )
-
-
-def _serial(certificate: x509.Certificate) -> str:
-    return f"{certificate.serial_number:x}"
-
-
-def _node_key_fingerprint(text: str) -> str:
-    try:
-        key = load_ssh_public_key(text.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise TrustError(
-            "the node key cannot be read; expected an OpenSSH public key. Ask for the "
-            "request again."
-        ) from error
-    if not (
-        isinstance(key, ec.EllipticCurvePublicKey)
-        and isinstance(key.curve, ec.SECP384R1)
-    ):
-        raise TrustError(
-            "the node key is of another kind; expected EC on P-384. Have the request "
-            "made by fedgex-site init."
-        )
-    return pki.fingerprint(key)
-
-
-def _key_taken(which: str, owner: str) -> str:
-    return (
-        f"the {which} is registered already, as that of {owner}; expected one that was "
-        "never used here. Have new keys made, and ask for their request."
-    )
-
-
-def _listed(names: Any) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Return names for a message."""
     return ", ".join(sorted(names)) or "none yet"
 
 
 def _write(path: Path, text: str) -> None:
     write_atomic(path, text.encode())
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0)

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from fedgex.common.system import metrics_server
 from fedgex.common.system.metrics_server import Tail
 from fedgex.server.consortium import runs
+from fedgex.server.consortium.certificates import expiries
 from fedgex.server.consortium.store import Consortium
 
 FOREVER_DAYS = 100 * 365
@@ -106,7 +107,7 @@ class ServerCollector(Collector):
             labels=("role", "name"),
         )
         now = datetime.now(UTC)
-        for each in self._consortium.expiries(FOREVER_DAYS):
+        for each in expiries(self._consortium, FOREVER_DAYS):
             seconds = (each.expires - now).total_seconds()
             left.add_metric((each.role, each.name), seconds)
         return left

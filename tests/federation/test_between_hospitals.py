@@ -35,6 +35,7 @@ from fedgex.common.transport.records import floats, to_arrays, to_record
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.pki import Signed
+from fedgex.server.consortium import members
 from fedgex.server.federation import dispatch
 
 from ..support import alliance as alliances
@@ -446,7 +447,7 @@ def test_a_hospital_revoked_during_a_round_counts_no_more(alliance: Alliance) ->
     contract = alliance.agree(short())
 
     def revoke() -> None:
-        alliance.consortium.revoke_site(THIRD, "left the consortium")
+        members.revoke_site(alliance.consortium, THIRD, "left the consortium")
 
     alliance.conduct(contract, before=at(FIRST, 2, revoke))
 

@@ -22,6 +22,7 @@ from fedgex.common.models import checkpoint
 from fedgex.common.transport.records import to_arrays, to_record
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import (
     Part,
@@ -31,10 +32,10 @@ from fedgex.common.trust.receipt import (
     request_digest,
     verify_chain,
 )
-from fedgex.server.consortium import annotated_toml
+from fedgex.server.consortium import annotated_toml, members
 from fedgex.server.consortium.participants import Deployment
 from fedgex.server.consortium.store import Consortium as Alliance
-from fedgex.server.consortium.store import ConsortiumSettings, SiteRequest
+from fedgex.server.consortium.store import ConsortiumSettings
 from fedgex.server.federation.run import conduct
 from fedgex.server.journal import read
 from fedgex.server.settings import ServerSettings
@@ -266,7 +267,7 @@ def deployed(consortium: Consortium, finished: Finished, tmp_path: Path) -> Depl
         )
         path = tmp_path / f"{name}.json"
         path.write_text(request.to_json())
-        alliance.add_site(path, request.fingerprint)
+        members.add_site(alliance, path, request.fingerprint)
     genes = finished.final.vocabulary.genes
     study = consortium.study(
         **SHORT,

@@ -12,12 +12,8 @@ import pytest
 
 from fedgex.common.models import checkpoint
 from fedgex.common.trust import pki
-from fedgex.server.consortium import commands, contracts, runs
-from fedgex.server.consortium.store import (
-    Consortium,
-    ConsortiumSettings,
-    new_administrator,
-)
+from fedgex.server.consortium import commands, contracts, members, runs
+from fedgex.server.consortium.store import Consortium, ConsortiumSettings
 
 STUDY = """
 [study]
@@ -90,12 +86,12 @@ def admitted(
     """Return the consortium with hospitals north and south, administrators ada, bo."""
     keys, sites = {}, {}
     for name in ("ada", "bo"):
-        request, asked = new_administrator(name, tmp_path / name)
-        founded.add_administrator(request, asked.fingerprint)
+        request, asked = members.new_administrator(name, tmp_path / name)
+        members.add_administrator(founded, request, asked.fingerprint)
         keys[name] = tmp_path / name / f"{name}.key"
     for name in ("north", "south"):
         asked_site = ask(name)
-        founded.add_site(asked_site.path, asked_site.fingerprint)
+        members.add_site(founded, asked_site.path, asked_site.fingerprint)
         sites[name] = asked_site.key
     return Admitted(founded, keys, sites)
 

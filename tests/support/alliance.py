@@ -34,13 +34,9 @@ from fedgex.common.study import Study
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Receipt, verify_chain
-from fedgex.server.consortium import annotated_toml, contracts
+from fedgex.server.consortium import annotated_toml, contracts, members
 from fedgex.server.consortium.participants import Deployment
-from fedgex.server.consortium.store import (
-    Consortium,
-    ConsortiumSettings,
-    new_administrator,
-)
+from fedgex.server.consortium.store import Consortium, ConsortiumSettings
 from fedgex.server.federation.run import conduct
 from fedgex.server.settings import ServerSettings
 
@@ -352,15 +348,15 @@ def found(folder: Path, sites: Path, names: tuple[str, ...]) -> Alliance:
         name="alliance", host="fed.example.org", health_port=1
     )
     consortium = Consortium.init(folder / "state", settings)
-    request, asked = new_administrator("ada", folder / "ada")
-    consortium.add_administrator(request, asked.fingerprint)
+    request, asked = members.new_administrator("ada", folder / "ada")
+    members.add_administrator(consortium, request, asked.fingerprint)
     for name in names:
         shutil.copytree(sites / name, alliance.sites / name)
         site = SiteSettings.load(alliance.site_toml(name))
         path = identity.create(site)
         wanted = identity.Request.load(path).fingerprint
         kit = folder / f"{name}.kit.json"
-        kit.write_text(json.dumps(consortium.add_site(path, wanted)))
+        kit.write_text(json.dumps(members.add_site(consortium, path, wanted)))
         identity.join(site, kit)
     return alliance
 

@@ -297,7 +297,7 @@ def test_a_certificate_of_tomorrow_points_at_the_clock(
 ) -> None:
     now = datetime.now(UTC).replace(microsecond=0)
     with monkeypatch.context() as patch:
-        patch.setattr(pki, "_now", lambda: now + timedelta(days=3))
+        patch.setattr(pki, "now", lambda: now + timedelta(days=3))
         certificate = issue()
 
     with serving(certificate) as port:

@@ -370,7 +370,7 @@ def test_a_release_outlives_the_certificates_that_it_was_signed_with(
 ) -> None:
     made = release()
     path = made.write()
-    monkeypatch.setattr(pki, "_now", lambda: datetime.now(UTC) + timedelta(days=60))
+    monkeypatch.setattr(pki, "now", lambda: datetime.now(UTC) + timedelta(days=60))
 
     assert bundle.verify(path, made.authority).administrators == ("ada", "bo")
 

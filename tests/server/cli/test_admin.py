@@ -407,7 +407,7 @@ def test_a_launch_with_an_expired_certificate_is_refused(
     admin: Shell, admitted: Any, published: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = datetime.now(UTC).replace(microsecond=0, day=1)
-    monkeypatch.setattr(pki, "_now", lambda: now.replace(year=now.year + 2))
+    monkeypatch.setattr(pki, "now", lambda: now.replace(year=now.year + 2))
 
     key = admitted.keys["ada"]
     result = admin("run", "launch", "small", "--key", key, exit_code=1)

@@ -8,8 +8,7 @@ import pytest
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.pki import Signed
-from fedgex.server.consortium import commands
-from fedgex.server.consortium import store as consortium_module
+from fedgex.server.consortium import commands, members
 from fedgex.server.consortium.store import Consortium
 
 CONTRACT = "c" * 64
@@ -186,8 +185,8 @@ def test_an_order_of_another_consortium_is_refused(
     admitted: Any, tmp_path: Path
 ) -> None:
     other = Consortium.init(tmp_path / "other", admitted.consortium.settings)
-    request, asked = consortium_module.new_administrator("ada", tmp_path / "twin")
-    other.add_administrator(request, asked.fingerprint)
+    request, asked = members.new_administrator("ada", tmp_path / "twin")
+    members.add_administrator(other, request, asked.fingerprint)
     key = pki.load_key(tmp_path / "twin" / "ada.key")
     commands.submit(other, "stop", "small", key, token="t1")
     (source,) = pending(other)
@@ -204,7 +203,7 @@ def test_an_order_of_an_administrator_revoked_meanwhile_is_refused(
     admitted: Any,
 ) -> None:
     forged(admitted, "ada")
-    admitted.consortium.revoke_administrator("ada", "left")
+    members.revoke_administrator(admitted.consortium, "ada", "left")
 
     assert "was revoked" in refusal(admitted.consortium)
 
@@ -215,7 +214,7 @@ def test_an_order_under_an_expired_certificate_is_refused(
     forged(admitted, "ada")
     now = datetime.now(UTC).replace(microsecond=0)
     later = now.replace(year=now.year + 2, day=1)
-    monkeypatch.setattr(pki, "_now", lambda: later)
+    monkeypatch.setattr(pki, "now", lambda: later)
 
     assert "expired on" in refusal(admitted.consortium)
 
@@ -300,6 +299,6 @@ def test_the_release_order_of_a_revoked_administrator_counts_no_more(
     consortium = admitted.consortium
     key = admitted.key("ada")
     commands.submit(consortium, "release", "small", key, model="m")
-    consortium.revoke_administrator("ada", "left")
+    members.revoke_administrator(consortium, "ada", "left")
 
     assert commands.approvals(consortium, "small", "m") == ()

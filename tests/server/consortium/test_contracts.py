@@ -13,7 +13,7 @@ from fedgex.common.trust import contract as contract_module
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract
 from fedgex.common.trust.pki import Signed
-from fedgex.server.consortium import commands, contracts
+from fedgex.server.consortium import commands, contracts, members
 from fedgex.server.consortium.store import NotFoundError
 
 EXPIRES = date(2999, 12, 31)
@@ -313,7 +313,7 @@ def test_a_revoked_signature_makes_way_for_one_in_force(
     admitted: Any, drafted: dict[str, Path], published: str
 ) -> None:
     consortium = admitted.consortium
-    consortium.revoke_administrator("ada", "left")
+    members.revoke_administrator(consortium, "ada", "left")
     found = contracts.load(consortium, published)
     assert found.signers == ("ada",)
     with pytest.raises(
@@ -404,7 +404,7 @@ def test_a_hospital_outside_the_contract_has_no_answer_to_it(
     admitted: Any, published: str, ask: Callable[..., Any]
 ) -> None:
     asked = ask("east")
-    admitted.consortium.add_site(asked.path, asked.fingerprint)
+    members.add_site(admitted.consortium, asked.path, asked.fingerprint)
     admitted.sites["east"] = asked.key
 
     with pytest.raises(TrustError, match="east answered"):
@@ -417,7 +417,7 @@ def test_the_answer_of_a_revoked_hospital_is_refused(
     admitted: Any, published: str
 ) -> None:
     signed = answered(admitted, "north", published)
-    admitted.consortium.revoke_site("north", "left")
+    members.revoke_site(admitted.consortium, "north", "left")
 
     with pytest.raises(TrustError, match="was revoked"):
         contracts.record_answer(admitted.consortium, published, signed)

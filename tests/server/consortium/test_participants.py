@@ -22,7 +22,7 @@ from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Head
 from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Part, Receipt, reply_digest, request_digest
-from fedgex.server.consortium import contracts
+from fedgex.server.consortium import contracts, members
 from fedgex.server.consortium import participants as deployment_module
 from fedgex.server.consortium.participants import Deployment, deliver, publish
 from fedgex.server.federation.participants import Activity, Request, SignedReply
@@ -151,7 +151,7 @@ def test_a_site_is_barred_as_soon_as_it_is_revoked(
 ) -> None:
     assert deployed.barred() == {}
 
-    admitted.consortium.revoke_site("south", "left")
+    members.revoke_site(admitted.consortium, "south", "left")
 
     assert deployed.barred() == {"south": "revoked"}
 
@@ -241,7 +241,7 @@ def test_a_reply_without_a_part_is_refused_unless_it_is_a_refusal(
 def test_a_revoked_sites_signature_counts_no_more(
     admitted: Any, deployed: Deployment, sign: Callable[..., RecordDict]
 ) -> None:
-    admitted.consortium.revoke_site("north", "left")
+    members.revoke_site(admitted.consortium, "north", "left")
 
     with pytest.raises(TrustError, match="was revoked"):
         deployed.verify("north", ROUND_3, ASKED, sign())

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from fedgex.common.errors import FedgexError, TrustError
 from fedgex.common.trust import audit_log, bundle
 from fedgex.server.cli import app
-from fedgex.server.consortium import commands, releases, runs
+from fedgex.server.consortium import commands, members, releases, runs
 from fedgex.server.consortium.commands import Order
 from fedgex.server.consortium.releases import Released
 
@@ -92,7 +92,7 @@ def test_a_released_model_stays_so_when_an_administrator_leaves(
     admitted: Any, finished: runs.Run
 ) -> None:
     path = released(admitted, finished)
-    admitted.consortium.revoke_administrator("bo", "left")
+    members.revoke_administrator(admitted.consortium, "bo", "left")
 
     found = releases.status(admitted.consortium, "small")
     assert found == Released("released", ("ada", "bo"), 2)
@@ -103,7 +103,7 @@ def test_the_order_of_an_administrator_who_left_before_does_not_count(
     admitted: Any, finished: runs.Run
 ) -> None:
     order = ordered(admitted, finished, "bo")
-    admitted.consortium.revoke_administrator("bo", "left")
+    members.revoke_administrator(admitted.consortium, "bo", "left")
     releases.approve(admitted.consortium, ordered(admitted, finished, "ada"))
 
     assert releases.approve(admitted.consortium, order).approvals == ("ada",)

@@ -53,13 +53,9 @@ from fedgex.common.messages.requests import (
     TrainRequest,
     UnmaskRequest,
 )
-from fedgex.common.secure_aggregation import protocol
-from fedgex.common.secure_aggregation.protocol import (
-    Context,
-    FixedPoint,
-    Group,
-    PrivateKeys,
-)
+from fedgex.common.secure_aggregation import protocol, shamir, vectors
+from fedgex.common.secure_aggregation.protocol import Context, Group, PrivateKeys
+from fedgex.common.secure_aggregation.vectors import FixedPoint
 from fedgex.common.study import (
     FEWEST_SUMMED,
     NAME_PATTERN,
@@ -385,7 +381,7 @@ def _trained(
 
 def _mask(
     plain: TrainReply, settings: SiteSettings, study: Study, state: AttemptState
-) -> protocol.Words:
+) -> vectors.Words:
     """Return our weighted change, clipped, in fixed point and under masks."""
     group, rule = state.group, _rule(study)
     kept = None
@@ -394,8 +390,8 @@ def _mask(
         kept = state.measured & (counts >= FEWEST_SUMMED)
     assert plain.update is not None
     change = floats(to_arrays(plain.update))
-    vector = protocol.to_vector(change, rule.clip, kept)
-    vector *= np.float32(protocol.weight(study.strategy, settings.name))
+    vector = vectors.to_vector(change, rule.clip, kept)
+    vector *= np.float32(vectors.weight(study.strategy, settings.name))
     words = FixedPoint(rule.clip, len(group.keys)).encode(vector)
     return protocol.masked(group, state.private, settings.name, state.sharers, words)
 
@@ -438,4 +434,4 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _share_bytes(number: int) -> bytes:
-    return number.to_bytes(protocol.SHARE_BYTES, "big")
+    return number.to_bytes(shamir.SHARE_BYTES, "big")

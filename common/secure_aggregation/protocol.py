@@ -31,7 +31,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -48,19 +48,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
-from fedgex.common.arrays import PER_GENE
 from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError, UpdateError
-from fedgex.common.study import FEWEST_SUMMED, StrategyRule
+from fedgex.common.secure_aggregation import shamir
+from fedgex.common.secure_aggregation.shamir import SECRET_BYTES, SHARE_BYTES
+from fedgex.common.secure_aggregation.vectors import CHUNK, Words
+from fedgex.common.study import FEWEST_SUMMED
 
-Words = NDArray[np.uint32]
-"""Numbers modulo 2^32, shape (P,)."""
-
-PRIME = 2**256 + 297
-"""Smallest prime above 2^256, so that every secret of 32 bytes is in the field."""
-SECRET_BYTES, SHARE_BYTES = 32, 33
-CHUNK = 1 << 18
-"""Numbers that are masked or converted at a time."""
 ZEROS = bytes(4 * CHUNK)
 
 
@@ -210,37 +204,7 @@ def measured(keys: PublicKeys, n_genes: int) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=n_genes).astype(np.bool_)
 
 
-# ---- secrets in shares ----
-
-
-def split(secret: bytes, n: int, t: int) -> list[int]:
-    """Return n shares of 32 bytes, at the points 1 to n; any t of them give it back."""
-    coefficients = [int.from_bytes(secret, "big")]
-    coefficients += [secrets.randbelow(PRIME) for _ in range(t - 1)]
-    return [_at(coefficients, point) for point in range(1, n + 1)]
-
-
-def join(shares: Mapping[int, int]) -> bytes:
-    """Return the secret that t or more shares, by their points, belong to.
-
-    Fewer, or a wrong one among them, give other bytes.
-
-    Raises
-    ------
-    UpdateError
-        If they give a number that no 32 bytes are.
-    """
-    total = 0
-    for point, share in shares.items():
-        others = [other for other in shares if other != point]
-        above, below = 1, 1
-        for other in others:  # Lagrange's basis at 0
-            above = above * other % PRIME
-            below = below * (other - point) % PRIME
-        total = (total + share * above * pow(below, -1, PRIME)) % PRIME
-    if total >> (8 * SECRET_BYTES):
-        raise UpdateError("the shares do not belong to one secret.")
-    return total.to_bytes(SECRET_BYTES, "big")
+# ---- shares of secrets ----
 
 
 def commitment(group: Group, name: str, seed: bytes) -> bytes:
@@ -270,27 +234,15 @@ class Shares:
         """
         if len(content) != 2 * SHARE_BYTES:
             raise TrustError(f"shares of {len(content)} bytes; expected 66.")
-        return cls(share(content[:SHARE_BYTES]), share(content[SHARE_BYTES:]))
-
-
-def share(content: bytes) -> int:
-    """Read one share.
-
-    Raises
-    ------
-    TrustError
-        If it is no number of the field.
-    """
-    number = int.from_bytes(content, "big")
-    if len(content) != SHARE_BYTES or number >= PRIME:
-        raise TrustError("a share is no number of the field.")
-    return number
+        return cls(
+            shamir.share(content[:SHARE_BYTES]), shamir.share(content[SHARE_BYTES:])
+        )
 
 
 def share_out(group: Group, own: PrivateKeys) -> dict[str, Shares]:
     """Return every participant's shares of both own secrets, the own ones included."""
     n, t = len(group.keys), group.threshold
-    pairs = zip(split(own.mask, n, t), split(own.seed, n, t), strict=True)
+    pairs = zip(shamir.split(own.mask, n, t), shamir.split(own.seed, n, t), strict=True)
     return {name: Shares(*pair) for name, pair in zip(group.names, pairs, strict=True)}
 
 
@@ -431,133 +383,6 @@ def require_confirmed(
         )
 
 
-# ---- numbers in fixed point ----
-
-
-@dataclass(frozen=True)
-class FixedPoint:
-    """Numbers up to a bound as integers whose sum over n sites does not wrap."""
-
-    bound: float
-    """Greatest magnitude of a site's number."""
-    n: int
-    """Most sites that are summed."""
-
-    @property
-    def limit(self) -> int:
-        """Return the integer that the bound becomes."""
-        return (2**31 - 1) // self.n
-
-    @property
-    def step(self) -> float:
-        """Return the difference between neighbouring numbers."""
-        return self.bound / self.limit
-
-    def encode(self, values: NDArray[np.floating]) -> Words:
-        """Round to the nearest step; what is beyond the bound is put on it."""
-        encoded = np.empty(values.shape, dtype=np.uint32)
-        for i in range(0, values.size, CHUNK):
-            part = np.rint(values[i : i + CHUNK].astype(np.float64) / self.step)
-            whole = np.clip(part, -self.limit, self.limit).astype(np.int64)
-            encoded[i : i + CHUNK] = whole.astype(np.uint32)  # modulo 2^32
-        return encoded
-
-    def decode(self, total: Words) -> NDArray[np.float64]:
-        """Return the sum of what was encoded."""
-        return total.view(np.int32).astype(np.float64) * self.step
-
-
-# ---- updates as vectors ----
-
-
-def weight(rule: StrategyRule, site: str) -> float:
-    """Return what a site's change is multiplied by before it is summed, at most 1.
-
-    Raises
-    ------
-    UpdateError
-        If the weights are fixed and the site has none.
-    """
-    if rule.weights != "fixed":
-        return 1.0
-    if site not in rule.site_weights:
-        raise UpdateError(
-            f'site "{site}" has no fixed weight; name it in strategy.site_weights of '
-            "the study."
-        )
-    return rule.site_weights[site] / max(rule.site_weights.values())
-
-
-def to_vector(
-    change: Mapping[str, NDArray[np.floating]],
-    clip: float,
-    kept: NDArray[np.bool_] | None,
-) -> NDArray[np.float32]:
-    """Return a site's change as one vector, no longer than the clip.
-
-    Parameters
-    ----------
-    change
-        Named arrays; the vector holds them in order of name.
-    clip
-        Euclidean norm to which the whole is scaled down.
-    kept
-        Genes whose rows are not set to zero, shape (V,); None keeps all.
-
-    Raises
-    ------
-    UpdateError
-        If a number is not finite.
-    """
-    rows = [
-        _kept(name, np.asarray(change[name], dtype=np.float32), kept)
-        for name in sorted(change)
-    ]
-    vector = np.concatenate([array.reshape(-1) for array in rows])
-    norm = float(np.sqrt(sum(float(p @ p) for p in _parts(vector))))
-    if not np.isfinite(norm):
-        raise UpdateError("the change of the model holds NaN or infinity.")
-    return vector if norm <= clip else vector * np.float32(clip / norm)
-
-
-def to_mean(
-    total: NDArray[np.float64],
-    incoming: Mapping[str, NDArray[np.floating]],
-    weights: Sequence[float],
-    rows: Sequence[NDArray[np.bool_]] | None,
-) -> dict[str, NDArray[np.floating]]:
-    """Return the mean of parameters that follows from the sum of weighted changes.
-
-    A gene measured by fewer than three of the sites keeps its incoming values.
-
-    Parameters
-    ----------
-    total
-        Sum over the sites, in order of name of the arrays.
-    incoming
-        Parameters that the round began with.
-    weights
-        Of each site in the sum.
-    rows
-        Genes that each of them measures, each of shape (V,); None where a gene's rows
-        are like all others.
-    """
-    mean: dict[str, NDArray[np.floating]] = {}
-    start = 0
-    for name in sorted(incoming):
-        array = incoming[name]
-        part = total[start : start + array.size].reshape(array.shape)
-        start += array.size
-        by: NDArray[np.float64] = np.asarray(sum(weights))
-        if rows is not None and name.endswith(PER_GENE):
-            counted = np.sum(rows, axis=0) >= FEWEST_SUMMED
-            by = np.sum([w * r for w, r in zip(weights, rows, strict=True)], axis=0)
-            by = np.where(counted, by, np.inf)
-            by = by.reshape(by.shape + (1,) * (array.ndim - 1))
-        mean[name] = (array + part / by).astype(array.dtype)
-    return mean
-
-
 # ---- helpers ----
 
 
@@ -627,13 +452,6 @@ def _stream(seed: bytes, n: int) -> Iterator[Words]:
         yield np.frombuffer(cipher.update(zeros), dtype="<u4")
 
 
-def _at(coefficients: Sequence[int], point: int) -> int:
-    value = 0
-    for coefficient in reversed(coefficients):
-        value = (value * point + coefficient) % PRIME
-    return value
-
-
 def _joined(group: Group, name: str, shares: Mapping[str, Mapping[str, int]]) -> bytes:
     held = shares.get(name, {})
     if len(held) < group.threshold:
@@ -641,7 +459,7 @@ def _joined(group: Group, name: str, shares: Mapping[str, Mapping[str, int]]) ->
             f"{len(held)} shares of a secret of {name}; expected {group.threshold} or "
             "more."
         )
-    return join({group.place(holder): number for holder, number in held.items()})
+    return shamir.join({group.place(holder): number for holder, number in held.items()})
 
 
 def _misfit(name: str) -> str:
@@ -653,16 +471,3 @@ def _misfit(name: str) -> str:
 
 def _told(sender: str, to: str) -> bytes:
     return json.dumps([sender, to]).encode()
-
-
-def _kept(
-    name: str, array: NDArray[np.float32], kept: NDArray[np.bool_] | None
-) -> NDArray[np.float32]:
-    if kept is None or not name.endswith(PER_GENE):
-        return array
-    return np.where(kept.reshape(kept.shape + (1,) * (array.ndim - 1)), array, 0)
-
-
-def _parts(vector: NDArray[np.float32]) -> Iterator[NDArray[np.float64]]:
-    for i in range(0, vector.size, CHUNK):
-        yield vector[i : i + CHUNK].astype(np.float64)

@@ -45,8 +45,9 @@ from fedgex.common.messages.requests import (
     SharesRequest,
     TrainRequest,
 )
-from fedgex.common.secure_aggregation import protocol
-from fedgex.common.secure_aggregation.protocol import FixedPoint, Group, Words
+from fedgex.common.secure_aggregation import protocol, shamir, vectors
+from fedgex.common.secure_aggregation.protocol import Group
+from fedgex.common.secure_aggregation.vectors import FixedPoint, Words
 from fedgex.common.study import FEWEST_SUMMED, Study
 from fedgex.common.system import failpoints
 from fedgex.common.system.files import write_atomic
@@ -322,7 +323,7 @@ class _Exchange:
         rule = self.study.secure_aggregation
         assert rule is not None
         fixed = FixedPoint(rule.clip, len(group.keys))
-        weights = [protocol.weight(self.study.strategy, name) for name in survivors]
+        weights = [vectors.weight(self.study.strategy, name) for name in survivors]
         summed = fixed.decode(total)
         rounding = len(survivors) * fixed.step * np.sqrt(total.size)
         longest = rule.clip * sum(weights) * (1 + ROUNDING) + rounding
@@ -335,7 +336,7 @@ class _Exchange:
             )
         rows = [protocol.measured(group.keys[n], self.n_genes) for n in survivors]
         by_gene = self.study.strategy.per_gene
-        return protocol.to_mean(
+        return vectors.to_mean(
             summed, self.incoming, weights, rows if by_gene else None
         )
 
@@ -456,4 +457,4 @@ def _shares(found: Mapping[str, bytes], of: Collection[str]) -> Shares:
     """Read shares of exactly these sites' secrets."""
     if set(found) != set(of):
         raise UpdateError("the shares are not those that were asked for")
-    return {name: protocol.share(content) for name, content in found.items()}
+    return {name: shamir.share(content) for name, content in found.items()}

@@ -24,13 +24,9 @@ from fedgex.common.models import tasks
 from fedgex.common.models.gexbert import GexBert, n_parameters
 from fedgex.common.models.parameters import parameters
 from fedgex.common.models.training import fit, pretraining_loss
-from fedgex.common.secure_aggregation import protocol
-from fedgex.common.secure_aggregation.protocol import (
-    Context,
-    FixedPoint,
-    Group,
-    PrivateKeys,
-)
+from fedgex.common.secure_aggregation import protocol, vectors
+from fedgex.common.secure_aggregation.protocol import Context, Group, PrivateKeys
+from fedgex.common.secure_aggregation.vectors import FixedPoint
 from fedgex.common.study import Pretraining, StrategyRule
 from fedgex.server.federation.strategy import Spooled, combine
 from fedgex.simulations.performance.bench import (
@@ -117,7 +113,7 @@ def exchange(size: Size, change: Change, *, gone: int) -> NDArray[np.float64]:
     fixed, left = FixedPoint(100.0, size.n_sites), names[gone:]
     total = np.zeros(sum(array.size for array in change.values()), dtype=np.uint32)
     for name in left:
-        words = fixed.encode(protocol.to_vector(change, 100.0, panel))
+        words = fixed.encode(vectors.to_vector(change, 100.0, panel))
         total += protocol.masked(group, own[name], name, names, words)
     for name in left:
         tags = {

@@ -36,7 +36,8 @@ from fedgex.common.messages.requests import (
     TrainRequest,
     UnmaskRequest,
 )
-from fedgex.common.secure_aggregation.protocol import FixedPoint, PrivateKeys
+from fedgex.common.secure_aggregation.protocol import PrivateKeys
+from fedgex.common.secure_aggregation.vectors import FixedPoint
 from fedgex.common.study import Study
 from fedgex.common.transport.records import to_arrays, to_record
 from fedgex.common.trust import pki
@@ -537,9 +538,9 @@ def test_genes_that_two_sites_measure_do_not_leave_at_all(
         sent.append(kept.tolist())
         return honest(change, clip, kept)
 
-    honest = secure_round.protocol.to_vector
+    honest = secure_round.vectors.to_vector
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(secure_round.protocol, "to_vector", spy)
+        patch.setattr(secure_round.vectors, "to_vector", spy)
         for name in NAMES:
             coordinator.train(name)
     # Gene 3 is measured by three, gene 4 by two; no site sends what it does not have.

@@ -12,24 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
-from fedgex.common.arrays import PER_GENE
 from fedgex.common.errors import TrustError, UpdateError
-from fedgex.common.secure_aggregation import protocol
+from fedgex.common.secure_aggregation import protocol, shamir
 from fedgex.common.secure_aggregation.protocol import (
-    PRIME,
     Context,
-    FixedPoint,
     Group,
     PrivateKeys,
     PublicKeys,
     Shares,
-    Words,
 )
-from fedgex.common.study import StrategyRule
+from fedgex.common.secure_aggregation.shamir import PRIME
+from fedgex.common.secure_aggregation.vectors import FixedPoint, Words
 
 CONTEXT = Context(
     contract="c" * 64, run="run-1", phase="pretraining", round=3, attempt=1
@@ -139,54 +134,6 @@ def test_no_two_lists_can_both_find_as_many_sites_as_the_threshold(n: int) -> No
 def test_two_participants_are_refused() -> None:
     with pytest.raises(TrustError, match="among 2 sites"):
         Exchange(2)
-
-
-# ---- Shamir's sharing ----
-
-
-def test_shares_are_values_of_the_polynomial(monkeypatch: pytest.MonkeyPatch) -> None:
-    coefficients = iter([3, 2])
-    monkeypatch.setattr(protocol.secrets, "randbelow", lambda _: next(coefficients))
-    secret = (5).to_bytes(32, "big")
-
-    # f(x) = 5 + 3 x + 2 x^2
-    assert protocol.split(secret, 4, 3) == [10, 19, 32, 49]
-    assert protocol.join({1: 10, 3: 32, 4: 49}) == secret
-    assert protocol.join({2: 19, 3: 32, 4: 49}) == secret
-
-
-def test_the_field_is_that_of_the_least_prime_above_the_secrets() -> None:
-    def is_prime(n: int) -> bool:  # Fermat's test; composites this size never pass all
-        return all(pow(a, n - 1, n) == 1 for a in (2, 3, 5, 7, 11, 13, 17, 19, 23))
-
-    assert is_prime(PRIME)
-    assert not any(is_prime(2**256 + i) for i in range(297))
-
-
-@given(st.binary(min_size=32, max_size=32), st.integers(1, 9), st.data())
-def test_any_t_shares_give_the_secret_back(
-    secret: bytes, n: int, data: st.DataObject
-) -> None:
-    t = data.draw(st.integers(1, n))
-    shares = protocol.split(secret, n, t)
-    points = data.draw(st.permutations(range(1, n + 1)))[:t]
-    assert protocol.join({point: shares[point - 1] for point in points}) == secret
-
-
-def test_fewer_shares_fit_every_secret() -> None:
-    shares = protocol.split(bytes(32), 5, 3)
-    for other in (b"\x00" * 31 + b"\x07", b"\xff" * 32):
-        # A line through the other secret's point and two true shares: a third share
-        # makes just as good a polynomial of degree 2 as the true one does.
-        points = {0: int.from_bytes(other, "big"), 1: shares[0], 2: shares[1]}
-        third = sum(
-            y * (3 - a) * (3 - b) * pow((x - a) * (x - b), -1, PRIME)
-            for (x, y), (a, b) in zip(
-                points.items(), [(1, 2), (0, 2), (0, 1)], strict=True
-            )
-        )
-        forged = {1: shares[0], 2: shares[1], 3: third % PRIME}
-        assert protocol.join(forged) == other
 
 
 # ---- keys and masks, against other implementations ----
@@ -386,7 +333,7 @@ def test_as_many_colluding_sites_as_may_be_missing_learn_no_other_update(
 
 def _forced(held: dict[int, int]) -> bytes:
     try:
-        return protocol.join(held)
+        return shamir.join(held)
     except UpdateError:
         return bytes(32)
 
@@ -529,85 +476,7 @@ def test_a_confirmation_for_one_site_is_none_for_another() -> None:
         )
 
 
-# ---- fixed point ----
-
-
-def test_numbers_are_rounded_to_the_nearest_step() -> None:
-    fixed = FixedPoint(1.0, 2**31 - 1)  # one step each way
-    values = np.array([-1, -0.51, -0.49, 0, 0.49, 0.51, 1, 7, -7], dtype=np.float64)
-    found = fixed.encode(values).view(np.int32).tolist()
-    assert found == [-1, -1, 0, 0, 0, 1, 1, 1, -1]
-
-
-@given(st.integers(3, 100), st.floats(1e-3, 1e3), st.integers(0, 2**32 - 1))
-def test_a_sum_differs_by_half_a_step_a_site_at_most(
-    n: int, bound: float, seed: int
-) -> None:
-    fixed = FixedPoint(bound, n)
-    values = np.random.default_rng(seed).uniform(-bound, bound, (n, 20))
-    values[:, 0], values[:, 1] = bound, -bound  # as far as it goes
-    total = np.zeros(20, dtype=np.uint32)
-    for row in values:
-        total += fixed.encode(row)
-    worst = np.abs(fixed.decode(total) - values.sum(axis=0)).max()
-    assert worst <= n * fixed.step * (0.5 + 1e-6) + 1e-9 * bound
-
-
-# ---- updates ----
-
-
-def test_an_update_becomes_one_vector_in_order_of_name() -> None:
-    change = {"b": np.array([[3.0, 4.0]]), "a": np.array([1.0])}
-    found = protocol.to_vector(change, 100, None)
-    assert found.tolist() == [1, 3, 4]
-    assert found.dtype == np.float32
-
-
-def test_a_long_update_is_scaled_down_as_a_whole() -> None:
-    change = {"a": np.array([3.0, 4.0])}
-    np.testing.assert_allclose(protocol.to_vector(change, 1.0, None), [0.6, 0.8])
-
-
-def test_rows_that_are_not_kept_are_zero() -> None:
-    name = f"backbone.{PER_GENE[0]}"
-    change = {name: np.ones((3, 2)), "other": np.ones(3)}
-    kept = np.array([True, False, True])
-    found = protocol.to_vector(change, 100, kept)
-    assert found.tolist() == [1, 1, 0, 0, 1, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_update_that_is_no_number_does_not_leave(value: float) -> None:
-    with pytest.raises(UpdateError, match="NaN or infinity"):
-        protocol.to_vector({"a": np.array([1.0, value])}, 1.0, None)
-
-
-def test_a_mean_is_over_the_sites_that_measure_a_gene() -> None:
-    name = f"backbone.{PER_GENE[0]}"
-    incoming = {
-        "a": np.zeros(1, dtype=np.float32),
-        name: np.full((3, 1), 10, dtype=np.float32),
-    }
-    rows = [np.array(row, dtype=np.bool_) for row in ([1, 1, 0], [1, 1, 0], [1, 0, 1])]
-    rows.append(np.array([1, 1, 1], dtype=np.bool_))
-    weights = [1.0, 0.5, 0.25, 0.25]
-    total = np.array([2.0, 6.0, 7.0, 9.0])  # in order: a, then the genes
-    found = protocol.to_mean(total, incoming, weights, rows)
-
-    # Gene 1: all four, gene 2: the sites of 1 + 0.5 + 0.25, gene 3: two sites only.
-    assert found["a"].tolist() == [1.0]
-    assert found[name].ravel().tolist() == [13.0, 14.0, 10.0]
-    assert found[name].dtype == np.float32
-
-
-def test_fixed_weights_are_shares_of_the_greatest() -> None:
-    rule = StrategyRule(
-        name="fedavg", weights="fixed", site_weights={"north": 300, "south": 100}
-    )
-    assert protocol.weight(rule, "north") == 1
-    assert protocol.weight(rule, "south") == pytest.approx(1 / 3)
-    with pytest.raises(UpdateError, match="no fixed weight"):
-        protocol.weight(rule, "west")
+# ---- panels ----
 
 
 def test_a_panel_survives_its_way() -> None:

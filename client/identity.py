@@ -23,6 +23,7 @@ from fedgex.common.system.files import read_json, write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.enrolment import SiteRequest
+from fedgex.common.trust.signed import sign
 
 AUDIT = "audit.jsonl"
 """The hospital's audit log, in its state directory."""
@@ -106,7 +107,7 @@ class Identity:
 
     def sign(self, content: bytes) -> str:
         """Return the hospital's signature over some bytes, base64."""
-        return pki.sign(self.key, content)
+        return sign(self.key, content)
 
 
 def create(settings: SiteSettings) -> Path:

@@ -24,7 +24,7 @@ from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.trust import bundle, pki, receipt
 from fedgex.common.trust.bundle import Evidence
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed, sign
 
 ROOT = Path(__file__).parents[1]
 GENES = ("AAA1", "BBB2", "CCC3", "DDD4", "EEE5", "FFF6")
@@ -235,7 +235,7 @@ def _entry(
         "patients": part["patients"],
         "update": part["reply"],
         "part": text,
-        "signature": pki.sign(holder[0], text.encode()),
+        "signature": sign(holder[0], text.encode()),
         "certificate": pki.to_pem(holder[1]),
     }
 

@@ -29,7 +29,7 @@ from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 logger = logging.getLogger(__name__)
 

@@ -56,8 +56,8 @@ from fedgex.common.transport.records import to_arrays
 from fedgex.common.trust import audit_log, bundle, pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Part, Receipt, reply_digest
+from fedgex.common.trust.signed import Signed
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import TrustError
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.audit_log import Head
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Part, Receipt
+from fedgex.common.trust.signed import Signed
 
 log = typer.Typer(no_args_is_help=True, help="Look at the hospital's audit log.")
 

@@ -40,8 +40,8 @@ from fedgex.common.study import Name, Settings
 from fedgex.common.system import files
 from fedgex.common.trust import pki, receipt
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Receipt
+from fedgex.common.trust.signed import Signed
 
 SUFFIX = ".fedgex"
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Name, Settings, Study
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 
 class ReleaseRule(Settings):

@@ -1,9 +1,8 @@
-"""Keys, certificates and signatures of one consortium, and what makes them trusted.
+"""Keys and certificates of one consortium, and what makes them trusted.
 
 One certificate authority signs every certificate. Each has a name (CN) and a role (OU)
-in its subject, and O is "fedgex". A document is text with signatures, each beside the
-certificate that it is checked with; what counts as trusted is decided by `verify` and
-`Signed.signers`, nowhere else.
+in its subject, and O is "fedgex". Which certificate is trusted, `verify` decides, and
+which signed document, `signed.Signed.signers`; nothing else does.
 
 Certificates and signatures use ECDSA over P-256 with SHA-256 (FIPS 186-5); the keys
 of Flower's node authentication are on P-384.
@@ -11,15 +10,12 @@ of Flower's node authentication are on P-384.
 
 from __future__ import annotations
 
-import base64
-import dataclasses
 import hashlib
 import ipaddress
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -27,9 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError
 from fedgex.common.system.files import write_atomic
 
@@ -204,7 +198,7 @@ def issue(
     try:
         asked = x509.load_pem_x509_csr(csr.encode())
         valid, key = asked.is_signature_valid, asked.public_key()
-        found = _name_and_role(asked.subject)
+        found = name_and_role(asked.subject)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise TrustError(
             "the certificate request cannot be read; expected PKCS #10 in PEM. Ask for "
@@ -306,12 +300,12 @@ def verify(
     at = at or now()
     try:
         certificate.verify_directly_issued_by(authority)
-        found_name, found_role = _name_and_role(certificate.subject)
-        authority_name = _name_and_role(authority.subject)[0]
+        found_name, found_role = name_and_role(certificate.subject)
+        authority_name = name_and_role(authority.subject)[0]
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise TrustError(
-            f"the certificate with fingerprint {_short(certificate)} was not issued by "
-            f"this consortium's authority ({_short(authority)}); expected one that "
+            f"the certificate with fingerprint {short(certificate)} was not issued by "
+            f"this consortium's authority ({short(authority)}); expected one that "
             "was. Ask an administrator for a new kit."
         ) from error
     found = _told(found_name, found_role)
@@ -329,138 +323,6 @@ def verify(
             "an administrator for a new one."
         )
     return found_name
-
-
-# ---- signatures ----
-
-
-def sign(key: Key, content: bytes) -> str:
-    """Return an ECDSA signature with SHA-256 over the bytes, in base64."""
-    return base64.b64encode(key.sign(content, ec.ECDSA(hashes.SHA256()))).decode()
-
-
-def check(certificate: x509.Certificate, content: bytes, signature: str) -> None:
-    """Refuse a signature that the certificate's key did not make over these bytes.
-
-    The certificate itself is not verified; see `verify`.
-
-    Raises
-    ------
-    TrustError
-        If the signature does not fit.
-    """
-    key = certificate.public_key()
-    try:
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise InvalidSignature
-        raw = base64.b64decode(signature, validate=True)
-        key.verify(raw, content, ec.ECDSA(hashes.SHA256()))
-    except (InvalidSignature, ValueError) as error:
-        raise TrustError(
-            f"the signature does not fit the content under the key "
-            f"{_short(certificate)}; one of them was changed. Fetch the document again "
-            "from who signed it."
-        ) from error
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Who says to have signed, with what."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    name: str
-    """Must be the certificate's."""
-    certificate: str
-    """PEM."""
-    signature: str
-    """What `sign` returned for the content's UTF-8."""
-
-
-@dataclass(frozen=True)
-class Signed:
-    """A text and its signatures. Holding one says nothing; call `signers`."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    content: str
-    signatures: tuple[Signature, ...] = ()
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the content's UTF-8, as hex; signatures do not change it."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """Return the canonical form: sorted keys, no spaces."""
-        return canonical_json(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes, source: str) -> Self:
-        """Read what `to_json` returned; no signature is verified.
-
-        Raises
-        ------
-        TrustError
-            If the text is no signed document.
-        """
-        try:
-            return TypeAdapter(cls).validate_json(text)
-        except (ValidationError, ValueError) as error:
-            raise TrustError(
-                f"{source} is no signed document; expected JSON with a content and its "
-                "signatures. Fetch it again."
-            ) from error
-
-    def signed_by(self, key: Key, certificate: x509.Certificate) -> Self:
-        """Return the document with one signature more; a name's earlier one goes.
-
-        Raises
-        ------
-        TrustError
-            If the key is not the certificate's.
-        """
-        name = _name_and_role(certificate.subject)[0]
-        if fingerprint(key.public_key()) != fingerprint(certificate):
-            raise TrustError(
-                f"the private key is not that of {name}'s certificate "
-                f"({_short(certificate)}); expected the two of one kit. Check which "
-                "files were named."
-            )
-        made = Signature(name, to_pem(certificate), sign(key, self.content.encode()))
-        others = tuple(each for each in self.signatures if each.name != name)
-        return dataclasses.replace(self, signatures=(*others, made))
-
-    def signers(
-        self,
-        authority: x509.Certificate,
-        role: Role,
-        *,
-        at: datetime | None = None,
-        revoked: Collection[int] = (),
-    ) -> tuple[str, ...]:
-        """Return who signed, once every signature and certificate is verified.
-
-        Each name counts once, in order of first signature. A document without
-        signatures has no signers, so a caller says how many it needs.
-
-        Raises
-        ------
-        TrustError
-            If any one signature or certificate cannot be trusted.
-        """
-        names: dict[str, None] = {}
-        for each in self.signatures:
-            certificate = from_pem(each.certificate)
-            name = verify(certificate, authority, role, at=at, revoked=revoked)
-            if name != each.name:
-                raise TrustError(
-                    f'a signature says to be of "{each.name}", its certificate is of '
-                    f'"{name}"; expected the same name. Fetch the document again.'
-                )
-            check(certificate, self.content.encode(), each.signature)
-            names[name] = None
-        return tuple(names)
 
 
 # ---- helpers ----
@@ -491,7 +353,7 @@ def _subject(name: str, role: Role | None) -> x509.Name:
     return x509.Name(parts)
 
 
-def _name_and_role(subject: x509.Name) -> tuple[str, str]:
+def name_and_role(subject: x509.Name) -> tuple[str, str]:
     """Return CN and OU, each empty unless it stands there exactly once."""
     name, role = (
         [str(part.value) for part in subject.get_attributes_for_oid(oid)]
@@ -548,7 +410,7 @@ def _told(name: str, role: str) -> str:
     return f'{role or "no role"} "{name}"'
 
 
-def _short(certificate: x509.Certificate) -> str:
+def short(certificate: x509.Certificate) -> str:
     """Return enough of the fingerprint to find the key by."""
     try:
         return fingerprint(certificate)[:16]

@@ -25,7 +25,7 @@ from fedgex.common.study import Name, Settings
 from fedgex.common.transport.records import digest
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Head
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed, check_signature
 
 NO_RECEIPT = "0" * 64
 """`previous` of a run's first receipt."""
@@ -205,7 +205,7 @@ def verify_part(
     """
     holder = pki.from_pem(certificate)
     name = pki.verify(holder, authority, "site", at=at, revoked=revoked)
-    pki.check(holder, text.encode(), signature)
+    check_signature(holder, text.encode(), signature)
     part = Part.from_json(text, f"the part signed by {name}")
     if part.site != name:
         raise TrustError(

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from fedgex.common.errors import FedgexError
 from fedgex.common.trust import pki
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Receipt, verify_chain
+from fedgex.common.trust.signed import Signed
 from fedgex.server import journal, run_monitor
 from fedgex.server.cli.command_line import (
     NOT_RUNNING,

@@ -14,6 +14,7 @@ from fedgex.common.errors import TrustError
 from fedgex.common.privacy.summary import protections
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.signed import Signed
 from fedgex.server.cli.command_line import (
     Format,
     KeyFile,
@@ -71,7 +72,7 @@ def study_new(
         )
         write_out(out, text)
         protected = protections(Contract.from_toml(text, str(out)).study)
-    facts: dict[str, object] = {"contract": str(out), "hash": pki.Signed(text).hash}
+    facts: dict[str, object] = {"contract": str(out), "hash": Signed(text).hash}
     if form == "json":
         facts |= {"protections": protected}
     show(facts, form)

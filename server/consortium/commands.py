@@ -23,7 +23,7 @@ from fedgex.common.errors import ConfigError, FedgexError, TrustError
 from fedgex.common.study import NAME_PATTERN, Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium.store import Consortium
 
 logger = logging.getLogger(__name__)

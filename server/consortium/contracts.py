@@ -28,7 +28,7 @@ from fedgex.common.study import Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import annotated_toml, commands
 from fedgex.server.consortium.commands import Order
 from fedgex.server.consortium.store import Consortium, NotFoundError, read_json

@@ -38,8 +38,8 @@ from fedgex.common.study import Study
 from fedgex.common.system.files import write_atomic
 from fedgex.common.transport.records import to_record
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Receipt, reply_digest, verify_chain, verify_part
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import contracts
 from fedgex.server.consortium.store import Consortium
 from fedgex.server.federation.dispatch import refusal_code, request_all

@@ -22,7 +22,7 @@ from fedgex.common.system import failpoints, files
 from fedgex.common.trust import bundle
 from fedgex.common.trust.bundle import Evidence
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import commands, contracts, runs
 from fedgex.server.consortium.commands import Order
 from fedgex.server.consortium.contracts import Published

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from fedgex.common.errors import FedgexError
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 from fedgex.server import journal
 from fedgex.server.consortium.commands import Order
 from fedgex.server.consortium.store import Consortium, NotFoundError

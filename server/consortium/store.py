@@ -32,6 +32,7 @@ from fedgex.common.system import files
 from fedgex.common.system.files import exclusive_lock, explained, write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Chain
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import annotated_toml
 
 VALID_DAYS = 365
@@ -265,7 +266,7 @@ class Consortium:
             "revoked. Check --key."
         )
 
-    def signers(self, signed: pki.Signed) -> tuple[str, ...]:
+    def signers(self, signed: Signed) -> tuple[str, ...]:
         """Return the administrators who signed a document, each once.
 
         Raises

@@ -18,8 +18,8 @@ from fedgex.common.errors import FederationError
 from fedgex.common.messages.fields import TrainingMetrics
 from fedgex.common.messages.requests import Envelope, Own
 from fedgex.common.study import Study
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Part, Receipt
+from fedgex.common.trust.signed import Signed
 from fedgex.server.journal import Journal
 
 State = Literal["contributed", "late", "failed", "refused", "quarantined"]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fedgex.common.errors import CheckpointError
 from fedgex.common.models.checkpoint import Checkpoint
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import NO_RECEIPT, Receipt, SitePart, parameters_digest
+from fedgex.common.trust.signed import Signed
 from fedgex.server.federation.participants import Participants
 from fedgex.server.federation.rounds import RoundOutcome
 

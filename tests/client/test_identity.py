@@ -18,6 +18,7 @@ from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
 from fedgex.common.trust import audit_log, pki
+from fedgex.common.trust.signed import check_signature
 
 Authority = tuple[pki.Key, x509.Certificate]
 SERVER = "fedgex.example.org:9092"
@@ -146,7 +147,7 @@ def test_joining_gives_an_identity_that_signs(
     ours = Identity.load(settings.state_dir)
     assert (ours.name, ours.consortium, ours.server) == ("north", "oncology", SERVER)
     assert pki.verify(ours.certificate, authority[1], "site") == "north"
-    pki.check(ours.certificate, b"a reply", ours.sign(b"a reply"))
+    check_signature(ours.certificate, b"a reply", ours.sign(b"a reply"))
     assert ours.node_key_path.exists()
     assert [e["event"] for e in audit_log.read(settings.state_dir / "audit.jsonl")] == [
         "joined"

@@ -15,8 +15,8 @@ from fedgex.common.secure_aggregation.protocol import Context, Group, PublicKeys
 from fedgex.common.transport.records import digest, to_record
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.enrolment import EnrolmentRequest
-from fedgex.common.trust.pki import Signature, Signed
 from fedgex.common.trust.receipt import Part
+from fedgex.common.trust.signed import Signature, Signed
 
 ROOT = Path(__file__).parents[2]
 

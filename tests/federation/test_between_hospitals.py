@@ -34,7 +34,7 @@ from fedgex.common.study import Study
 from fedgex.common.transport.records import floats, to_arrays, to_record
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.audit_log import Chain
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import members
 from fedgex.server.federation import dispatch
 

@@ -23,7 +23,6 @@ from fedgex.common.transport.records import to_arrays, to_record
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract
 from fedgex.common.trust.enrolment import SiteRequest
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import (
     Part,
     Receipt,
@@ -32,6 +31,7 @@ from fedgex.common.trust.receipt import (
     request_digest,
     verify_chain,
 )
+from fedgex.common.trust.signed import Signed, sign
 from fedgex.server.consortium import annotated_toml, members
 from fedgex.server.consortium.participants import Deployment
 from fedgex.server.consortium.store import Consortium as Alliance
@@ -241,7 +241,7 @@ class Deployed:
             | changed,
             "test",
         ).to_json()
-        signature = pki.sign(self.keys[site], part.encode())
+        signature = sign(self.keys[site], part.encode())
         reply[keys.PART] = ConfigRecord({keys.JSON: part, keys.SIGNATURE: signature})
         return reply
 

@@ -22,8 +22,8 @@ import fedgex.client.cli
 import fedgex.server.cli
 from fedgex.common.errors import FederationError
 from fedgex.common.trust import audit_log, pki
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Receipt, verify_chain
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import commands
 from fedgex.server.consortium.store import Consortium
 from fedgex.simulations import rehearsal

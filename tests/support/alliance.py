@@ -32,8 +32,8 @@ from fedgex.client.training import local_round
 from fedgex.common import keys
 from fedgex.common.study import Study
 from fedgex.common.trust import audit_log, pki
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Receipt, verify_chain
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import annotated_toml, contracts, members
 from fedgex.server.consortium.participants import Deployment
 from fedgex.server.consortium.store import Consortium, ConsortiumSettings

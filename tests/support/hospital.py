@@ -29,7 +29,7 @@ from fedgex.common.system import failpoints
 from fedgex.common.transport.records import to_record
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 TOMORROW = datetime.now(UTC).date() + timedelta(days=1)
 CONTRACT = f"""\

@@ -18,7 +18,7 @@ from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 GENES = ("EGFR", "MYC", "TP53")
 TODAY = datetime.now(UTC).date()

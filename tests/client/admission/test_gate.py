@@ -22,7 +22,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common.transport.records import to_record
 from fedgex.common.trust import audit_log, bundle, pki
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 if TYPE_CHECKING:
     from ...conftest import Release

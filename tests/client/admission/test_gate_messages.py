@@ -17,7 +17,7 @@ from fedgex.common import keys
 from fedgex.common.transport.records import to_arrays, to_record
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 from ...support import hospital
 from ...support.hospital import as_bytes, code, join_and_approve, of_study

@@ -14,7 +14,7 @@ from fedgex.client.identity import Request
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.trust import audit_log, pki
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 Authority = tuple[pki.Key, x509.Certificate]
 SERVER = "fedgex.example.org:9092"

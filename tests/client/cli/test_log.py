@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedgex.common.trust.audit_log import Chain
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Part, Receipt
+from fedgex.common.trust.signed import Signed
 
 from .conftest import (
     Authority,

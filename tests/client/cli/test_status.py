@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 from .conftest import (
     NEXT_WEEK,

@@ -10,7 +10,7 @@ import pytest
 from fedgex.client.admission.approvals import Desk
 from fedgex.client.settings import SiteSettings
 from fedgex.common.trust import pki
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 from .conftest import (
     NEXT_MONTH,

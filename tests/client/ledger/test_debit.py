@@ -35,7 +35,7 @@ from fedgex.common.transport.records import to_record
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 from ...support import hospital
 from ...support.hospital import Died, as_bytes, code, death_at, join_and_approve

@@ -43,6 +43,7 @@ from fedgex.common.transport.records import to_arrays, to_record
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Head
 from fedgex.common.trust.receipt import Part, reply_digest
+from fedgex.common.trust.signed import sign
 
 NAMES = ("east", "north", "south", "west")
 GENES = 4
@@ -596,7 +597,7 @@ class Signers:
         ).to_json()
         return {
             keys.JSON: part,
-            keys.SIGNATURE: pki.sign(key, part.encode()),
+            keys.SIGNATURE: sign(key, part.encode()),
             keys.CERTIFICATE: pki.to_pem(certificate),
         }
 

@@ -16,6 +16,7 @@ import pytest
 from fedgex.common.errors import TrustError
 from fedgex.common.models import checkpoint
 from fedgex.common.trust import bundle, pki
+from fedgex.common.trust.signed import Signed
 
 Make = Callable[..., Any]
 
@@ -304,7 +305,7 @@ def test_only_the_coordinator_signs_a_release(release: Make) -> None:
 
 def test_a_contract_that_no_administrator_signed_is_refused(release: Make) -> None:
     made = release()
-    unsigned = pki.Signed(made.evidence.contract.content)
+    unsigned = Signed(made.evidence.contract.content)
 
     assert "contract.json is not signed" in refusal(made.write(contract=unsigned), made)
 

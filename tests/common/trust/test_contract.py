@@ -10,7 +10,7 @@ import pytest
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 
 DOCUMENTATION = Path(__file__).parents[3] / "docs" / "contract.md"
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from fedgex.common.errors import TrustError
 from fedgex.common.trust import pki
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed, check_signature, sign
 
 AUTHORITY_KEY, AUTHORITY = pki.new_authority("consortium")
 NOW = datetime.now(UTC)
@@ -300,21 +300,21 @@ def test_a_server_is_named_by_dns_and_by_address_and_nobody_else_can_be_a_server
 
 
 def test_a_signature_holds_for_these_bytes_and_this_key_alone():
-    signature = pki.sign(KEY, b"content")
+    signature = sign(KEY, b"content")
 
-    pki.check(CERTIFICATE, b"content", signature)
+    check_signature(CERTIFICATE, b"content", signature)
     for holder, content in (
         (CERTIFICATE, b"Content"),
         (certificate(pki.new_key()), b"content"),
     ):
         with pytest.raises(TrustError, match="does not fit"):
-            pki.check(holder, content, signature)
+            check_signature(holder, content, signature)
 
 
 @pytest.mark.parametrize("signature", ["", "?", "é", base64.b64encode(b"x").decode()])
 def test_what_is_no_signature_does_not_hold(signature):
     with pytest.raises(TrustError, match="does not fit"):
-        pki.check(CERTIFICATE, b"content", signature)
+        check_signature(CERTIFICATE, b"content", signature)
 
 
 ANNA_KEY, BERT_KEY = pki.new_key(), pki.new_key()

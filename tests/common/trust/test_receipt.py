@@ -16,7 +16,6 @@ from fedgex.common import keys
 from fedgex.common.errors import TrustError
 from fedgex.common.transport.records import to_record
 from fedgex.common.trust import pki
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import (
     NO_RECEIPT,
     Part,
@@ -27,6 +26,7 @@ from fedgex.common.trust.receipt import (
     verify_chain,
     verify_part,
 )
+from fedgex.common.trust.signed import Signed, sign
 
 Values = dict[str, Any]
 
@@ -81,7 +81,7 @@ def entry(part: Values, signer: str | None = None) -> Values:
         "patients": part["patients"],
         "update": part["reply"],
         "part": text,
-        "signature": pki.sign(key, text.encode()),
+        "signature": sign(key, text.encode()),
         "certificate": pki.to_pem(certificate),
     }
 

@@ -21,8 +21,8 @@ from fedgex.common.models import checkpoint, tasks
 from fedgex.common.study import Study
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Head
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import NO_RECEIPT, Part, Receipt, SitePart
+from fedgex.common.trust.signed import Signed, sign
 from fedgex.server.cli import app
 from fedgex.server.consortium import commands
 from fedgex.server.consortium.store import Consortium
@@ -144,7 +144,7 @@ def _receipt(admitted: Any, contract: str, number: int, previous: str) -> Signed
         patients="suppressed",
         update=update,
         part=part,
-        signature=pki.sign(admitted.sites["north"], part.encode()),
+        signature=sign(admitted.sites["north"], part.encode()),
         certificate=consortium.sites()["north"].certificate,
     )
     receipt = Receipt(

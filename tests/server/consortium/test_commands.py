@@ -7,7 +7,7 @@ import pytest
 
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.trust import audit_log, pki
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import commands, members
 from fedgex.server.consortium.store import Consortium
 

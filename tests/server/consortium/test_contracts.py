@@ -12,7 +12,7 @@ from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.trust import contract as contract_module
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.pki import Signed
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import commands, contracts, members
 from fedgex.server.consortium.store import NotFoundError
 

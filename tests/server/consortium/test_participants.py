@@ -20,8 +20,9 @@ from fedgex.common.transport.records import to_arrays
 from fedgex.common.trust import contract as contract_module
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Head
-from fedgex.common.trust.pki import Signed
 from fedgex.common.trust.receipt import Part, Receipt, reply_digest, request_digest
+from fedgex.common.trust.signed import Signed
+from fedgex.common.trust.signed import sign as signature_of
 from fedgex.server.consortium import contracts, members
 from fedgex.server.consortium import participants as deployment_module
 from fedgex.server.consortium.participants import Deployment, deliver, publish
@@ -178,7 +179,7 @@ def sign(admitted: Any, contract: str) -> Callable[..., RecordDict]:
             "patients": 40,
         }
         text = Part.read(values | changed, "test").to_json()
-        signature = pki.sign(admitted.sites[signer], text.encode())
+        signature = signature_of(admitted.sites[signer], text.encode())
         certificate = admitted.consortium.sites()[signer].certificate
         reply[keys.PART] = ConfigRecord(
             {

@@ -7,6 +7,7 @@ from cryptography import x509
 
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.trust import audit_log, pki
+from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import members
 from fedgex.server.consortium.store import (
     Consortium,
@@ -78,7 +79,7 @@ def test_two_services_cannot_have_one_port() -> None:
 def test_a_revoked_administrator_signs_no_more(admitted: Any) -> None:
     consortium = admitted.consortium
     _, certificate = consortium.administrator(admitted.key("ada"))
-    signed = pki.Signed("text").signed_by(admitted.key("ada"), certificate)
+    signed = Signed("text").signed_by(admitted.key("ada"), certificate)
     assert consortium.signers(signed) == ("ada",)
 
     members.revoke_administrator(consortium, "ada", "left")
@@ -95,7 +96,7 @@ def test_a_certificate_of_the_authority_that_nobody_registered_signs_nothing(
 ) -> None:
     consortium = admitted.consortium
     _, certificate = consortium.administrator(admitted.key("ada"))
-    signed = pki.Signed("text").signed_by(admitted.key("ada"), certificate)
+    signed = Signed("text").signed_by(admitted.key("ada"), certificate)
     (consortium.folder / "administrators" / "ada.crt").unlink()
 
     with pytest.raises(TrustError, match="not registered here; expected one of bo"):

@@ -15,7 +15,7 @@ import pytest
 
 from fedgex.common.errors import TrustError
 from fedgex.common.models import checkpoint
-from fedgex.common.trust import bundle, pki
+from fedgex.common.trust import archive, bundle, pki
 from fedgex.common.trust.signed import Signed
 
 Make = Callable[..., Any]
@@ -227,7 +227,7 @@ def test_a_great_text_is_refused_before_it_is_unpacked(
 ) -> None:
     made = release()
     path = made.write()
-    monkeypatch.setattr(bundle, "MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(archive, "MAX_TEXT_BYTES", 1000)
 
     assert "members of more than 1000 bytes: " in refusal(path, made)
 

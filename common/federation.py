@@ -226,7 +226,7 @@ def initial_model(
     Parameters
     ----------
     groups
-        Pooled cross-products for the linear start, see `factor_model.pool_completed`;
+        Pooled cross-products for the factor model, see `factor_model.pool_completed`;
         None: no site sent any.
     public
         The server's public cohort; the backbone is pretrained on it if the study says
@@ -236,7 +236,7 @@ def initial_model(
     """
     state_dict = tasks.initial(study, len(vocabulary))
     if groups is not None:
-        state_dict |= tasks.linear_start(study, groups)
+        state_dict |= tasks.mixture(study, groups)
     if public is not None and study.public.epochs:
         patients = to_patients(public, vocabulary, scale)
         state_dict = fit_public(study, PRETRAINING, patients, state_dict)

@@ -169,7 +169,7 @@ def spread(
     CheckpointError, DataError
         As for `impute`.
     ConfigError
-        As for `impute`, or if the model has no linear start, from which the standard
+        As for `impute`, or if the model has no factor model, from which the standard
         deviation is computed.
     """
     wanted = wanted_genes(checkpoint, genes)

@@ -1,4 +1,4 @@
-"""The linear start: a mixture of factor models from the sites' pooled cross-products.
+"""The factor model: a mixture of factor models from the sites' pooled cross-products.
 
 In cancer type k, a patient's standardised expression is
 
@@ -37,7 +37,7 @@ TYPE_NOISE = 0.5
 of it than telling types does. Chosen by cross-validation over training institutions."""
 
 SILENT, LOUD = 0.4, 0.8
-"""How far low expression must drop out for the network to add to the linear start. On
+"""How far low expression must drop out for the network to add to the factor model. On
 validation institutions, 98 of 100 patients with cells missing at random or by panel
 are below .5 at all rates, and those with low expression missing above .7."""
 
@@ -62,7 +62,7 @@ NEVER = -1e6
 
 
 class Posterior(NamedTuple):
-    """What the linear start knows of a patient."""
+    """What the factor model knows of a patient."""
 
     factors: Tensor
     """Mean of the factors over the components, shape (B, R)."""
@@ -87,7 +87,7 @@ class Posterior(NamedTuple):
         return self.factors * self.spread
 
 
-class LinearStart(nn.Module):
+class MixtureOfFactorAnalyzers(nn.Module):
     """What a mixture of factor models knows of a patient, one component a cancer type.
 
     In component k, x = mean_k + loadings z + noise, z ~ N(0, C_k), see above.
@@ -314,7 +314,7 @@ def fit(
     rank: int,
     n_steps: int = 30,
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the parameters of `LinearStart`, by name.
+    """Return the parameters of `MixtureOfFactorAnalyzers`, by name.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader kn
 from torch import Tensor, nn
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.factor_model import LinearStart, Posterior
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers, Posterior
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +39,11 @@ class ModelConfig:
     n_heads: int
     """Attention heads, H; divides the width."""
     linear_rank: int = 0
-    """Factors of the linear start, R; 0 leaves it out."""
+    """Rank of the factor model, R; 0 leaves it out."""
     linear_components: int = 1
-    """Components of the linear start, K."""
+    """Components of the factor model, K."""
     network_where: Literal["everywhere", "dropout"] = "everywhere"
-    """Where the network adds to the linear start, see `LinearStart.say`."""
+    """Where the network adds to the factor model."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
@@ -210,10 +210,10 @@ class Encoder(nn.Module):
         self.read = CrossBlock(D, H, 4)
         self.blocks = nn.ModuleList(SelfBlock(D, H, 4) for _ in range(config.n_blocks))
         self.norm = nn.LayerNorm(D)
-        self.linear: LinearStart | None = None
+        self.linear: MixtureOfFactorAnalyzers | None = None
         if config.linear_rank:
             R, K = config.linear_rank, config.linear_components
-            self.linear = LinearStart(config.n_genes, R, K)
+            self.linear = MixtureOfFactorAnalyzers(config.n_genes, R, K)
             self.summary = nn.Linear(R + K, D)
 
     def forward(
@@ -236,7 +236,7 @@ class Encoder(nn.Module):
         """Return one vector a patient, shape (B, D + R + K).
 
         Mean latent, factors, and evidence for the components; the latter two where
-        there is a linear start.
+        there is a factor model.
         """
         latents, known = self(genes, values, keep)
         embedding: Tensor = latents.mean(dim=1)
@@ -322,7 +322,7 @@ class GexBert(nn.Module):
             self.decoder.question,
         ):
             nn.init.normal_(table.weight)
-        # Over a linear start the network is silent at first.
+        # Over a factor model the network is silent at first.
         nn.init.normal_(
             self.decoder.weight.weight, std=0.0 if self.config.linear_rank else 0.02
         )
@@ -334,8 +334,8 @@ class GexBert(nn.Module):
 
 
 @contextmanager
-def differentiable_start(encoder: Encoder) -> Iterator[None]:
-    """Let gradients through the linear start, which training has no use for.
+def differentiable_factors(encoder: Encoder) -> Iterator[None]:
+    """Let gradients through the factor model, which training has no use for.
 
     Without it nobody would see how the values act through factors and components.
     """
@@ -343,7 +343,7 @@ def differentiable_start(encoder: Encoder) -> Iterator[None]:
     if linear is None:
         yield
         return
-    plain: Any = LinearStart.forward
+    plain: Any = MixtureOfFactorAnalyzers.forward
     linear.__dict__["forward"] = types.MethodType(plain.__wrapped__, linear)
     try:
         yield

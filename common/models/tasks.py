@@ -33,7 +33,7 @@ from fedgex.common.study import (
 
 BACKBONE = "backbone"
 FIXED = ".encoder.linear."
-"""In the names of what is computed once and never trained: the linear start."""
+"""In the names of what is computed once and never trained: the factor model."""
 Parameters = Mapping[str, NDArray[np.float32]]
 
 
@@ -168,10 +168,10 @@ def updated(
     }
 
 
-def linear_start(
+def mixture(
     study: Study, groups: Mapping[str, CrossProducts]
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the linear start's parameters; empty if the study leaves it out.
+    """Return the factor model's parameters; empty if the study leaves it out.
 
     Parameters
     ----------

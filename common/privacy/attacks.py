@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgex.common.data.dataset import Patients
 from fedgex.common.models import masking, predict
-from fedgex.common.models.gexbert import GexBert, differentiable_start
+from fedgex.common.models.gexbert import GexBert, differentiable_factors
 from fedgex.common.models.restoration import restoration_loss, restore
 from fedgex.common.models.tasks import Classifier
 from fedgex.common.privacy.audit_report import CONFIDENCE, Estimate, Roc
@@ -355,7 +355,7 @@ def gradient(
         As in `restoration_loss`, shape (B, V).
     """
     trained = list(backbone.parameters())
-    with sdpa_kernel(SDPBackend.MATH), differentiable_start(backbone.encoder):
+    with sdpa_kernel(SDPBackend.MATH), differentiable_factors(backbone.encoder):
         loss, _ = restoration_loss(backbone, values, measured, hidden)
         parts = torch.autograd.grad(
             loss, trained, create_graph=values.requires_grad, allow_unused=True

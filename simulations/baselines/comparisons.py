@@ -163,7 +163,7 @@ def train(
         if study.linear_rank:
             least = study.minimum_cohort
             groups = federation.cross_products(study, patients, least)
-            first |= tasks.linear_start(study, groups)
+            first |= tasks.mixture(study, groups)
     else:
         first = dict(start)
     by_itself = study.model_copy(

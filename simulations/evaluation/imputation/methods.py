@@ -33,7 +33,7 @@ from fedgex.common.evaluation.imputers import (
     fit_mixture,
     ppca,
 )
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import select
 from fedgex.common.models.tasks import Parameters
 from fedgex.common.models.uncertainty import restore_with_spread
@@ -88,7 +88,7 @@ Found = Mapping[str, Any]
 class LinearImputer:
     """Imputer by the linear start of a backbone without its network."""
 
-    def __init__(self, linear: LinearStart, batch_size: int = 64) -> None:
+    def __init__(self, linear: MixtureOfFactorAnalyzers, batch_size: int = 64) -> None:
         self.linear = linear
         self.batch_size = batch_size
 

@@ -202,12 +202,12 @@ def products(covariance: np.ndarray, n: int) -> CrossProducts:
     )
 
 
-def test_the_linear_start_explains_the_pooled_covariance():
+def test_the_factor_model_explains_the_pooled_covariance():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(V, 2)) / 3
     covariance = w @ w.T + np.diag(1 - (w**2).sum(1))
 
-    found = tasks.linear_start(with_factors(), {OTHERS: products(covariance, 500)})
+    found = tasks.mixture(with_factors(), {OTHERS: products(covariance, 500)})
 
     loadings = found["backbone.encoder.linear.loadings"]
     noise = found["backbone.encoder.linear.noise"] / NOISE_FACTOR
@@ -217,11 +217,11 @@ def test_the_linear_start_explains_the_pooled_covariance():
 
 
 @pytest.mark.parametrize("types", [(), ("BRCA", "KIRC", "LUAD")])
-def test_the_linear_start_is_the_part_of_a_new_model_that_is_not_drawn(types):
+def test_the_factor_model_is_the_part_of_a_new_model_that_is_not_drawn(types):
     told = with_factors(*types)
     groups = {OTHERS: products(np.eye(V), 500), "KIRC": products(np.eye(V), 100)}
 
-    found = tasks.linear_start(told, groups)
+    found = tasks.mixture(told, groups)
 
     initial = tasks.initial(told, V)
     there = {name for name in initial if name.startswith("backbone.encoder.linear.")}
@@ -230,8 +230,8 @@ def test_the_linear_start_is_the_part_of_a_new_model_that_is_not_drawn(types):
     assert all(array.dtype == np.float32 for array in found.values())
 
 
-def test_without_factors_there_is_no_linear_start():
-    assert tasks.linear_start(study(), {OTHERS: products(np.eye(V), 500)}) == {}
+def test_without_factors_there_is_no_factor_model():
+    assert tasks.mixture(study(), {OTHERS: products(np.eye(V), 500)}) == {}
 
 
 def test_a_head_reads_latents_factors_and_a_probability_of_each_linear_type():
@@ -247,7 +247,7 @@ def test_a_head_reads_latents_factors_and_a_probability_of_each_linear_type():
 
 
 @pytest.mark.parametrize("phase", [PRETRAINING, *FINE_TUNING])
-def test_the_linear_start_goes_down_to_the_sites_and_never_back_up(phase):
+def test_the_factor_model_goes_down_to_the_sites_and_never_back_up(phase):
     begun = tasks.begin(with_factors(), phase, tasks.initial(with_factors(), V))
     sent = tasks.sent(with_factors(), phase, begun)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.models import gexbert
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.uncertainty import VARIANCE_SHARE, restore_with_spread
 
@@ -17,7 +17,7 @@ N_GENES, RANK, TYPES = 12, 3, 2
 
 
 def backbone(linear_rank: int = RANK) -> GexBert:
-    """Return an untrained network over a linear start of random numbers."""
+    """Return an untrained network over a factor model of random numbers."""
     torch.manual_seed(0)
     made = GexBert(gexbert.preset("tiny", N_GENES, linear_rank, TYPES))
     linear = made.encoder.linear
@@ -31,7 +31,9 @@ def backbone(linear_rank: int = RANK) -> GexBert:
     return made
 
 
-def dense(linear: LinearStart) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def dense(
+    linear: MixtureOfFactorAnalyzers,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean (K, V) and covariance (K, V, V) of each type, written out."""
     w, noise, precisions = (
         getattr(linear, name).double().numpy()
@@ -41,7 +43,9 @@ def dense(linear: LinearStart) -> tuple[NDArray[np.float64], NDArray[np.float64]
     return linear.means.double().numpy(), np.stack(covariances)
 
 
-def patients(linear: LinearStart, number: int, seed: int = 0) -> NDArray[np.float32]:
+def patients(
+    linear: MixtureOfFactorAnalyzers, number: int, seed: int = 0
+) -> NDArray[np.float32]:
     rng = np.random.default_rng(seed)
     means, covariances = dense(linear)
     types = rng.choice(TYPES, number, p=linear.log_shares.double().softmax(0).numpy())
@@ -118,6 +122,6 @@ def test_more_measured_genes_never_widen_the_spread_within_one_type() -> None:
     assert (narrow < wide).any()
 
 
-def test_a_model_without_a_linear_start_is_refused() -> None:
+def test_a_model_without_a_factor_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear_rank"):
         restore_with_spread(backbone(linear_rank=0), torch.zeros(1, N_GENES))

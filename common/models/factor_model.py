@@ -36,10 +36,10 @@ TYPE_NOISE = 0.5
 """Of the noise, where components are told apart: restoring unseen patients wants more
 of it than telling types does. Chosen by cross-validation over training institutions."""
 
-SILENT, LOUD = 0.4, 0.8
-"""How far low expression must drop out for the network to add to the factor model. On
-validation institutions, 98 of 100 patients with cells missing at random or by panel
-are below .5 at all rates, and those with low expression missing above .7."""
+GATE_LOW, GATE_HIGH = 0.4, 0.8
+"""Gap between measured and restored genes, in SDs, at which the gate opens and is
+fully open. On validation institutions, 98 of 100 patients with cells missing at random
+or by panel are below .5 at all rates, and those with low expression missing above .7."""
 
 OWN_FROM = 12
 """Patients of a type at which its variance along the factor of largest spread over
@@ -184,12 +184,12 @@ class MixtureOfFactorAnalyzers(nn.Module):
         return restored
 
     @torch.no_grad()
-    def say(self, known: Posterior, genes: Tensor, keep: Tensor | None) -> Tensor:
-        """Return how far missingness itself tells of the values, 0 to 1, shape (B,).
+    def mnar_gate(self, known: Posterior, genes: Tensor, keep: Tensor | None) -> Tensor:
+        """Return the gate on informative missingness, 0 to 1, shape (B,).
 
-        The start takes cells to be missing at random. Where those restored lie below
-        those measured, by `SILENT` SDs of the patient's restored genes or more, they
-        are not, and the network has the word; at `LOUD` SDs in full.
+        The factor model assumes cells missing at random. The gate opens as the mean
+        restored gene falls from `GATE_LOW` to `GATE_HIGH` SDs (of the patient's
+        restored genes) below the mean measured one.
         """
         V = self.loadings.shape[0]
         everything = torch.arange(V, device=genes.device).expand(len(genes), -1)
@@ -200,9 +200,9 @@ class MixtureOfFactorAnalyzers(nn.Module):
         high = (restored * measured).sum(1) / n_measured.clamp(min=1)
         low = (restored * ~measured).sum(1) / (V - n_measured).clamp(min=1)
         drop = (high - low) / restored.std(1).clamp(min=1e-6)
-        told = ((drop - SILENT) / (LOUD - SILENT)).clamp(0, 1)
+        gate = ((drop - GATE_LOW) / (GATE_HIGH - GATE_LOW)).clamp(0, 1)
         some = (n_measured > 0) & (n_measured < V)
-        return torch.where(some, told, 0.0)
+        return torch.where(some, gate, 0.0)
 
     def _log_det_precisions(self) -> Tensor:
         """Return half the log determinant of each C_k^-1, shape (K,)."""

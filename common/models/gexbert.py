@@ -43,7 +43,8 @@ class ModelConfig:
     linear_components: int = 1
     """Components of the factor model, K."""
     network_where: Literal["everywhere", "dropout"] = "everywhere"
-    """Where the network adds to the factor model."""
+    """Patients for whom the network's output is added to the factor model's, see
+    `MixtureOfFactorAnalyzers.mnar_gate`."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
@@ -195,8 +196,8 @@ class GeneTokens(nn.Module):
         return tokens
 
 
-LOUDNESS = 4.0
-"""Of the network's output where it seldom speaks: how fast it learns to."""
+GATED_OUTPUT_SCALE = 4.0
+"""Scale of the gated output; acts as a learning-rate multiplier."""
 
 
 class Encoder(nn.Module):
@@ -303,8 +304,8 @@ class GexBert(nn.Module):
         if linear is None:
             return restored
         if self.config.network_where == "dropout":
-            said = linear.say(known, genes, keep).unsqueeze(1)  # (B, 1)
-            restored = LOUDNESS * said * restored
+            gate = linear.mnar_gate(known, genes, keep).unsqueeze(1)  # (B, 1)
+            restored = GATED_OUTPUT_SCALE * gate * restored
         return linear.restore(known, asked) + restored
 
     def _initialise(self) -> None:

@@ -535,36 +535,36 @@ def strong_start(n_genes: int) -> MixtureOfFactorAnalyzers:
     return start
 
 
-def said_of(
+def gate_of(
     start: MixtureOfFactorAnalyzers, measured: Tensor, values: Tensor
 ) -> Tensor:
     genes, keep = select(measured)
     given = values.gather(1, genes)
-    return start.say(start(genes, given, keep), genes, keep)
+    return start.mnar_gate(start(genes, given, keep), genes, keep)
 
 
-def test_missingness_says_nothing_if_genes_are_missing_whatever_their_value():
+def test_the_gate_is_closed_if_genes_are_missing_whatever_their_value():
     start, values = strong_start(200), torch.ones(1, 200)
     values[:, ::2] = -1  # the factor is 1
     at_random = torch.ones(1, 200, dtype=torch.bool)
     at_random[:, :50] = False
 
-    assert said_of(start, at_random, values).item() == 0
+    assert gate_of(start, at_random, values).item() == 0
     everything = torch.ones(1, 200, dtype=torch.bool)
-    assert said_of(start, everything, values).item() == 0
-    assert said_of(start, ~everything, values).item() == 0
+    assert gate_of(start, everything, values).item() == 0
+    assert gate_of(start, ~everything, values).item() == 0
 
 
-def test_missingness_speaks_if_the_low_genes_are_missing_and_not_if_the_high_are():
+def test_the_gate_is_open_if_the_low_genes_are_missing_and_not_if_the_high_are():
     start, values = strong_start(200), torch.ones(1, 200)
     values[:, ::2] = -1
     low_are_gone, high_are_gone = values > 0, values < 0
 
-    assert said_of(start, low_are_gone, values).item() == 1
-    assert said_of(start, high_are_gone, values).item() == 0
+    assert gate_of(start, low_are_gone, values).item() == 1
+    assert gate_of(start, high_are_gone, values).item() == 0
 
 
-def test_the_network_is_silent_where_it_was_told_to_speak_under_dropout_alone():
+def test_under_dropout_the_network_adds_only_where_the_gate_is_open():
     torch.manual_seed(0)
     config = ModelConfig(
         n_genes=200,

@@ -30,7 +30,7 @@ from fedgex.common.models import predict, tasks
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.restoration import ModelImputer, embed_all
-from fedgex.common.models.uncertainty import restore_with_spread
+from fedgex.common.models.uncertainty import restore_with_uncertainty
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
 
 BATCH_SIZE = 16
@@ -143,7 +143,7 @@ def fill(frame: pd.DataFrame, restored: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def spread(
+def uncertainty(
     checkpoint: Checkpoint,
     frame: pd.DataFrame,
     *,
@@ -176,7 +176,7 @@ def spread(
     backbone = _backbone(checkpoint)
     patients = _patients(checkpoint, frame, scale)
     seen = patients.measured.any(dim=1)
-    _, sd = restore_with_spread(backbone, patients.values[seen])
+    _, sd = restore_with_uncertainty(backbone, patients.values[seen])
     known = patients.measured[seen].numpy()
     numbers = np.where(known, np.nan, sd.numpy() * checkpoint.standardisation.sd)
     names = [checkpoint.vocabulary.genes[i] for i in np.flatnonzero(wanted)]

@@ -31,7 +31,7 @@ cross-validation over training institutions it is .82 to .88 for .1 to .95 missi
 
 
 @torch.no_grad()
-def restore_with_spread(
+def restore_with_uncertainty(
     backbone: GexBert, values: Tensor, batch_size: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Restore missing cells, each with the standard deviation that it may be off by.
@@ -70,13 +70,13 @@ def restore_with_spread(
             "a study with linear_rank above 0."
         )
     backbone.eval()
-    means, spreads = [], []
+    means, sds = [], []
     for rows in values.split(batch_size):
         missing = rows.isnan()
         restored = restore(backbone, rows, ~missing, missing)
         means.append(torch.where(missing, restored, rows))
-        spreads.append(torch.where(missing, _variance(linear, rows).sqrt(), 0.0))
-    return torch.cat(means), torch.cat(spreads)
+        sds.append(torch.where(missing, _variance(linear, rows).sqrt(), 0.0))
+    return torch.cat(means), torch.cat(sds)
 
 
 def _variance(linear: MixtureOfFactorAnalyzers, values: Tensor) -> Tensor:

@@ -205,13 +205,12 @@ def likelihood_ratios(
     Carlini et al. (2022), Membership inference attacks from first principles, IEEE
     S&P, algorithm 1 and section IV-C.
     """
-    without, spread_out = _normal(shadows, ~inside)
+    without, sd_out = _normal(shadows, ~inside)
     if not inside.any(axis=0).all():
-        return (target - without) / spread_out
-    within, spread_in = _normal(shadows, inside)
+        return (target - without) / sd_out
+    within, sd_in = _normal(shadows, inside)
     ratios: Floats = np.asarray(
-        norm.logpdf(target, within, spread_in)
-        - norm.logpdf(target, without, spread_out),
+        norm.logpdf(target, within, sd_in) - norm.logpdf(target, without, sd_out),
         dtype=np.float64,
     )
     return ratios

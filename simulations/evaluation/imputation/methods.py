@@ -36,7 +36,7 @@ from fedgex.common.evaluation.imputers import (
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import select
 from fedgex.common.models.tasks import Parameters
-from fedgex.common.models.uncertainty import restore_with_spread
+from fedgex.common.models.uncertainty import restore_with_uncertainty
 from fedgex.common.study import Study
 from fedgex.server.evaluation import model_imputer
 from fedgex.simulations.evaluation import resumable
@@ -277,7 +277,7 @@ def _evaluate_uncertainty(material: _Material, job: _Job) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for setting, hidden in test_set.settings(job.seed):
         gone = torch.from_numpy(hidden)
-        mean, sd = restore_with_spread(
+        mean, sd = restore_with_uncertainty(
             ours.backbone, torch.where(gone, torch.nan, true)
         )
         found[setting] = coverage(true[gone], mean[gone], sd[gone])

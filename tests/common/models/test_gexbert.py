@@ -437,11 +437,13 @@ def test_the_factor_model_stands_beside_the_network_and_is_never_trained():
     vectors = model.encoder.embed(genes, values, None)
     known = linear(genes, values, None)
     assert vectors.shape == (2, 8 + R + 4)
-    torch.testing.assert_close(vectors[:, 8 : 8 + R], known.factors * known.spread)
+    torch.testing.assert_close(
+        vectors[:, 8 : 8 + R], known.factors * known.loading_scale
+    )
     evidence = linear.evidence(genes, values, None)
     torch.testing.assert_close(vectors[:, 8 + R :], evidence)
     size = linear.loadings.norm(dim=0)
-    torch.testing.assert_close(known.spread, size / size.square().mean().sqrt())
+    torch.testing.assert_close(known.loading_scale, size / size.square().mean().sqrt())
     assert not [n for n, _ in model.named_parameters() if "linear." in n]
 
 

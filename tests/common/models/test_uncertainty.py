@@ -11,7 +11,7 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.models import gexbert
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import GexBert
-from fedgex.common.models.uncertainty import VARIANCE_SHARE, restore_with_spread
+from fedgex.common.models.uncertainty import VARIANCE_SHARE, restore_with_uncertainty
 
 N_GENES, RANK, TYPES = 12, 3, 2
 
@@ -53,7 +53,9 @@ def patients(
     return np.array(drawn, dtype=np.float32)
 
 
-def test_the_spread_is_that_of_the_gaussian_mixture_given_the_measured_genes() -> None:
+def test_the_uncertainty_is_that_of_the_gaussian_mixture_given_the_measured_genes() -> (
+    None
+):
     network = backbone()
     linear = network.encoder.linear
     assert linear is not None
@@ -78,28 +80,28 @@ def test_the_spread_is_that_of_the_gaussian_mixture_given_the_measured_genes() -
 
     given = torch.tensor(x, dtype=torch.float32)[None]
     given[:, M] = torch.nan
-    _, sd = restore_with_spread(network, given)
+    _, sd = restore_with_uncertainty(network, given)
 
     assert sd[0, M].numpy() == pytest.approx(expected, rel=1e-3)
 
 
-def test_with_nothing_measured_the_spread_is_that_of_all_patients() -> None:
+def test_with_nothing_measured_the_uncertainty_is_that_of_all_patients() -> None:
     network = backbone()
     assert network.encoder.linear is not None
     drawn = patients(network.encoder.linear, 6_000)
 
-    _, sd = restore_with_spread(network, torch.full((1, N_GENES), torch.nan))
+    _, sd = restore_with_uncertainty(network, torch.full((1, N_GENES), torch.nan))
 
     expected = np.sqrt(VARIANCE_SHARE) * drawn.std(axis=0)
     assert sd[0].numpy() == pytest.approx(expected, rel=0.06)
 
 
-def test_a_measured_value_stays_and_has_no_spread() -> None:
+def test_a_measured_value_stays_and_has_no_uncertainty() -> None:
     network = backbone()
     given = torch.randn(3, N_GENES)
     given[0, 2] = torch.nan
 
-    mean, sd = restore_with_spread(network, given, batch_size=2)
+    mean, sd = restore_with_uncertainty(network, given, batch_size=2)
 
     measured = ~given.isnan()
     assert torch.equal(mean[measured], given[measured])
@@ -108,7 +110,7 @@ def test_a_measured_value_stays_and_has_no_spread() -> None:
     assert sd[0, 2] > 0
 
 
-def test_more_measured_genes_never_widen_the_spread_within_one_type() -> None:
+def test_more_measured_genes_never_widen_the_uncertainty_within_one_type() -> None:
     network = backbone()
     assert network.encoder.linear is not None
     network.encoder.linear.log_shares.copy_(torch.tensor([0.0, -1e4]))
@@ -116,7 +118,7 @@ def test_more_measured_genes_never_widen_the_spread_within_one_type() -> None:
     few, many = given.clone(), given.clone()
     few[:, :8], many[:, :4] = torch.nan, torch.nan
 
-    wide, narrow = (restore_with_spread(network, x)[1][0, :4] for x in (few, many))
+    wide, narrow = (restore_with_uncertainty(network, x)[1][0, :4] for x in (few, many))
 
     assert (narrow <= wide + 1e-6).all()
     assert (narrow < wide).any()
@@ -124,4 +126,4 @@ def test_more_measured_genes_never_widen_the_spread_within_one_type() -> None:
 
 def test_a_model_without_a_factor_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear_rank"):
-        restore_with_spread(backbone(linear_rank=0), torch.zeros(1, N_GENES))
+        restore_with_uncertainty(backbone(linear_rank=0), torch.zeros(1, N_GENES))

@@ -303,14 +303,16 @@ def fit_public(
         final_loss,
     )
     trained = parameters(tasks.named(phase, model))
-    return {**state_dict, **tasks.updated(study, phase, trained)}
+    return {**state_dict, **tasks.upload_state(study, phase, trained)}
 
 
 def global_parameters(
     study: Study, phase: str, state_dict: Parameters
 ) -> dict[str, NDArray[np.float32]]:
     """Return the parameters that a round trains: these must come back from a site."""
-    return tasks.updated(study, phase, tasks.sent(study, phase, state_dict))
+    return tasks.upload_state(
+        study, phase, tasks.download_state(study, phase, state_dict)
+    )
 
 
 def round_update(
@@ -360,9 +362,9 @@ def round_update(
             proximal_mu=study.strategy.proximal_mu,
             seed=seed,
         )
-    trained = tasks.updated(study, phase, parameters(tasks.named(phase, model)))
+    trained = tasks.upload_state(study, phase, parameters(tasks.named(phase, model)))
     return RoundResult(
-        update=_travel_form(study, trained, incoming),
+        update=_to_upload(study, trained, incoming),
         report=report,
         judged_loss=judged,
     )
@@ -466,7 +468,7 @@ def next_model(
     )
 
 
-def _travel_form(
+def _to_upload(
     study: Study, trained: Parameters, incoming: Parameters
 ) -> dict[str, NDArray[np.float32]]:
     site = study.privacy.site

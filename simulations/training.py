@@ -222,7 +222,7 @@ def _updates(
 ) -> Iterator[Update]:
     """Yield the updates that count in a round, in order of site."""
     incoming = federation.global_parameters(study, phase, begun)
-    sent = tasks.sent(study, phase, begun)
+    sent = tasks.download_state(study, phase, begun)
     found, norms, refused = {}, {}, {}
     for name, patients in sites.items():
         if _policy(policies, name).objections(study, [phase]):

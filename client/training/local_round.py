@@ -43,7 +43,7 @@ def train_round(
     number
         Number of the round in its phase, from 1.
     incoming
-        Parameters sent by the server, see `tasks.sent`.
+        Parameters sent by the server, see `tasks.download_state`.
     floor
         Fewest patients that may take part in anything that leaves the site.
     state_dir

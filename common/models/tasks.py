@@ -1,4 +1,4 @@
-"""The model of each phase, its parameters' names, and which of them travel.
+"""The model of each phase, its parameters' names, and which are down- and uploaded.
 
     phase            model           names
     pretraining      GexBert         backbone.*
@@ -129,8 +129,10 @@ def begin(
     return dict(whole) | _renamed(whole, f"{BACKBONE}.encoder.", own)
 
 
-def sent(study: Study, phase: str, whole: Parameters) -> dict[str, NDArray[np.float32]]:
-    """Return what a site needs for a phase: what travels, and a frozen encoder."""
+def download_state(
+    study: Study, phase: str, whole: Parameters
+) -> dict[str, NDArray[np.float32]]:
+    """Return what a site downloads in a phase: its model, with a frozen encoder."""
     if phase == PRETRAINING:
         return {k: v for k, v in whole.items() if k.startswith(f"{BACKBONE}.")}
     own = {k: v for k, v in whole.items() if k.startswith(f"{phase}.")}
@@ -139,8 +141,8 @@ def sent(study: Study, phase: str, whole: Parameters) -> dict[str, NDArray[np.fl
     return own | _renamed(whole, f"{BACKBONE}.encoder.", f"{phase}.encoder.")
 
 
-def travelling(study: Study, phase: str) -> tuple[str, ...]:
-    """Return the names of the modules whose parameters travel up in a phase."""
+def uploaded_modules(study: Study, phase: str) -> tuple[str, ...]:
+    """Return the names of the modules whose parameters are uploaded in a phase."""
     if phase == PRETRAINING:
         return (BACKBONE,)
     parts = ("encoder", "head") if is_tuned(study, phase) else ("head",)
@@ -156,11 +158,11 @@ def is_tuned(study: Study, phase: str) -> bool:
     return backbones.get(phase) == "tuned"
 
 
-def updated(
+def upload_state(
     study: Study, phase: str, arrays: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
-    """Return those of `arrays` that a site sends back, which are those trained."""
-    up = tuple(f"{name}." for name in travelling(study, phase))
+    """Return those of `arrays` that a site uploads, which are those trained."""
+    up = tuple(f"{name}." for name in uploaded_modules(study, phase))
     return {
         name: array
         for name, array in arrays.items()
@@ -211,7 +213,7 @@ def load_survival(study: Study, n_genes: int, whole: Parameters) -> SurvivalMode
 
 
 def _loaded(study: Study, phase: str, whole: Parameters, model: Built) -> Built:
-    load_parameters(named(phase, model), sent(study, phase, whole))
+    load_parameters(named(phase, model), download_state(study, phase, whole))
     return model
 
 

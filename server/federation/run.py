@@ -190,7 +190,7 @@ class _Run:
                 study=study,
                 vocabulary=last.vocabulary,
                 standardisation=last.standardisation,
-                model=to_record(tasks.sent(study, phase, begun)),
+                model=to_record(tasks.download_state(study, phase, begun)),
                 round=Round(phase=phase, number=number),
             ),
             group=f"{phase}-{number}",

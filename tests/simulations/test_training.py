@@ -119,7 +119,7 @@ def test_a_round_is_the_mean_of_the_sites_own_rounds(tmp_path: Path) -> None:
             "pretraining",
             1,
             rows,
-            tasks.sent(study(), "pretraining", start.parameters),
+            tasks.download_state(study(), "pretraining", start.parameters),
             site=name,
             floor=2,
             state_dir=tmp_path,

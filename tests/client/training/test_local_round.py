@@ -53,7 +53,7 @@ def patients() -> Patients:
 
 def sent(a_study: Study, phase: str) -> tasks.Parameters:
     whole = tasks.begin(a_study, phase, tasks.initial(a_study, V))
-    return tasks.sent(a_study, phase, whole)
+    return tasks.download_state(a_study, phase, whole)
 
 
 def trained(

@@ -70,7 +70,7 @@ class RoundResult:
     report: training.FitReport | None
     """None under patient-level privacy: every number of it depends on patients."""
     judged_loss: float | None
-    """Loss of the incoming model on the site's own patients, before training; None
+    """Loss of the global parameters on the site's own patients, before training; None
     under patient-level privacy, or where it was not asked for."""
 
 
@@ -267,10 +267,10 @@ def begin_phase(
     public
         None in a phase's later rounds, and where the study has no public cohort.
     """
-    begun = tasks.begin(study, phase, state_dict)
+    initial_state = tasks.begin(study, phase, state_dict)
     if phase == PRETRAINING or public is None or not study.public.epochs:
-        return begun
-    return fit_public(study, phase, public, begun)
+        return initial_state
+    return fit_public(study, phase, public, initial_state)
 
 
 def fit_public(
@@ -306,7 +306,7 @@ def fit_public(
     return {**state_dict, **tasks.upload_state(study, phase, trained)}
 
 
-def global_parameters(
+def round_parameters(
     study: Study, phase: str, state_dict: Parameters
 ) -> dict[str, NDArray[np.float32]]:
     """Return the parameters that a round trains: these must come back from a site."""
@@ -321,7 +321,7 @@ def round_update(
     number: int,
     model: PhaseModel,
     patients: Patients,
-    incoming: Parameters,
+    global_parameters: Parameters,
     *,
     site: str,
     fit: Callable[[], None] | None = None,
@@ -334,7 +334,7 @@ def round_update(
     number
         Number of the round in its phase, from 1.
     model
-        That of the phase with the incoming parameters, see `tasks.load`.
+        That of the phase with the global parameters, see `tasks.load`.
     patients
         Those of the site that take part in the phase, see `losses.take_part`.
     site
@@ -342,7 +342,7 @@ def round_update(
     fit
         Trains the model under patient-level privacy; then nothing is reported.
     evaluate
-        Whether the incoming model is evaluated on the patients first.
+        Whether the model is evaluated on the patients before it is trained.
     """
     settings = study.phases[phase]
     report, judged = None, None
@@ -364,7 +364,7 @@ def round_update(
         )
     trained = tasks.upload_state(study, phase, parameters(tasks.named(phase, model)))
     return RoundResult(
-        update=_to_upload(study, trained, incoming),
+        update=_to_upload(study, trained, global_parameters),
         report=report,
         judged_loss=judged,
     )
@@ -379,13 +379,13 @@ def clipped(change: Parameters, norm: float) -> dict[str, NDArray[np.float32]]:
 
 
 def update_norm(
-    study: Study, incoming: Mapping[str, Array], arrays: Mapping[str, Array]
+    study: Study, global_parameters: Mapping[str, Array], arrays: Mapping[str, Array]
 ) -> float:
     """Return the Euclidean norm of an update's change, if the update can be used.
 
     Parameters
     ----------
-    incoming
+    global_parameters
         The round's global parameters: those that must come back, no more and no fewer.
     arrays
         What a site sent, in the form of `strategy.update`.
@@ -396,10 +396,10 @@ def update_norm(
         If an array is missing, unexpected, misshapen or not finite, or under site-level
         privacy the change is longer than the clip.
     """
-    check({name: a.shape for name, a in incoming.items()}, arrays, exact=True)
-    begun = incoming if study.strategy.update == "parameters" else None
+    check({name: a.shape for name, a in global_parameters.items()}, arrays, exact=True)
+    start = global_parameters if study.strategy.update == "parameters" else None
     squares = sum(
-        _square_norm(arrays[name], None if begun is None else begun[name])
+        _square_norm(arrays[name], None if start is None else start[name])
         for name in arrays
     )
     norm, site = float(np.sqrt(squares)), study.privacy.site
@@ -441,7 +441,11 @@ def far_beyond(study: Study, norms: Mapping[str, float]) -> dict[str, str]:
 
 
 def next_model(
-    last: Checkpoint, begun: Parameters, phase: str, number: int, aggregate: Aggregate
+    last: Checkpoint,
+    initial_state: Parameters,
+    phase: str,
+    number: int,
+    aggregate: Aggregate,
 ) -> Checkpoint:
     """Return the model after a round.
 
@@ -449,7 +453,7 @@ def next_model(
     ----------
     last
         The model after the round before.
-    begun
+    initial_state
         Its parameters as this round began, see `begin_phase`.
     aggregate
         Combines the accepted updates: the study's strategy, or, where only a sum is
@@ -457,37 +461,38 @@ def next_model(
         of a phase.
     """
     memory = last.server if last.phase == phase else {}
-    incoming = global_parameters(last.study, phase, begun)
-    combined, memory = aggregate(incoming, memory)
+    global_parameters = round_parameters(last.study, phase, initial_state)
+    combined, memory = aggregate(global_parameters, memory)
     return dataclasses.replace(
         last,
         phase=phase,
         round=number,
-        parameters={**begun, **combined},
+        parameters={**initial_state, **combined},
         server=memory,
     )
 
 
 def _to_upload(
-    study: Study, trained: Parameters, incoming: Parameters
+    study: Study, trained: Parameters, global_parameters: Parameters
 ) -> dict[str, NDArray[np.float32]]:
     site = study.privacy.site
     form = dict(trained)
     if study.strategy.update == "delta":
-        form = {name: array - incoming[name] for name, array in trained.items()}
+        form = {
+            name: array - global_parameters[name] for name, array in trained.items()
+        }
     if site is not None:
         form = clipped(form, site.clip)
     return form
 
 
-def _square_norm(array: NDArray[Any], begun: Array | None) -> float:
+def _square_norm(array: NDArray[Any], start: Array | None) -> float:
     """Return the squared norm of an array, or of its difference from another."""
     flat = array.reshape(-1)
-    start = None if begun is None else begun.reshape(-1)
     total = 0.0
     for i in range(0, flat.size, CHUNK):
         part = flat[i : i + CHUNK].astype(np.float64)
         if start is not None:
-            part -= start[i : i + CHUNK]
+            part -= start.reshape(-1)[i : i + CHUNK]
         total += float(part @ part)
     return total

@@ -282,7 +282,7 @@ def fit_public(
     as it does over the rounds. The model stays as it is where fewer than
     MIN_PUBLIC_PATIENTS can take part.
     """
-    patients = losses.take_part(study, phase, patients)
+    patients = losses.eligible(study, phase, patients)
     if len(patients) < MIN_PUBLIC_PATIENTS:
         return dict(state_dict)
     model = tasks.load(study, patients.values.shape[1], phase, state_dict)
@@ -336,7 +336,7 @@ def round_update(
     model
         That of the phase with the global parameters, see `tasks.load`.
     patients
-        Those of the site that take part in the phase, see `losses.take_part`.
+        Those of the site that take part in the phase, see `losses.eligible`.
     site
         Name of the site, from which its seeds are derived.
     fit

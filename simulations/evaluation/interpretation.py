@@ -22,7 +22,7 @@ from rich.console import Console
 from scipy.stats import false_discovery_control, norm, spearmanr
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.losses import take_part
+from fedgex.common.models.losses import eligible
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.simulations.analysis import gene_programmes, marker_genes
 from fedgex.simulations.analysis.gene_programmes import Screened
@@ -166,10 +166,10 @@ def _screen(split: Split, model: Model) -> Screened:
     assert linear is not None
     study = split.study
     followed = {
-        name: take_part(study, SURVIVAL, model.patients(cohort))
+        name: eligible(study, SURVIVAL, model.patients(cohort))
         for name, cohort in sorted(split.sites.items())
     }
-    unseen = take_part(study, SURVIVAL, model.patients(split.unseen))
+    unseen = eligible(study, SURVIVAL, model.patients(split.unseen))
     found = gene_programmes.screen(linear, followed, unseen, study.minimum_cohort)
     if found is None:
         raise ConfigError(

@@ -13,7 +13,7 @@ from fedgex.client.training.local_round import RoundResult, train_round
 from fedgex.common.data.dataset import Patients
 from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.models import tasks
-from fedgex.common.models.losses import phase_loss, take_part, trained_parameters
+from fedgex.common.models.losses import eligible, phase_loss, trained_parameters
 from fedgex.common.models.parameters import parameters
 from fedgex.common.models.training import fit, judge
 from fedgex.common.seeds import derive
@@ -84,7 +84,7 @@ def same(a: tasks.Parameters, b: tasks.Parameters) -> bool:
     ],
 )
 def test_patients_take_part_by_cancer_type_and_known_follow_up(phase, rows):
-    taken = take_part(study(), phase, patients())
+    taken = eligible(study(), phase, patients())
 
     assert torch.equal(taken.values, patients().values[rows])
     assert taken.cancer_type == tuple(patients().cancer_type[i] for i in rows)
@@ -132,7 +132,7 @@ def test_a_frozen_encoder_stays_bit_equal_and_a_tuned_one_moves(phase, backbone)
     a_study = study(backbone)
     model = tasks.build(a_study, V, phase)
     before = copy.deepcopy(parameters(tasks.named(phase, model)))
-    fitting = take_part(a_study, phase, patients())
+    fitting = eligible(a_study, phase, patients())
 
     fit(
         trained_parameters(a_study, phase, model),
@@ -188,7 +188,7 @@ def test_the_incoming_model_is_judged_before_training(tmp_path):
 
     whole = tasks.begin(study(), SURVIVAL, tasks.initial(study(), V))
     model = tasks.load(study(), V, SURVIVAL, whole)
-    loss = phase_loss(study(), model, take_part(study(), SURVIVAL, patients()))
+    loss = phase_loss(study(), model, eligible(study(), SURVIVAL, patients()))
     expected = judge(loss, 3, 32, derive(study().seed, "h1", SURVIVAL, 1))
     assert result.judged_loss == pytest.approx(expected)
 

@@ -69,7 +69,7 @@ class RoundResult:
     """What travels up: parameters or their change."""
     report: training.FitReport | None
     """None under patient-level privacy: every number of it depends on patients."""
-    judged_loss: float | None
+    pre_training_loss: float | None
     """Loss of the global parameters on the site's own patients, before training; None
     under patient-level privacy, or where it was not asked for."""
 
@@ -345,14 +345,16 @@ def round_update(
         Whether the model is evaluated on the patients before it is trained.
     """
     settings = study.phases[phase]
-    report, judged = None, None
+    report, pre_training_loss = None, None
     if fit is not None:
         fit()
     else:
         loss = losses.phase_loss(study, model, patients)
         seed = derive(study.seed, site, phase, number)
         if evaluate:
-            judged = training.judge(loss, len(patients), settings.batch_size, seed)
+            pre_training_loss = training.evaluate(
+                loss, len(patients), settings.batch_size, seed
+            )
         report = training.fit(
             losses.trained_parameters(study, phase, model),
             loss,
@@ -366,7 +368,7 @@ def round_update(
     return RoundResult(
         update=_to_upload(study, trained, global_parameters),
         report=report,
-        judged_loss=judged,
+        pre_training_loss=pre_training_loss,
     )
 
 

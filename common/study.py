@@ -376,14 +376,14 @@ class RoundRule(Settings):
 
 
 class Evaluation(Settings):
-    """How restoration is judged on the hold-out, and how often."""
+    """How, and how often, restoration is evaluated on the hold-out."""
 
     rates: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
     """Missing rates, completely at random and low-expression dropout."""
     panels: tuple[int, ...] = (50, 100, 200)
     """Whole-gene panels: numbers of genes that are measured."""
     patients_per_round: int = Field(default=128, ge=1)
-    """Hold-out patients judged after every round; the last round takes all."""
+    """Hold-out patients evaluated after every round; the last round takes all."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -135,7 +135,7 @@ def fit_at_once(
 
 
 @torch.no_grad()
-def judge(loss: Loss, n_rows: int, batch_size: int, seed: int) -> float:
+def evaluate(loss: Loss, n_rows: int, batch_size: int, seed: int) -> float:
     """Return the mean loss of the present parameters over all patients."""
     rng = generator(derive(seed, "judge"), "batches")
     total, terms = 0.0, 0

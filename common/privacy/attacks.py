@@ -34,7 +34,7 @@ from fedgex.common.seeds import generator
 from fedgex.common.study import CLASSIFICATION
 
 NEEDED = {0.1: 10, 0.01: 100, 0.001: 10_000}
-"""False positive rates at which an attack is judged, and how many non-members each
+"""False positive rates at which an attack is evaluated, and how many non-members each
 takes: at 1 % one of them is a false positive, at 0.1 % ten."""
 MASK_RATES = (0.3, 0.5, 0.7) * 4
 """Shares of the genes that are hidden, one mask each, when a patient's loss is taken.

@@ -15,7 +15,7 @@ from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.models import tasks
 from fedgex.common.models.losses import eligible, phase_loss, trained_parameters
 from fedgex.common.models.parameters import parameters
-from fedgex.common.models.training import fit, judge
+from fedgex.common.models.training import evaluate, fit
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 
@@ -83,7 +83,7 @@ def same(a: tasks.Parameters, b: tasks.Parameters) -> bool:
         (SURVIVAL, [0, 1, 7]),
     ],
 )
-def test_patients_take_part_by_cancer_type_and_known_follow_up(phase, rows):
+def test_patients_are_eligible_by_cancer_type_and_known_follow_up(phase, rows):
     taken = eligible(study(), phase, patients())
 
     assert torch.equal(taken.values, patients().values[rows])
@@ -161,7 +161,7 @@ def test_a_round_repeats_itself_bit_by_bit(tmp_path, phase):
 
     assert same(first.update, again.update)
     assert first.report == again.report
-    assert first.judged_loss == again.judged_loss
+    assert first.pre_training_loss == again.pre_training_loss
 
 
 def test_sites_and_rounds_draw_differently(tmp_path):
@@ -183,14 +183,14 @@ def test_sites_and_rounds_draw_differently(tmp_path):
     assert not same(first, update("h1", 2))
 
 
-def test_the_incoming_model_is_judged_before_training(tmp_path):
+def test_the_global_parameters_are_evaluated_before_training(tmp_path):
     result = trained(study(), SURVIVAL, tmp_path)
 
     whole = tasks.begin(study(), SURVIVAL, tasks.initial(study(), V))
     model = tasks.load(study(), V, SURVIVAL, whole)
     loss = phase_loss(study(), model, eligible(study(), SURVIVAL, patients()))
-    expected = judge(loss, 3, 32, derive(study().seed, "h1", SURVIVAL, 1))
-    assert result.judged_loss == pytest.approx(expected)
+    expected = evaluate(loss, 3, 32, derive(study().seed, "h1", SURVIVAL, 1))
+    assert result.pre_training_loss == pytest.approx(expected)
 
 
 def test_what_came_in_is_not_changed(tmp_path):

@@ -191,7 +191,7 @@ def test_pretraining_lowers_the_loss_of_restoration():
         backbone = tasks.load_backbone(told, len(GENES), whole)
         assert isinstance(backbone, GexBert)
         judged = training.pretraining_loss(backbone, patients, told.pretraining)
-        return training.judge(judged, N, 8, seed=3)
+        return training.evaluate(judged, N, 8, seed=3)
 
     with torch.no_grad():
         assert loss(done["end"]) < 0.95 * loss(done["start"])

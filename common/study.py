@@ -77,6 +77,20 @@ def _aggregation_rule(name: str) -> str:
     return name
 
 
+def added(default: Any, **bounds: Any) -> Any:
+    """Return a field that earlier releases did not have.
+
+    At its default it is left out of the canonical form, so that every study from before
+    keeps its text and hash.
+
+    Parameters
+    ----------
+    bounds
+        As for pydantic's `Field`.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **bounds)
+
+
 class Settings(BaseModel):
     """Base of all settings read from files: frozen, and unknown keys are errors."""
 
@@ -138,12 +152,18 @@ class MaskingRule(Settings):
     mnar: float = Field(default=0.2, ge=0)
     """Weight of low expression dropping out (missing not at random)."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each pattern by name; an added one only where it has any."""
+        values = self.model_dump(exclude={"min_rate", "max_rate"})
+        return {name: float(weight) for name, weight in values.items()}
+
     @model_validator(mode="after")
     def _weights_and_rates(self) -> Self:
         if self.min_rate > self.max_rate:
             raise ValueError("min_rate is above max_rate")
-        if self.mcar + self.panel + self.mnar <= 0:
-            raise ValueError("the weights of mcar, panel and mnar are all zero")
+        if not any(self.weights.values()):
+            raise ValueError(f"the weights of {', '.join(self.weights)} are all zero")
         return self
 
 

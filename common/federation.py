@@ -69,8 +69,8 @@ class RoundResult:
     """What travels up: parameters or their change."""
     report: training.FitReport | None
     """None under patient-level privacy: every number of it depends on patients."""
-    judged_loss: float | None
-    """Loss of the incoming model on the site's own patients, before training; None
+    pre_training_loss: float | None
+    """Loss of the global parameters on the site's own patients, before training; None
     under patient-level privacy, or where it was not asked for."""
 
 
@@ -226,7 +226,7 @@ def initial_model(
     Parameters
     ----------
     groups
-        Pooled cross-products for the linear start, see `factor_model.pool_completed`;
+        Pooled cross-products for the factor model, see `factor_model.pool_completed`;
         None: no site sent any.
     public
         The server's public cohort; the backbone is pretrained on it if the study says
@@ -236,7 +236,7 @@ def initial_model(
     """
     state_dict = tasks.initial(study, len(vocabulary))
     if groups is not None:
-        state_dict |= tasks.linear_start(study, groups)
+        state_dict |= tasks.mixture(study, groups)
     if public is not None and study.public.epochs:
         patients = to_patients(public, vocabulary, scale)
         state_dict = fit_public(study, PRETRAINING, patients, state_dict)
@@ -267,10 +267,10 @@ def begin_phase(
     public
         None in a phase's later rounds, and where the study has no public cohort.
     """
-    begun = tasks.begin(study, phase, state_dict)
+    initial_state = tasks.begin(study, phase, state_dict)
     if phase == PRETRAINING or public is None or not study.public.epochs:
-        return begun
-    return fit_public(study, phase, public, begun)
+        return initial_state
+    return fit_public(study, phase, public, initial_state)
 
 
 def fit_public(
@@ -282,7 +282,7 @@ def fit_public(
     as it does over the rounds. The model stays as it is where fewer than
     MIN_PUBLIC_PATIENTS can take part.
     """
-    patients = losses.take_part(study, phase, patients)
+    patients = losses.eligible(study, phase, patients)
     if len(patients) < MIN_PUBLIC_PATIENTS:
         return dict(state_dict)
     model = tasks.load(study, patients.values.shape[1], phase, state_dict)
@@ -303,14 +303,16 @@ def fit_public(
         final_loss,
     )
     trained = parameters(tasks.named(phase, model))
-    return {**state_dict, **tasks.updated(study, phase, trained)}
+    return {**state_dict, **tasks.upload_state(study, phase, trained)}
 
 
-def global_parameters(
+def round_parameters(
     study: Study, phase: str, state_dict: Parameters
 ) -> dict[str, NDArray[np.float32]]:
     """Return the parameters that a round trains: these must come back from a site."""
-    return tasks.updated(study, phase, tasks.sent(study, phase, state_dict))
+    return tasks.upload_state(
+        study, phase, tasks.download_state(study, phase, state_dict)
+    )
 
 
 def round_update(
@@ -319,7 +321,7 @@ def round_update(
     number: int,
     model: PhaseModel,
     patients: Patients,
-    incoming: Parameters,
+    global_parameters: Parameters,
     *,
     site: str,
     fit: Callable[[], None] | None = None,
@@ -332,25 +334,27 @@ def round_update(
     number
         Number of the round in its phase, from 1.
     model
-        That of the phase with the incoming parameters, see `tasks.load`.
+        That of the phase with the global parameters, see `tasks.load`.
     patients
-        Those of the site that take part in the phase, see `losses.take_part`.
+        Those of the site that take part in the phase, see `losses.eligible`.
     site
         Name of the site, from which its seeds are derived.
     fit
         Trains the model under patient-level privacy; then nothing is reported.
     evaluate
-        Whether the incoming model is evaluated on the patients first.
+        Whether the model is evaluated on the patients before it is trained.
     """
     settings = study.phases[phase]
-    report, judged = None, None
+    report, pre_training_loss = None, None
     if fit is not None:
         fit()
     else:
         loss = losses.phase_loss(study, model, patients)
         seed = derive(study.seed, site, phase, number)
         if evaluate:
-            judged = training.judge(loss, len(patients), settings.batch_size, seed)
+            pre_training_loss = training.evaluate(
+                loss, len(patients), settings.batch_size, seed
+            )
         report = training.fit(
             losses.trained_parameters(study, phase, model),
             loss,
@@ -360,11 +364,11 @@ def round_update(
             proximal_mu=study.strategy.proximal_mu,
             seed=seed,
         )
-    trained = tasks.updated(study, phase, parameters(tasks.named(phase, model)))
+    trained = tasks.upload_state(study, phase, parameters(tasks.named(phase, model)))
     return RoundResult(
-        update=_travel_form(study, trained, incoming),
+        update=_to_upload(study, trained, global_parameters),
         report=report,
-        judged_loss=judged,
+        pre_training_loss=pre_training_loss,
     )
 
 
@@ -377,13 +381,13 @@ def clipped(change: Parameters, norm: float) -> dict[str, NDArray[np.float32]]:
 
 
 def update_norm(
-    study: Study, incoming: Mapping[str, Array], arrays: Mapping[str, Array]
+    study: Study, global_parameters: Mapping[str, Array], arrays: Mapping[str, Array]
 ) -> float:
     """Return the Euclidean norm of an update's change, if the update can be used.
 
     Parameters
     ----------
-    incoming
+    global_parameters
         The round's global parameters: those that must come back, no more and no fewer.
     arrays
         What a site sent, in the form of `strategy.update`.
@@ -394,10 +398,10 @@ def update_norm(
         If an array is missing, unexpected, misshapen or not finite, or under site-level
         privacy the change is longer than the clip.
     """
-    check({name: a.shape for name, a in incoming.items()}, arrays, exact=True)
-    begun = incoming if study.strategy.update == "parameters" else None
+    check({name: a.shape for name, a in global_parameters.items()}, arrays, exact=True)
+    start = global_parameters if study.strategy.update == "parameters" else None
     squares = sum(
-        _square_norm(arrays[name], None if begun is None else begun[name])
+        _square_norm(arrays[name], None if start is None else start[name])
         for name in arrays
     )
     norm, site = float(np.sqrt(squares)), study.privacy.site
@@ -439,7 +443,11 @@ def far_beyond(study: Study, norms: Mapping[str, float]) -> dict[str, str]:
 
 
 def next_model(
-    last: Checkpoint, begun: Parameters, phase: str, number: int, aggregate: Aggregate
+    last: Checkpoint,
+    initial_state: Parameters,
+    phase: str,
+    number: int,
+    aggregate: Aggregate,
 ) -> Checkpoint:
     """Return the model after a round.
 
@@ -447,7 +455,7 @@ def next_model(
     ----------
     last
         The model after the round before.
-    begun
+    initial_state
         Its parameters as this round began, see `begin_phase`.
     aggregate
         Combines the accepted updates: the study's strategy, or, where only a sum is
@@ -455,37 +463,38 @@ def next_model(
         of a phase.
     """
     memory = last.server if last.phase == phase else {}
-    incoming = global_parameters(last.study, phase, begun)
-    combined, memory = aggregate(incoming, memory)
+    global_parameters = round_parameters(last.study, phase, initial_state)
+    combined, memory = aggregate(global_parameters, memory)
     return dataclasses.replace(
         last,
         phase=phase,
         round=number,
-        parameters={**begun, **combined},
+        parameters={**initial_state, **combined},
         server=memory,
     )
 
 
-def _travel_form(
-    study: Study, trained: Parameters, incoming: Parameters
+def _to_upload(
+    study: Study, trained: Parameters, global_parameters: Parameters
 ) -> dict[str, NDArray[np.float32]]:
     site = study.privacy.site
     form = dict(trained)
     if study.strategy.update == "delta":
-        form = {name: array - incoming[name] for name, array in trained.items()}
+        form = {
+            name: array - global_parameters[name] for name, array in trained.items()
+        }
     if site is not None:
         form = clipped(form, site.clip)
     return form
 
 
-def _square_norm(array: NDArray[Any], begun: Array | None) -> float:
+def _square_norm(array: NDArray[Any], start: Array | None) -> float:
     """Return the squared norm of an array, or of its difference from another."""
     flat = array.reshape(-1)
-    start = None if begun is None else begun.reshape(-1)
     total = 0.0
     for i in range(0, flat.size, CHUNK):
         part = flat[i : i + CHUNK].astype(np.float64)
         if start is not None:
-            part -= start[i : i + CHUNK]
+            part -= start.reshape(-1)[i : i + CHUNK]
         total += float(part @ part)
     return total

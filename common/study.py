@@ -374,7 +374,7 @@ class PublicRule(Settings):
     """What comes from the server's public cohort, and so tells of no site's patient."""
 
     statistics: bool = False
-    """Means, standard deviations and, with `linear_rank`, the linear start."""
+    """Means, standard deviations and, with `linear_rank`, the factor model."""
     epochs: int = Field(default=0, ge=0)
     """Epochs of each phase on it before the phase's first round at the sites; of
     fine-tuning only where the head travels and 30 of its patients can take part."""
@@ -396,14 +396,14 @@ class RoundRule(Settings):
 
 
 class Evaluation(Settings):
-    """How restoration is judged on the hold-out, and how often."""
+    """How, and how often, restoration is evaluated on the hold-out."""
 
     rates: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
     """Missing rates, completely at random and low-expression dropout."""
     panels: tuple[int, ...] = (50, 100, 200)
     """Whole-gene panels: numbers of genes that are measured."""
     patients_per_round: int = Field(default=128, ge=1)
-    """Hold-out patients judged after every round; the last round takes all."""
+    """Hold-out patients evaluated after every round; the last round takes all."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -430,13 +430,13 @@ class Study(Settings):
     cross_products: bool = False
     """Ask the sites that permit it for cross-products (the linear references)."""
     linear_rank: int = Field(default=0, ge=0)
-    """Factors of the linear start, from the pooled cross-products; 0 leaves it out."""
+    """Rank of the factor model of the pooled cross-products; 0 leaves it out."""
     linear_types: tuple[str, ...] = ()
-    """Cancer types that the linear start tells apart, each with a mean and covariance
+    """Cancer types that the factor model tells apart, each with a mean and covariance
     of its own, which the sites then send; empty: one for all patients."""
     network_where: Literal["everywhere", "dropout"] = "everywhere"
-    """Where the network adds to the linear start: `everywhere`, or where low expression
-    drops out, which the linear start takes for missing at random."""
+    """Where the network adds to the factor model: `everywhere`, or where low expression
+    drops out, which the factor model takes for missing at random."""
     vocabulary: VocabularyRule = VocabularyRule()
     pretraining: Pretraining = Pretraining()
     classification: Classification = Classification()

@@ -221,8 +221,8 @@ def _updates(
     policies: Policies,
 ) -> Iterator[Update]:
     """Yield the updates that count in a round, in order of site."""
-    incoming = federation.global_parameters(study, phase, begun)
-    sent = tasks.sent(study, phase, begun)
+    incoming = federation.round_parameters(study, phase, begun)
+    sent = tasks.download_state(study, phase, begun)
     found, norms, refused = {}, {}, {}
     for name, patients in sites.items():
         if _policy(policies, name).objections(study, [phase]):

@@ -30,7 +30,7 @@ from fedgex.common.models import predict, tasks
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.restoration import ModelImputer, embed_all
-from fedgex.common.models.uncertainty import restore_with_spread
+from fedgex.common.models.uncertainty import restore_with_uncertainty
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
 
 BATCH_SIZE = 16
@@ -143,7 +143,7 @@ def fill(frame: pd.DataFrame, restored: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def spread(
+def uncertainty(
     checkpoint: Checkpoint,
     frame: pd.DataFrame,
     *,
@@ -169,14 +169,14 @@ def spread(
     CheckpointError, DataError
         As for `impute`.
     ConfigError
-        As for `impute`, or if the model has no linear start, from which the standard
+        As for `impute`, or if the model has no factor model, from which the standard
         deviation is computed.
     """
     wanted = wanted_genes(checkpoint, genes)
     backbone = _backbone(checkpoint)
     patients = _patients(checkpoint, frame, scale)
     seen = patients.measured.any(dim=1)
-    _, sd = restore_with_spread(backbone, patients.values[seen])
+    _, sd = restore_with_uncertainty(backbone, patients.values[seen])
     known = patients.measured[seen].numpy()
     numbers = np.where(known, np.nan, sd.numpy() * checkpoint.standardisation.sd)
     names = [checkpoint.vocabulary.genes[i] for i in np.flatnonzero(wanted)]

@@ -155,7 +155,7 @@ def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
         num_examples=None if report is None else report.num_examples,
         num_loss_terms=None if report is None else report.num_loss_terms,
         train_loss=None if report is None else report.train_loss,
-        pre_training_loss=result.judged_loss,
+        pre_training_loss=result.pre_training_loss,
         seconds=time.monotonic() - started,
     )
     return TrainReply(

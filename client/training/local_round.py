@@ -15,7 +15,7 @@ from fedgex.common.data.dataset import Patients
 from fedgex.common.errors import DataError, Finding
 from fedgex.common.federation import RoundResult, round_update
 from fedgex.common.models import tasks
-from fedgex.common.models.losses import take_part, trained_parameters
+from fedgex.common.models.losses import eligible, trained_parameters
 from fedgex.common.models.parameters import load_parameters
 from fedgex.common.models.tasks import Parameters, PhaseModel
 from fedgex.common.models.training import round_learning_rate
@@ -43,7 +43,7 @@ def train_round(
     number
         Number of the round in its phase, from 1.
     incoming
-        Parameters sent by the server, see `tasks.sent`.
+        Parameters sent by the server, see `tasks.download_state`.
     floor
         Fewest patients that may take part in anything that leaves the site.
     state_dir
@@ -101,14 +101,14 @@ def refuse_large_delta(study: Study, n_patients: int) -> None:
 
 
 def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients:
-    """Return the patients that a phase can learn from, see `take_part`.
+    """Return the patients that a phase can learn from, see `eligible`.
 
     Raises
     ------
     DataError
         If they are fewer than the floor; with the Cox loss, their deaths.
     """
-    fitting = take_part(study, phase, patients)
+    fitting = eligible(study, phase, patients)
     if _unit_count(study, phase, fitting) < floor:
         raise DataError([_too_few(phase, floor)])
     return fitting

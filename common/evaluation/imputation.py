@@ -1,6 +1,6 @@
 """How well hidden expression was restored.
 
-N patients, V genes, standardised expression. Only hidden cells are judged.
+N patients, V genes, standardised expression. Only hidden cells count.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class RestorationScore:
 
     @property
     def median_pearson(self) -> float:
-        """Median over the genes judged; NaN without any."""
-        return float(np.median(_judged(self.gene_pearson)))
+        """Median over the genes evaluated; NaN without any."""
+        return float(np.median(_evaluated(self.gene_pearson)))
 
     @property
     def median_spearman(self) -> float:
-        """Median over the genes judged; NaN without any."""
-        return float(np.median(_judged(self.gene_spearman)))
+        """Median over the genes evaluated; NaN without any."""
+        return float(np.median(_evaluated(self.gene_spearman)))
 
     @property
-    def n_genes_judged(self) -> int:
+    def n_genes_evaluated(self) -> int:
         """Genes that have a correlation."""
         return int(np.isfinite(self.gene_pearson).sum())
 
@@ -69,7 +69,7 @@ class RestorationScore:
             "spearman": self.median_spearman,
             "genes_r_above_0": self.n_genes_r_above_0,
             "genes_r_above_half": self.n_genes_r_above_half,
-            "genes_judged": self.n_genes_judged,
+            "genes_judged": self.n_genes_evaluated,
         }
 
 
@@ -123,7 +123,7 @@ def _check(
         )
     if not hidden.any():
         raise FedgexError(
-            "no cell is hidden, so there is nothing to judge; raise the missing rate "
+            "no cell is hidden, so there is nothing to evaluate; raise the missing rate "
             "or check that the patients have any measured genes."
         )
     for name, values in (("true", true), ("restored", restored)):
@@ -138,12 +138,14 @@ def _check(
 def _correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return Pearson's r down the columns, ignoring NaN; NaN if too few or constant."""
     n = np.isfinite(x).sum(axis=0)
-    judged = (n >= MIN_CELLS) & _varies(x) & _varies(y)
+    evaluated = (n >= MIN_CELLS) & _varies(x) & _varies(y)
     r = np.full(x.shape[1], np.nan)
-    x, y, n = x[:, judged], y[:, judged], n[judged]
+    x, y, n = x[:, evaluated], y[:, evaluated], n[evaluated]
     x = np.nan_to_num(x - np.nansum(x, axis=0) / n)
     y = np.nan_to_num(y - np.nansum(y, axis=0) / n)
-    r[judged] = (x * y).sum(axis=0) / np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0))
+    r[evaluated] = (x * y).sum(axis=0) / np.sqrt(
+        (x**2).sum(axis=0) * (y**2).sum(axis=0)
+    )
     return r
 
 
@@ -159,6 +161,6 @@ def _ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return ranks
 
 
-def _judged(correlations: NDArray[np.float64]) -> NDArray[np.float64]:
+def _evaluated(correlations: NDArray[np.float64]) -> NDArray[np.float64]:
     finite = correlations[np.isfinite(correlations)]
     return finite if finite.size else np.array([np.nan])

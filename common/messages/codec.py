@@ -24,7 +24,7 @@ from fedgex.common.transport.records import to_arrays, to_record
 SHOWN = 300
 """Characters of an error's text that are kept: it may stand in every receipt."""
 
-RENAMED = {"pre_training_loss": keys.JUDGED_LOSS}
+RENAMED = {"pre_training_loss": keys.PRE_TRAINING_LOSS}
 """Keys of fields that have another name on the wire."""
 
 Record = ArrayRecord | ConfigRecord | MetricRecord

@@ -1,4 +1,4 @@
-"""The linear start: a mixture of factor models from the sites' pooled cross-products.
+"""The factor model: a mixture of factor models from the sites' pooled cross-products.
 
 In cancer type k, a patient's standardised expression is
 
@@ -36,15 +36,15 @@ TYPE_NOISE = 0.5
 """Of the noise, where components are told apart: restoring unseen patients wants more
 of it than telling types does. Chosen by cross-validation over training institutions."""
 
-SILENT, LOUD = 0.4, 0.8
-"""How far low expression must drop out for the network to add to the linear start. On
-validation institutions, 98 of 100 patients with cells missing at random or by panel
-are below .5 at all rates, and those with low expression missing above .7."""
+GATE_LOW, GATE_HIGH = 0.4, 0.8
+"""Gap between measured and restored genes, in SDs, at which the gate opens and is
+fully open. On validation institutions 98 of 100 patients with cells missing at random
+or by panel are below .5 at all rates, those with low expression missing above .7."""
 
 OWN_FROM = 12
-"""Patients of a type at which its variance along the factor of largest spread over
-genes is half its own, half that within all types; along a factor of a tenth of that
-spread ten times as many are needed. Chosen on validation institutions, as below."""
+"""Patients at which half of a type's variance along the factor of the largest loading
+scale is its own, half that within all types; a factor of a tenth of that scale needs
+ten times as many. Chosen on validation institutions, as are the next five."""
 NOISE_FACTOR = 2.0
 """The noise of unseen patients over that of those whom the factors were fitted to."""
 COMPLETIONS = 8
@@ -55,21 +55,21 @@ COMPLETED_NOISE = 1.4
 """The noise of completed sums over that of the patients that it was fitted to."""
 LEAST_VARIANCE = 1e-3
 """Of a factor within a type, as a share of its variance over all."""
-NO_SPREAD = 1e-9
-"""A factor beyond what the data tell has no loadings."""
+LEAST_LOADING_SCALE = 1e-9
+"""Least loading scale that divides; factors that the data do not support have 0."""
 NEVER = -1e6
 """Log share of a type of which nothing is known."""
 
 
 class Posterior(NamedTuple):
-    """What the linear start knows of a patient."""
+    """What the factor model knows of a patient."""
 
     factors: Tensor
     """Mean of the factors over the components, shape (B, R)."""
     log_weights: Tensor
     """Log responsibility of each component, shape (B, K)."""
 
-    spread: Tensor
+    loading_scale: Tensor
     """Spread of each factor over genes as a multiple of their mean, shape (R,)."""
 
     @property
@@ -84,10 +84,10 @@ class Posterior(NamedTuple):
 
         A ridge on what is made of them treats them as it would the genes.
         """
-        return self.factors * self.spread
+        return self.factors * self.loading_scale
 
 
-class LinearStart(nn.Module):
+class MixtureOfFactorAnalyzers(nn.Module):
     """What a mixture of factor models knows of a patient, one component a cancer type.
 
     In component k, x = mean_k + loadings z + noise, z ~ N(0, C_k), see above.
@@ -161,8 +161,10 @@ class LinearStart(nn.Module):
             weights = log_weights.exp()
             mean = (weights.unsqueeze(-1) * factors).sum(1)  # (B, R)
             size = self.loadings.square().sum(0)  # (R,)
-            spread = (size / size.mean().clamp(min=1e-12)).sqrt()
-            return Posterior(factors=mean, log_weights=log_weights, spread=spread)
+            loading_scale = (size / size.mean().clamp(min=1e-12)).sqrt()
+            return Posterior(
+                factors=mean, log_weights=log_weights, loading_scale=loading_scale
+            )
 
     def evidence(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
         """Return log responsibilities as if types were equally common, shape (B, K).
@@ -184,12 +186,12 @@ class LinearStart(nn.Module):
         return restored
 
     @torch.no_grad()
-    def say(self, known: Posterior, genes: Tensor, keep: Tensor | None) -> Tensor:
-        """Return how far missingness itself tells of the values, 0 to 1, shape (B,).
+    def mnar_gate(self, known: Posterior, genes: Tensor, keep: Tensor | None) -> Tensor:
+        """Return the gate on informative missingness, 0 to 1, shape (B,).
 
-        The start takes cells to be missing at random. Where those restored lie below
-        those measured, by `SILENT` SDs of the patient's restored genes or more, they
-        are not, and the network has the word; at `LOUD` SDs in full.
+        The factor model assumes cells missing at random. The gate opens as the mean
+        restored gene falls from `GATE_LOW` to `GATE_HIGH` SDs (of the patient's
+        restored genes) below the mean measured one.
         """
         V = self.loadings.shape[0]
         everything = torch.arange(V, device=genes.device).expand(len(genes), -1)
@@ -200,9 +202,9 @@ class LinearStart(nn.Module):
         high = (restored * measured).sum(1) / n_measured.clamp(min=1)
         low = (restored * ~measured).sum(1) / (V - n_measured).clamp(min=1)
         drop = (high - low) / restored.std(1).clamp(min=1e-6)
-        told = ((drop - SILENT) / (LOUD - SILENT)).clamp(0, 1)
+        gate = ((drop - GATE_LOW) / (GATE_HIGH - GATE_LOW)).clamp(0, 1)
         some = (n_measured > 0) & (n_measured < V)
-        return torch.where(some, told, 0.0)
+        return torch.where(some, gate, 0.0)
 
     def _log_det_precisions(self) -> Tensor:
         """Return half the log determinant of each C_k^-1, shape (K,)."""
@@ -286,14 +288,14 @@ def _completed(
     second = sums.products[np.ix_(o, o)] / np.maximum(pairs, 1)
     second = np.where(pairs > 0, second, np.outer(own, own))
     weighted = (W[o] / noise[o, None]).T  # (R, o)
-    spread = np.linalg.inv(weighted @ W[o] + precision)
-    B = W[~o] @ spread @ weighted
+    covariance = np.linalg.inv(weighted @ W[o] + precision)
+    B = W[~o] @ covariance @ weighted
     off = own - mean[o]
     moved = B @ off
     about = second - np.outer(own, mean[o]) - np.outer(mean[o], off)
     there = np.outer(mean[~o], own) + B @ (about + np.outer(off, mean[o]))
     both = np.outer(mean[~o], mean[~o] + moved) + np.outer(moved, mean[~o])
-    both += B @ about @ B.T + W[~o] @ spread @ W[~o].T + np.diag(noise[~o])
+    both += B @ about @ B.T + W[~o] @ covariance @ W[~o].T + np.diag(noise[~o])
     products = np.empty_like(sums.products)
     products[np.ix_(o, o)] = second
     products[np.ix_(~o, o)] = there
@@ -314,7 +316,7 @@ def fit(
     rank: int,
     n_steps: int = 30,
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the parameters of `LinearStart`, by name.
+    """Return the parameters of `MixtureOfFactorAnalyzers`, by name.
 
     Parameters
     ----------
@@ -349,8 +351,12 @@ def fit(
         every = sum(pairs.values())
         within = of_factors(sum(deviations.values()) / np.maximum(every, 1))
         counts = {name: pairs[name].max() for name in known}
-        spread = np.sqrt((loadings**2).sum(axis=0))  # (R,)
-        own_from = OWN_FROM * spread.max() / np.maximum(spread, NO_SPREAD)
+        loading_scale = np.sqrt((loadings**2).sum(axis=0))  # (R,)
+        own_from = (
+            OWN_FROM
+            * loading_scale.max()
+            / np.maximum(loading_scale, LEAST_LOADING_SCALE)
+        )
         for k, name in enumerate(types):
             if name not in known:
                 continue

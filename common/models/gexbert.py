@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader kn
 from torch import Tensor, nn
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.factor_model import LinearStart, Posterior
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers, Posterior
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +39,12 @@ class ModelConfig:
     n_heads: int
     """Attention heads, H; divides the width."""
     linear_rank: int = 0
-    """Factors of the linear start, R; 0 leaves it out."""
+    """Rank of the factor model, R; 0 leaves it out."""
     linear_components: int = 1
-    """Components of the linear start, K."""
+    """Components of the factor model, K."""
     network_where: Literal["everywhere", "dropout"] = "everywhere"
-    """Where the network adds to the linear start, see `LinearStart.say`."""
+    """Patients for whom the network's output is added to the factor model's, see
+    `MixtureOfFactorAnalyzers.mnar_gate`."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
@@ -195,8 +196,8 @@ class GeneTokens(nn.Module):
         return tokens
 
 
-LOUDNESS = 4.0
-"""Of the network's output where it seldom speaks: how fast it learns to."""
+GATED_OUTPUT_SCALE = 4.0
+"""Scale of the gated output; acts as a learning-rate multiplier."""
 
 
 class Encoder(nn.Module):
@@ -210,10 +211,10 @@ class Encoder(nn.Module):
         self.read = CrossBlock(D, H, 4)
         self.blocks = nn.ModuleList(SelfBlock(D, H, 4) for _ in range(config.n_blocks))
         self.norm = nn.LayerNorm(D)
-        self.linear: LinearStart | None = None
+        self.linear: MixtureOfFactorAnalyzers | None = None
         if config.linear_rank:
             R, K = config.linear_rank, config.linear_components
-            self.linear = LinearStart(config.n_genes, R, K)
+            self.linear = MixtureOfFactorAnalyzers(config.n_genes, R, K)
             self.summary = nn.Linear(R + K, D)
 
     def forward(
@@ -236,7 +237,7 @@ class Encoder(nn.Module):
         """Return one vector a patient, shape (B, D + R + K).
 
         Mean latent, factors, and evidence for the components; the latter two where
-        there is a linear start.
+        there is a factor model.
         """
         latents, known = self(genes, values, keep)
         embedding: Tensor = latents.mean(dim=1)
@@ -303,8 +304,8 @@ class GexBert(nn.Module):
         if linear is None:
             return restored
         if self.config.network_where == "dropout":
-            said = linear.say(known, genes, keep).unsqueeze(1)  # (B, 1)
-            restored = LOUDNESS * said * restored
+            gate = linear.mnar_gate(known, genes, keep).unsqueeze(1)  # (B, 1)
+            restored = GATED_OUTPUT_SCALE * gate * restored
         return linear.restore(known, asked) + restored
 
     def _initialise(self) -> None:
@@ -322,7 +323,7 @@ class GexBert(nn.Module):
             self.decoder.question,
         ):
             nn.init.normal_(table.weight)
-        # Over a linear start the network is silent at first.
+        # Over a factor model the network is silent at first.
         nn.init.normal_(
             self.decoder.weight.weight, std=0.0 if self.config.linear_rank else 0.02
         )
@@ -334,8 +335,8 @@ class GexBert(nn.Module):
 
 
 @contextmanager
-def differentiable_start(encoder: Encoder) -> Iterator[None]:
-    """Let gradients through the linear start, which training has no use for.
+def differentiable_factors(encoder: Encoder) -> Iterator[None]:
+    """Let gradients through the factor model, which training has no use for.
 
     Without it nobody would see how the values act through factors and components.
     """
@@ -343,7 +344,7 @@ def differentiable_start(encoder: Encoder) -> Iterator[None]:
     if linear is None:
         yield
         return
-    plain: Any = LinearStart.forward
+    plain: Any = MixtureOfFactorAnalyzers.forward
     linear.__dict__["forward"] = types.MethodType(plain.__wrapped__, linear)
     try:
         yield

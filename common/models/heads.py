@@ -18,7 +18,7 @@ class ClassificationHead(nn.Module):
 
     logits = linear(norm(latents, factors)) + known(evidence)
 
-    The second is there if the linear start has a component for each of some types. At
+    The second is there if the factor model has a component for each of some types. At
     first it says what these say (a generative classifier, which needs no training and
     few genes); the rest is silent, and learns what they miss.
     """

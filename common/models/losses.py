@@ -32,7 +32,7 @@ from fedgex.common.study import (
 )
 
 
-def take_part(study: Study, phase: str, patients: Patients) -> Patients:
+def eligible(study: Study, phase: str, patients: Patients) -> Patients:
     """Return the patients that a phase can learn from.
 
     All for pretraining; those of the named cancer types for fine-tuning; for survival

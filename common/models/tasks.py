@@ -1,4 +1,4 @@
-"""The model of each phase, its parameters' names, and which of them travel.
+"""The model of each phase, its parameters' names, and which are down- and uploaded.
 
     phase            model           names
     pretraining      GexBert         backbone.*
@@ -33,7 +33,7 @@ from fedgex.common.study import (
 
 BACKBONE = "backbone"
 FIXED = ".encoder.linear."
-"""In the names of what is computed once and never trained: the linear start."""
+"""In the names of what is computed once and never trained: the factor model."""
 Parameters = Mapping[str, NDArray[np.float32]]
 
 
@@ -104,43 +104,45 @@ def initial(study: Study, n_genes: int) -> dict[str, NDArray[np.float32]]:
 
     A fine-tuned encoder joins when its phase begins, see `begin`.
     """
-    whole = parameters({BACKBONE: new_backbone(study, n_genes)})
+    state_dict = parameters({BACKBONE: new_backbone(study, n_genes)})
     for phase, new in ((CLASSIFICATION, new_classifier), (SURVIVAL, new_survival)):
         if phase in study.phases:
-            whole |= parameters({f"{phase}.head": new(study, n_genes).head})
-    return whole
+            state_dict |= parameters({f"{phase}.head": new(study, n_genes).head})
+    return state_dict
 
 
 def begin(
-    study: Study, phase: str, whole: Parameters
+    study: Study, phase: str, state_dict: Parameters
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the whole model as a phase begins: a tuned encoder copies the backbone's.
+    """Return the model as a phase begins: a tuned encoder copies the backbone's.
 
     Parameters
     ----------
-    whole
+    state_dict
         Every parameter of the model so far, by name.
     """
     if not is_tuned(study, phase):
-        return dict(whole)
+        return dict(state_dict)
     own = f"{phase}.encoder."
-    if any(name.startswith(own) for name in whole):
-        return dict(whole)
-    return dict(whole) | _renamed(whole, f"{BACKBONE}.encoder.", own)
+    if any(name.startswith(own) for name in state_dict):
+        return dict(state_dict)
+    return dict(state_dict) | _renamed(state_dict, f"{BACKBONE}.encoder.", own)
 
 
-def sent(study: Study, phase: str, whole: Parameters) -> dict[str, NDArray[np.float32]]:
-    """Return what a site needs for a phase: what travels, and a frozen encoder."""
+def download_state(
+    study: Study, phase: str, state_dict: Parameters
+) -> dict[str, NDArray[np.float32]]:
+    """Return what a site downloads in a phase: its model, with a frozen encoder."""
     if phase == PRETRAINING:
-        return {k: v for k, v in whole.items() if k.startswith(f"{BACKBONE}.")}
-    own = {k: v for k, v in whole.items() if k.startswith(f"{phase}.")}
+        return {k: v for k, v in state_dict.items() if k.startswith(f"{BACKBONE}.")}
+    own = {k: v for k, v in state_dict.items() if k.startswith(f"{phase}.")}
     if any(name.startswith(f"{phase}.encoder.") for name in own):
         return own
-    return own | _renamed(whole, f"{BACKBONE}.encoder.", f"{phase}.encoder.")
+    return own | _renamed(state_dict, f"{BACKBONE}.encoder.", f"{phase}.encoder.")
 
 
-def travelling(study: Study, phase: str) -> tuple[str, ...]:
-    """Return the names of the modules whose parameters travel up in a phase."""
+def uploaded_modules(study: Study, phase: str) -> tuple[str, ...]:
+    """Return the names of the modules whose parameters are uploaded in a phase."""
     if phase == PRETRAINING:
         return (BACKBONE,)
     parts = ("encoder", "head") if is_tuned(study, phase) else ("head",)
@@ -156,11 +158,11 @@ def is_tuned(study: Study, phase: str) -> bool:
     return backbones.get(phase) == "tuned"
 
 
-def updated(
+def upload_state(
     study: Study, phase: str, arrays: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
-    """Return those of `arrays` that a site sends back, which are those trained."""
-    up = tuple(f"{name}." for name in travelling(study, phase))
+    """Return those of `arrays` that a site uploads, which are those trained."""
+    up = tuple(f"{name}." for name in uploaded_modules(study, phase))
     return {
         name: array
         for name, array in arrays.items()
@@ -168,10 +170,10 @@ def updated(
     }
 
 
-def linear_start(
+def mixture(
     study: Study, groups: Mapping[str, CrossProducts]
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the linear start's parameters; empty if the study leaves it out.
+    """Return the factor model's parameters; empty if the study leaves it out.
 
     Parameters
     ----------
@@ -184,34 +186,34 @@ def linear_start(
     return {f"{BACKBONE}{FIXED}{name}": array for name, array in found.items()}
 
 
-def load(study: Study, n_genes: int, phase: str, whole: Parameters) -> PhaseModel:
-    """Return a phase's model with the parameters of a whole one, on the CPU.
+def load(study: Study, n_genes: int, phase: str, state_dict: Parameters) -> PhaseModel:
+    """Return a phase's model with its part of the state dict, on the CPU.
 
     Raises
     ------
     UpdateError
         If a parameter of the phase is missing.
     """
-    return _loaded(study, phase, whole, build(study, n_genes, phase))
+    return _loaded(study, phase, state_dict, build(study, n_genes, phase))
 
 
-def load_backbone(study: Study, n_genes: int, whole: Parameters) -> GexBert:
+def load_backbone(study: Study, n_genes: int, state_dict: Parameters) -> GexBert:
     """Return the backbone, see `load`."""
-    return _loaded(study, PRETRAINING, whole, new_backbone(study, n_genes))
+    return _loaded(study, PRETRAINING, state_dict, new_backbone(study, n_genes))
 
 
-def load_classifier(study: Study, n_genes: int, whole: Parameters) -> Classifier:
+def load_classifier(study: Study, n_genes: int, state_dict: Parameters) -> Classifier:
     """Return the classifier, see `load`."""
-    return _loaded(study, CLASSIFICATION, whole, new_classifier(study, n_genes))
+    return _loaded(study, CLASSIFICATION, state_dict, new_classifier(study, n_genes))
 
 
-def load_survival(study: Study, n_genes: int, whole: Parameters) -> SurvivalModel:
+def load_survival(study: Study, n_genes: int, state_dict: Parameters) -> SurvivalModel:
     """Return the survival model, see `load`."""
-    return _loaded(study, SURVIVAL, whole, new_survival(study, n_genes))
+    return _loaded(study, SURVIVAL, state_dict, new_survival(study, n_genes))
 
 
-def _loaded(study: Study, phase: str, whole: Parameters, model: Built) -> Built:
-    load_parameters(named(phase, model), sent(study, phase, whole))
+def _loaded(study: Study, phase: str, state_dict: Parameters, model: Built) -> Built:
+    load_parameters(named(phase, model), download_state(study, phase, state_dict))
     return model
 
 
@@ -225,9 +227,11 @@ def _config(study: Study, n_genes: int) -> ModelConfig:
     )
 
 
-def _renamed(whole: Parameters, old: str, new: str) -> dict[str, NDArray[np.float32]]:
+def _renamed(
+    state_dict: Parameters, old: str, new: str
+) -> dict[str, NDArray[np.float32]]:
     return {
         new + name.removeprefix(old): array
-        for name, array in whole.items()
+        for name, array in state_dict.items()
         if name.startswith(old)
     }

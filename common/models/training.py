@@ -79,18 +79,18 @@ def fit(
     learning_rate
         Of this round, see `round_learning_rate`.
     proximal_mu
-        Weight of half the squared distance to the incoming parameters
+        Weight of half the squared distance to the global parameters
         (FedProx, Li et al. 2020, eq. 2).
     seed
         Of the batches, the hidden cells and the dropout.
     """
     trained = list(parameters)
-    incoming = [p.detach().clone() for p in trained] if proximal_mu else []
+    global_parameters = [p.detach().clone() for p in trained] if proximal_mu else []
     optimizer = new_optimizer(trained, training, learning_rate)
     rng = generator(seed, "batches")
 
     def pull() -> Tensor | float:
-        pairs = zip(trained, incoming, strict=False)
+        pairs = zip(trained, global_parameters, strict=False)
         return sum(proximal_mu / 2 * (p - start).square().sum() for p, start in pairs)
 
     total, terms = 0.0, 0
@@ -135,7 +135,7 @@ def fit_at_once(
 
 
 @torch.no_grad()
-def judge(loss: Loss, n_rows: int, batch_size: int, seed: int) -> float:
+def evaluate(loss: Loss, n_rows: int, batch_size: int, seed: int) -> float:
     """Return the mean loss of the present parameters over all patients."""
     rng = generator(derive(seed, "judge"), "batches")
     total, terms = 0.0, 0

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.restoration import restore
 
 VARIANCE_SHARE = 0.85
-"""Mean squared error of unseen patients over what the linear start predicts, whose
+"""Mean squared error of unseen patients over what the factor model predicts, whose
 noise and types are wider than the data's because that restores best. By
 cross-validation over training institutions it is .82 to .88 for .1 to .95 missing
 (decision 6)."""
 
 
 @torch.no_grad()
-def restore_with_spread(
+def restore_with_uncertainty(
     backbone: GexBert, values: Tensor, batch_size: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Restore missing cells, each with the standard deviation that it may be off by.
@@ -61,25 +61,25 @@ def restore_with_spread(
     Raises
     ------
     ConfigError
-        If the backbone has no linear start, from which the standard deviation comes.
+        If the backbone has no factor model, from which the standard deviation comes.
     """
     linear = backbone.encoder.linear
     if linear is None:
         raise ConfigError(
-            "the model has no linear start, so nothing tells how sure it is; expected "
+            "the model has no factor model, so nothing tells how sure it is; expected "
             "a study with linear_rank above 0."
         )
     backbone.eval()
-    means, spreads = [], []
+    means, sds = [], []
     for rows in values.split(batch_size):
         missing = rows.isnan()
         restored = restore(backbone, rows, ~missing, missing)
         means.append(torch.where(missing, restored, rows))
-        spreads.append(torch.where(missing, _variance(linear, rows).sqrt(), 0.0))
-    return torch.cat(means), torch.cat(spreads)
+        sds.append(torch.where(missing, _variance(linear, rows).sqrt(), 0.0))
+    return torch.cat(means), torch.cat(sds)
 
 
-def _variance(linear: LinearStart, values: Tensor) -> Tensor:
+def _variance(linear: MixtureOfFactorAnalyzers, values: Tensor) -> Tensor:
     """Return the variance of each gene given the measured ones, shape (B, V)."""
     w = linear.loadings  # (V, R)
     measured = ~values.isnan()

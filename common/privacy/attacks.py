@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedgex.common.data.dataset import Patients
 from fedgex.common.models import masking, predict
-from fedgex.common.models.gexbert import GexBert, differentiable_start
+from fedgex.common.models.gexbert import GexBert, differentiable_factors
 from fedgex.common.models.restoration import restoration_loss, restore
 from fedgex.common.models.tasks import Classifier
 from fedgex.common.privacy.audit_report import CONFIDENCE, Estimate, Roc
@@ -34,7 +34,7 @@ from fedgex.common.seeds import generator
 from fedgex.common.study import CLASSIFICATION
 
 NEEDED = {0.1: 10, 0.01: 100, 0.001: 10_000}
-"""False positive rates at which an attack is judged, and how many non-members each
+"""False positive rates at which an attack is evaluated, and how many non-members each
 takes: at 1 % one of them is a false positive, at 0.1 % ten."""
 MASK_RATES = (0.3, 0.5, 0.7) * 4
 """Shares of the genes that are hidden, one mask each, when a patient's loss is taken.
@@ -205,13 +205,12 @@ def likelihood_ratios(
     Carlini et al. (2022), Membership inference attacks from first principles, IEEE
     S&P, algorithm 1 and section IV-C.
     """
-    without, spread_out = _normal(shadows, ~inside)
+    without, sd_out = _normal(shadows, ~inside)
     if not inside.any(axis=0).all():
-        return (target - without) / spread_out
-    within, spread_in = _normal(shadows, inside)
+        return (target - without) / sd_out
+    within, sd_in = _normal(shadows, inside)
     ratios: Floats = np.asarray(
-        norm.logpdf(target, within, spread_in)
-        - norm.logpdf(target, without, spread_out),
+        norm.logpdf(target, within, sd_in) - norm.logpdf(target, without, sd_out),
         dtype=np.float64,
     )
     return ratios
@@ -355,7 +354,7 @@ def gradient(
         As in `restoration_loss`, shape (B, V).
     """
     trained = list(backbone.parameters())
-    with sdpa_kernel(SDPBackend.MATH), differentiable_start(backbone.encoder):
+    with sdpa_kernel(SDPBackend.MATH), differentiable_factors(backbone.encoder):
         loss, _ = restoration_loss(backbone, values, measured, hidden)
         parts = torch.autograd.grad(
             loss, trained, create_graph=values.requires_grad, allow_unused=True

@@ -85,24 +85,24 @@ class Membership(Settings):
     found: tuple[Found, ...]
 
     @classmethod
-    def of(cls, judged: Roc, training: Training, attack: Way, task: Task) -> Membership:
+    def of(cls, roc: Roc, training: Training, attack: Way, task: Task) -> Membership:
         """Return how an attack did."""
         return cls(
             training=training,
             attack=attack,
             task=task,
-            members=judged.members,
-            non_members=judged.non_members,
-            auc=Interval.of(judged.auc),
+            members=roc.members,
+            non_members=roc.non_members,
+            auc=Interval.of(roc.auc),
             found=tuple(
                 Found(
                     false_positive_rate=rate,
                     true_positive_rate=None if at is None else Interval.of(at),
                     note=""
                     if at is not None
-                    else f"not estimable, {judged.non_members} non-members",
+                    else f"not estimable, {roc.non_members} non-members",
                 )
-                for rate, at in judged.tpr.items()
+                for rate, at in roc.tpr.items()
             ),
         )
 

@@ -27,7 +27,7 @@ def _sentences(study: Study) -> Iterator[str]:
         yield "Secure aggregation: the server sees only the sum of the updates."
     if study.public.statistics:
         yield (
-            "Public statistics: means, standard deviations and the linear start come "
+            "Public statistics: means, standard deviations and the factor model come "
             "from the server's public cohort; no hospital sends its own."
         )
 

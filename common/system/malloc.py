@@ -30,7 +30,7 @@ MOST = 2**31 - 1
 def keep_freed() -> None:
     """Make this process's allocator reuse freed memory instead of returning it.
 
-    A training step allocates and frees the same large arrays (of a linear start, K R^2
+    A training step allocates and frees the same large arrays (of a factor model, K R^2
     numbers a patient), and by default glibc has the kernel map and clear each of them
     anew. Without glibc nothing changes.
     """

@@ -190,7 +190,7 @@ class _Run:
                 study=study,
                 vocabulary=last.vocabulary,
                 standardisation=last.standardisation,
-                model=to_record(tasks.sent(study, phase, begun)),
+                model=to_record(tasks.download_state(study, phase, begun)),
                 round=Round(phase=phase, number=number),
             ),
             group=f"{phase}-{number}",
@@ -198,7 +198,7 @@ class _Run:
             round=number,
         )
         train = self._plain if study.secure_aggregation is None else self._secure
-        incoming = federation.global_parameters(study, phase, begun)
+        incoming = federation.round_parameters(study, phase, begun)
         outcome, aggregate = train(sites, request, incoming)
         new = federation.next_model(last, begun, phase, number, aggregate)
         shutil.rmtree(self.spool, ignore_errors=True)

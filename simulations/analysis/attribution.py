@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedgex.common.data.dataset import Patients
 from fedgex.common.data.moments import MIN_SITES, GeneMoments
-from fedgex.common.models.gexbert import Encoder, GexBert, differentiable_start
+from fedgex.common.models.gexbert import Encoder, GexBert, differentiable_factors
 from fedgex.common.models.heads import ClassificationHead
 
 STEPS = 64
@@ -68,7 +68,7 @@ def integrated_gradients(
     """
     genes_found = torch.full_like(patients.values, torch.nan)
     change = torch.empty(len(patients))
-    with differentiable_start(encoder):
+    with differentiable_factors(encoder):
         for rows, genes in alike(patients.measured):
             values = patients.values[rows[:, None], genes]
             own = target[rows, None]
@@ -134,7 +134,7 @@ def restored_gradient(backbone: GexBert, patients: Patients, gene: int) -> Tenso
     given = patients.measured
     given[:, gene] = False
     found = torch.full_like(patients.values, torch.nan)
-    with differentiable_start(backbone.encoder):
+    with differentiable_factors(backbone.encoder):
         for rows, genes in alike(given):
             at = patients.values[rows[:, None], genes].requires_grad_()
             asked = torch.full((len(rows), 1), gene)
@@ -158,7 +158,7 @@ def squared_gradients(
     """
     wanted = asked.nonzero().T  # (1, Q)
     found = torch.full_like(patients.values, torch.nan)
-    with differentiable_start(backbone.encoder):
+    with differentiable_factors(backbone.encoder):
         for rows, genes in alike(patients.measured & ~asked):
             at = patients.values[rows[:, None], genes].requires_grad_()
             restored = backbone(genes, at, None, wanted.expand(len(rows), -1))

@@ -24,7 +24,7 @@ from fedgex.common.data.cohort import Cohort, read_parquet
 from fedgex.common.data.dataset import Patients
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
-from fedgex.common.models.losses import take_part
+from fedgex.common.models.losses import eligible
 from fedgex.common.models.tasks import Parameters
 from fedgex.common.study import PRETRAINING, Study
 
@@ -110,7 +110,7 @@ def first_norms(
     """Return the Euclidean norm of each site's first update of pretraining."""
     norms = {}
     for site, of_site in sorted(sites.items()):
-        patients = take_part(study, PRETRAINING, of_site)
+        patients = eligible(study, PRETRAINING, of_site)
         if len(patients) < study.minimum_cohort:
             continue
         with tempfile.TemporaryDirectory(prefix="fedgex-") as state:

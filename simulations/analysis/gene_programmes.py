@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedgex.common.data.dataset import Patients
 from fedgex.common.evaluation.survival import c_index_with_se
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.simulations.analysis import attribution
 from fedgex.simulations.analysis.cox_screen import CoxScore
 
@@ -40,7 +40,7 @@ class Programmes:
     """From the linear start's factors to the programmes, shape (R, P)."""
 
     @classmethod
-    def of(cls, linear: LinearStart) -> Programmes:
+    def of(cls, linear: MixtureOfFactorAnalyzers) -> Programmes:
         """Rotate the leading directions of the loadings to a simple structure.
 
         Each points where most of its weight, by third powers, is positive.
@@ -57,7 +57,7 @@ class Programmes:
         return cls(loadings=leading @ turn, from_factors=right[:P].T @ turn)
 
     @torch.no_grad()
-    def scores(self, linear: LinearStart, patients: Patients) -> Floats:
+    def scores(self, linear: MixtureOfFactorAnalyzers, patients: Patients) -> Floats:
         """Return each patient's scores, which stay local, shape (N, P)."""
         factors = torch.zeros(len(patients), linear.loadings.shape[1])
         for rows, genes in attribution.alike(patients.measured):
@@ -140,7 +140,7 @@ class Screened:
 
 
 def screen(
-    linear: LinearStart,
+    linear: MixtureOfFactorAnalyzers,
     sites: Mapping[str, Patients],
     unseen: Patients,
     minimum_cohort: int,
@@ -189,7 +189,10 @@ def screen(
 
 
 def _follow(
-    programmes: Programmes, linear: LinearStart, patients: Patients, site: str
+    programmes: Programmes,
+    linear: MixtureOfFactorAnalyzers,
+    patients: Patients,
+    site: str,
 ) -> Follow:
     return Follow(
         scores=programmes.scores(linear, patients),

@@ -28,7 +28,7 @@ from fedgex.common.evaluation.imputers import Imputer, NearestNeighbours, fit_mi
 from fedgex.common.evaluation.survival import kaplan_meier, logrank_p
 from fedgex.common.models import tasks
 from fedgex.common.models.checkpoint import Checkpoint
-from fedgex.common.models.losses import take_part
+from fedgex.common.models.losses import eligible
 from fedgex.common.models.tasks import Parameters
 from fedgex.common.study import (
     CLASSIFICATION,
@@ -163,7 +163,7 @@ def train(
         if study.linear_rank:
             least = study.minimum_cohort
             groups = federation.cross_products(study, patients, least)
-            first |= tasks.linear_start(study, groups)
+            first |= tasks.mixture(study, groups)
     else:
         first = dict(start)
     by_itself = study.model_copy(
@@ -308,7 +308,7 @@ def _mean_alone(
     able = [
         f"alone-{name}"
         for name, patients in finished.sites.items()
-        if take_part(study, SURVIVAL, patients).cancer_type.count(cohort)
+        if eligible(study, SURVIVAL, patients).cancer_type.count(cohort)
         >= study.minimum_cohort
     ]
     judged = [
@@ -381,7 +381,7 @@ def _curves(
 def _can_classify(finished: Federation, name: str) -> bool:
     """Whether a site has two cancer types to tell apart."""
     patients = finished.sites[name.removeprefix("alone-")]
-    return len(set(take_part(finished.study, CLASSIFICATION, patients).cancer_type)) > 1
+    return len(set(eligible(finished.study, CLASSIFICATION, patients).cancer_type)) > 1
 
 
 def _logistic(finished: Federation, seen: torch.Tensor) -> tuple[float, float]:

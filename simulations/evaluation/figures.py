@@ -364,5 +364,5 @@ def _scatter(axes: Axes, points: Points, colour: str = "blue", **look: Any) -> N
 def _runs(axes: Axes, runs: Runs, **look: Any) -> None:
     """Draw mean and SD over the runs."""
     mean = [float(np.mean(each)) for each in runs.values()]
-    spread = [sd(each) for each in runs.values()]
-    axes.errorbar([int(size) for size in runs], mean, spread, **look)
+    mean_sd = [sd(each) for each in runs.values()]
+    axes.errorbar([int(size) for size in runs], mean, mean_sd, **look)

@@ -22,7 +22,7 @@ from rich.console import Console
 from scipy.stats import false_discovery_control, norm, spearmanr
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.losses import take_part
+from fedgex.common.models.losses import eligible
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.simulations.analysis import gene_programmes, marker_genes
 from fedgex.simulations.analysis.gene_programmes import Screened
@@ -44,9 +44,9 @@ from fedgex.simulations.evaluation.protocol import Split
 from fedgex.simulations.evaluation.table import (
     markdown,
     mean_over,
+    mean_sd,
     nested,
     paired_p,
-    spread,
     tidy,
     where,
 )
@@ -166,10 +166,10 @@ def _screen(split: Split, model: Model) -> Screened:
     assert linear is not None
     study = split.study
     followed = {
-        name: take_part(study, SURVIVAL, model.patients(cohort))
+        name: eligible(study, SURVIVAL, model.patients(cohort))
         for name, cohort in sorted(split.sites.items())
     }
-    unseen = take_part(study, SURVIVAL, model.patients(split.unseen))
+    unseen = eligible(study, SURVIVAL, model.patients(split.unseen))
     found = gene_programmes.screen(linear, followed, unseen, study.minimum_cohort)
     if found is None:
         raise ConfigError(
@@ -215,7 +215,7 @@ def _genes_of_types(split: Split, sites: Sequence[Found]) -> Part:
     fields = {
         "top": TOP,
         "table": markdown("cancer type", table),
-        "gap": spread([100 * gap for gap in gaps], 1),
+        "gap": mean_sd([100 * gap for gap in gaps], 1),
         "shared": f"Two seeds share {np.mean(shared):.1f} of the {TOP} genes of a type "
         "by integrated gradients. "
         if shared
@@ -246,7 +246,7 @@ def _context_of(split: Split, best: Sequence[int], contexts: Sequence[Found]) ->
         drivers = np.argsort(-np.abs(np.nan_to_num(gradient[i])))[:DRIVERS]
         chosen += [g for g in drivers[:3] if g not in chosen]
         table[genes[gene]] = {
-            "r": spread(list(r[:, i])),
+            "r": mean_sd(list(r[:, i])),
             "driven by": ", ".join(
                 f"{genes[g]} {gradient[i, g]:+.2f}" for g in drivers
             ),
@@ -397,14 +397,14 @@ def _deletion(results: pd.DataFrame) -> Part:
         numbers[metric] = {NOTHING: nothing}
         table: dict[str, dict[str, str]] = {}
         for way, of_way in by_seed.items():
-            row = table[way] = {"0": spread(nothing)}
+            row = table[way] = {"0": mean_sd(nothing)}
             found = numbers[metric][way] = {}
             for size, of_seeds in of_way.items():
                 p = math.nan
                 if way != RANDOM:
                     p = paired_p(by_group[way][size], by_group[RANDOM][size])
                 found[size] = {"seeds": of_seeds, "p": p}
-                row[size] = spread(of_seeds)
+                row[size] = mean_sd(of_seeds)
                 row[size] += "" if math.isnan(p) else f" (p {p:.2g})"
         fields[metric] = markdown(f"{label}, genes deleted", table)
         drawn[label] = {way: {"0": nothing} | of for way, of in by_seed.items()}
@@ -430,7 +430,7 @@ def _markers(names: Sequence[str], sites: Sequence[Found]) -> Part:
         by_seed = [seed[at] for seed in seeds]
         table[f"{gene}, {cancer}"] = {
             "expression (SD)": f"{expression[at]:+.2f}",
-            GRADIENTS: spread(by_seed, 0),
+            GRADIENTS: mean_sd(by_seed, 0),
             ATTENTION: f"{extra[at]:.0f}",
             "source": source,
         }

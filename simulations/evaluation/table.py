@@ -65,12 +65,12 @@ def summary(
 ) -> dict[str, dict[str, str]]:
     """Return mean and SD over all keys but two, as text by row and column."""
     return {
-        name: {column: spread(some, digits) for column, some in cells.items()}
+        name: {column: mean_sd(some, digits) for column, some in cells.items()}
         for name, cells in nested(results, row, column).items()
     }
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def mean_sd(values: Sequence[float], digits: int = 3) -> str:
     """Return mean and SD, as `.429 ± .003`; of one value its mean, - of none."""
     known = [value for value in values if not math.isnan(value)]
     if not known:

@@ -81,7 +81,9 @@ def ask(site: Path, kind: str, **records: Any) -> RecordDict:
 def ask_to_train(site: Path) -> RecordDict:
     vocabulary = Vocabulary(GENES)
     first = tasks.initial(STUDY, len(GENES))
-    model = tasks.sent(STUDY, "pretraining", tasks.begin(STUDY, "pretraining", first))
+    model = tasks.download_state(
+        STUDY, "pretraining", tasks.begin(STUDY, "pretraining", first)
+    )
     return ask(
         site,
         keys.TRAIN,

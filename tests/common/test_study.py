@@ -352,7 +352,7 @@ def test_noise_on_the_mean_does_not_stand_beside_statistics_without_any():
 LINEAR: dict[str, Any] = {"cross_products": True, "linear_rank": 3}
 
 
-def test_a_linear_start_tells_apart_the_types_that_the_study_names_in_their_order():
+def test_a_factor_model_tells_apart_the_types_that_the_study_names_in_their_order():
     found = study(**LINEAR, linear_types=["KIRC", "BRCA"])
 
     assert found.linear_types == ("KIRC", "BRCA")
@@ -368,7 +368,7 @@ def test_a_linear_start_tells_apart_the_types_that_the_study_names_in_their_orde
         (LINEAR | {"linear_types": ["A", "others"]}, 'linear_types names "others"'),
     ],
 )
-def test_linear_types_are_distinct_types_of_a_linear_start(values, said):
+def test_linear_types_are_distinct_types_of_a_factor_model(values, said):
     assert said in refusal(**values)
 
 

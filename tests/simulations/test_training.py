@@ -65,7 +65,7 @@ def test_the_scale_is_that_of_all_patients_together() -> None:
     assert start.standardisation.sd == pytest.approx(rows.std(axis=0), rel=1e-5)
 
 
-def test_the_linear_start_has_the_pooled_mean_of_each_type_that_two_sites_tell() -> (
+def test_the_factor_model_has_the_pooled_mean_of_each_type_that_two_sites_tell() -> (
     None
 ):
     sites = {
@@ -119,7 +119,7 @@ def test_a_round_is_the_mean_of_the_sites_own_rounds(tmp_path: Path) -> None:
             "pretraining",
             1,
             rows,
-            tasks.sent(study(), "pretraining", start.parameters),
+            tasks.download_state(study(), "pretraining", start.parameters),
             site=name,
             floor=2,
             state_dir=tmp_path,

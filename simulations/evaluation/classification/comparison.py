@@ -54,9 +54,9 @@ from fedgex.simulations.evaluation.table import (
     Cells,
     markdown,
     mean_over,
+    mean_sd,
     nested,
     paired_p,
-    spread,
     where,
 )
 from fedgex.simulations.reporting import charts
@@ -301,8 +301,8 @@ def _fields(split: Split, task: Task, chosen: Chosen, scores: Scores) -> dict[st
 def _by_size(scores: Scores, runs: Runs, kind: str) -> str:
     """Return a row a method, a column a size, all genes last."""
     rows = {
-        LABELS[method]: {str(n): spread(of[kind][n]) for n in runs[POOLED][kind]}
-        | {"all genes": spread(of[ALL][scores.n_genes])}
+        LABELS[method]: {str(n): mean_sd(of[kind][n]) for n in runs[POOLED][kind]}
+        | {"all genes": mean_sd(of[ALL][scores.n_genes])}
         for method, of in runs.items()
     }
     return markdown("genes", rows)
@@ -327,7 +327,7 @@ def _by_kind(scores: Scores) -> Cells:
         for kind in (SELECTED, BY_F, RANDOM):
             of_kind = of_method.get(kind, {})
             rows[f"{LABELS[method]}, {kind}"] = {
-                str(size): spread(of_kind[size]) if size in of_kind else "-"
+                str(size): mean_sd(of_kind[size]) if size in of_kind else "-"
                 for size in of_method[SELECTED]
             }
     return rows

@@ -25,7 +25,7 @@ from fedgex.common.data.dataset import Patients
 from fedgex.common.data.moments import by_type, pool_types
 from fedgex.common.models import predict as predictions
 from fedgex.common.models import tasks
-from fedgex.common.models.losses import take_part
+from fedgex.common.models.losses import eligible
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION
 from fedgex.simulations.analysis import panel_selection
@@ -151,7 +151,7 @@ def _n_types(split: Split, arm: Arm) -> int:
         {
             name
             for cohort in arm.sites.values()
-            for name in take_part(
+            for name in eligible(
                 split.study, CLASSIFICATION, split.patients(cohort)
             ).cancer_type
         }

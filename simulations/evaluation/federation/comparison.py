@@ -37,7 +37,7 @@ from fedgex.simulations.evaluation.federation.scores import (
 )
 from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Split
-from fedgex.simulations.evaluation.table import markdown, mean_known, paired_p, spread
+from fedgex.simulations.evaluation.table import markdown, mean_known, mean_sd, paired_p
 from fedgex.simulations.reporting.schema import plain
 
 POOLED_WITHIN = 1.02
@@ -108,7 +108,7 @@ def _central(
     }
     of_local = bench.drawn[LOCAL_MEAN] = _mean_local(bench, local)
     rows = {
-        name: {m.name: spread([v[m.key] for v in values]) for m in MEASURES}
+        name: {m.name: mean_sd([v[m.key] for v in values]) for m in MEASURES}
         for name, values in [*by_seed.items(), (LOCAL_MEAN, [of_local])]
     }
     ratios, p_values, against = {}, {}, {}

@@ -37,7 +37,7 @@ from fedgex.simulations.evaluation.arms import (
     models,
 )
 from fedgex.simulations.evaluation.protocol import Split
-from fedgex.simulations.evaluation.table import Cells, markdown, mean_known, spread
+from fedgex.simulations.evaluation.table import Cells, markdown, mean_known, mean_sd
 
 Floats = NDArray[np.float32]
 Scores = Mapping[str, Floats]
@@ -358,7 +358,7 @@ def table(bench: Bench, found: Mapping[str, Values]) -> str:
     pooled = bench.drawn[POOLED]
     rows: Cells = {
         name: {
-            m.name: spread([values[m.key]])
+            m.name: mean_sd([values[m.key]])
             + (
                 f" (x {values[m.key] / pooled[m.key]:.3f})"
                 if m in ERRORS and name != POOLED

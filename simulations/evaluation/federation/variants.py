@@ -306,7 +306,7 @@ def _norm_ratio(bench: Bench, split: Split, site: str, kind: str) -> float:
         scale = split.standardisation
         begun = initial_state(study, split.genes, scale, split.sites)
         patients = {name: split.patients(c) for name, c in split.sites.items()}
-        incoming = tasks.sent(study, PRETRAINING, begun)
+        incoming = tasks.download_state(study, PRETRAINING, begun)
         return foreign_scale.first_norms(study, incoming, patients)
 
     name = f"norms-{kind}-{bench.study.hash[:12]}.json"

@@ -37,9 +37,9 @@ from fedgex.simulations.evaluation.table import (
     Cells,
     markdown,
     mean_over,
+    mean_sd,
     nested,
     paired_p,
-    spread,
     summary,
     where,
 )
@@ -229,7 +229,7 @@ def _comparison_rows(comparison: Mapping[str, Any]) -> Cells:
     for setting, found in comparison.items():
         row = rows[_named(setting)] = dict[str, str]()
         for other in found["ratio"]:
-            row[RATIOS[other]] = spread(found["ratio"][other])
+            row[RATIOS[other]] = mean_sd(found["ratio"][other])
             if other in found["p"]:
                 row[f"p, {LABELS[other].split()[0]}"] = _p(found["p"][other])
         best = LABELS[found["best_reference"]]
@@ -257,7 +257,7 @@ def _goal_rows(goals: Sequence[Mapping[str, Any]]) -> Cells:
 
 def _gene_rows(genes: Mapping[str, Mapping[str, Sequence[float]]]) -> Cells:
     return {
-        LABELS[method]: {name: spread(counts, 0) for name, counts in found.items()}
+        LABELS[method]: {name: mean_sd(counts, 0) for name, counts in found.items()}
         for method, found in genes.items()
     }
 
@@ -267,11 +267,11 @@ def _interval_rows(intervals: Mapping[str, Any]) -> Cells:
     for setting, found in intervals.items():
         held = np.array(found["held"])
         rows[_named(setting)] = {
-            f"{level:.0%}": spread(held[:, LEVELS.index(level)].tolist())
+            f"{level:.0%}": mean_sd(held[:, LEVELS.index(level)].tolist())
             for level in SHOWN_LEVELS
         } | {
-            "width of 95 %": spread(found["width"], 2),
-            "squared error over variance": spread(found["square"], 2),
+            "width of 95 %": mean_sd(found["width"], 2),
+            "squared error over variance": mean_sd(found["square"], 2),
         }
     return rows
 

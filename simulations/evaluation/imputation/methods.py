@@ -33,10 +33,10 @@ from fedgex.common.evaluation.imputers import (
     fit_mixture,
     ppca,
 )
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import select
 from fedgex.common.models.tasks import Parameters
-from fedgex.common.models.uncertainty import restore_with_spread
+from fedgex.common.models.uncertainty import restore_with_uncertainty
 from fedgex.common.study import Study
 from fedgex.server.evaluation import model_imputer
 from fedgex.simulations.evaluation import resumable
@@ -88,7 +88,7 @@ Found = Mapping[str, Any]
 class LinearImputer:
     """Imputer by the linear start of a backbone without its network."""
 
-    def __init__(self, linear: LinearStart, batch_size: int = 64) -> None:
+    def __init__(self, linear: MixtureOfFactorAnalyzers, batch_size: int = 64) -> None:
         self.linear = linear
         self.batch_size = batch_size
 
@@ -277,7 +277,7 @@ def _evaluate_uncertainty(material: _Material, job: _Job) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for setting, hidden in test_set.settings(job.seed):
         gone = torch.from_numpy(hidden)
-        mean, sd = restore_with_spread(
+        mean, sd = restore_with_uncertainty(
             ours.backbone, torch.where(gone, torch.nan, true)
         )
         found[setting] = coverage(true[gone], mean[gone], sd[gone])

@@ -25,7 +25,7 @@ from fedgex.common.evaluation.survival import (
     kaplan_meier,
     stratified_c_index,
 )
-from fedgex.common.models.losses import take_part
+from fedgex.common.models.losses import eligible
 from fedgex.common.study import SURVIVAL, Study
 from fedgex.simulations.analysis import cox_screen
 from fedgex.simulations.evaluation.arms import LOCAL
@@ -214,7 +214,7 @@ def _evaluate(split: Split, seed: int, console: Console) -> Scores:
     study, genes = split.study, split.genes.genes
     able = {}
     for site, cohort in split.sites.items():
-        rows = take_part(study, SURVIVAL, split.patients(cohort)).cancer_type
+        rows = eligible(study, SURVIVAL, split.patients(cohort)).cancer_type
         able[site] = frozenset(
             name
             for name in study.survival.cancer_types

@@ -28,7 +28,7 @@ from fedgex.common.evaluation.imputers import GaussianImputer, Imputer, MeanImpu
 from fedgex.common.evaluation.survival import kaplan_meier
 from fedgex.common.models import masking, tasks
 from fedgex.common.models import predict as predicting
-from fedgex.common.models.losses import take_part
+from fedgex.common.models.losses import eligible
 from fedgex.common.models.survival import breslow, predict_survival
 from fedgex.common.seeds import derive, generator
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
@@ -194,7 +194,7 @@ def screen(split: Split) -> dict[str, CoxScore]:
     that fewer patients have.
     """
     study, found = split.study, {}
-    able = [take_part(study, SURVIVAL, split.patients(c)) for c in _cohorts(split)]
+    able = [eligible(study, SURVIVAL, split.patients(c)) for c in _cohorts(split)]
     for name in study.survival.cancer_types:
         rows = [_of_type(patients, name) for patients in able]
         scores = [
@@ -234,7 +234,7 @@ def of_references(
         for name, patients in unseen_sets.items()
         for method, imputer in imputers.items()
     }
-    pooled = take_part(study, SURVIVAL, split.pooled)
+    pooled = eligible(study, SURVIVAL, split.pooled)
     ends = np.asarray(study.survival.interval_ends)
     found: Predictions = {}
     for name in study.survival.cancer_types:

@@ -32,7 +32,7 @@ from fedgex.simulations.evaluation.survival.predictions import (
     TYPE_ALONE,
     WITH_CLINICAL,
 )
-from fedgex.simulations.evaluation.table import markdown, mean_known, paired_p, spread
+from fedgex.simulations.evaluation.table import markdown, mean_known, mean_sd, paired_p
 from fedgex.simulations.reporting.schema import plain
 
 MIN_EVENTS = 10
@@ -173,7 +173,7 @@ def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> R
     }
     overall = {
         method: {
-            text: spread([each.overall[method][key] for each in splits])
+            text: mean_sd([each.overall[method][key] for each in splits])
             for key, text in MEASURES.items()
         }
         for method in OVERALL
@@ -312,13 +312,13 @@ def _partly(splits: Sequence[Scores], scheme: str) -> Rows:
     rows = {}
     for method in _present(splits, PARTLY, f"{scheme}/"):
         key = f"{scheme}/{method}"
-        rows[method] = {"C-index": spread(_means(splits, key))}
+        rows[method] = {"C-index": mean_sd(_means(splits, key))}
         if method != GAUSSIAN:
             against = difference(splits, key, f"{scheme}/{GAUSSIAN}")
             rows[method]["against Gaussian-imputed"] = str(against)
     for method in _present(splits, (OURS, COX_RIDGE)):
         rows[f"{method}, everything measured"] = {
-            "C-index": spread(_means(splits, method))
+            "C-index": mean_sd(_means(splits, method))
         }
     return rows
 
@@ -362,11 +362,11 @@ def _by_cancer(
     """Return a method's cells: each cancer, and their mean."""
     cells = {}
     for name in types:
-        text = spread(
+        text = mean_sd(
             [each.c_index.get(key, {}).get(name, math.nan) for each in splits]
         )
         cells[name] = NOT_ESTIMABLE if text == "-" else text
-    return cells | {"mean": spread(_means(splits, key))}
+    return cells | {"mean": mean_sd(_means(splits, key))}
 
 
 def _means(splits: Sequence[Scores], key: str) -> list[float]:

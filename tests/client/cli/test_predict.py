@@ -13,7 +13,7 @@ import torch
 from fedgex.client.prediction import inference
 from fedgex.common.data.scales import Scale
 from fedgex.common.models import tasks
-from fedgex.common.models.uncertainty import restore_with_spread
+from fedgex.common.models.uncertainty import restore_with_uncertainty
 
 from .predicting import (
     GENES,
@@ -265,7 +265,7 @@ def test_each_restored_value_has_a_spread_and_no_other(tmp_path: Path) -> None:
     assert ((out == "").to_numpy() == given.notna().to_numpy()).all()
     standardised = torch.tensor((given.to_numpy() - 4.0) / 1.5, dtype=torch.float32)
     backbone = tasks.load_backbone(trained.study, 6, trained.parameters)
-    _, sd = restore_with_spread(backbone, standardised)
+    _, sd = restore_with_uncertainty(backbone, standardised)
     for gene in ("DDD4", "EEE5"):
         expected = 1.5 * sd[:, GENES.index(gene)].numpy()
         assert out[gene].astype(float).to_numpy() == pytest.approx(expected, rel=1e-4)
@@ -477,6 +477,6 @@ def test_the_spread_of_counts_is_on_the_studys_scale(tmp_path: Path) -> None:
 
     assert result.exit_code == 0, result.output
     out = table(tmp_path / "out.csv").replace("", "nan").astype(float)
-    truth = inference.spread(trained, per_million, scale=Scale.LINEAR)
+    truth = inference.uncertainty(trained, per_million, scale=Scale.LINEAR)
     assert out.to_numpy()[:2] == pytest.approx(truth.to_numpy(), rel=1e-4, nan_ok=True)
     assert out.loc["S3"].isna().all()

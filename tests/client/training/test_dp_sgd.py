@@ -24,7 +24,7 @@ from fedgex.client.training.dp_sgd import (
 )
 from fedgex.common.data.dataset import Patients
 from fedgex.common.models import survival
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import Encoder, GexBert, ModelConfig
 from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.models.restoration import embed, restore
@@ -119,7 +119,7 @@ def built(task: str, of: Patients | None = None) -> nn.Module:
                 backbone=backbone,
             )
             made = SurvivalLoss(encoder, head, of, rule)
-    for start in (m for m in made.modules() if isinstance(m, LinearStart)):
+    for start in (m for m in made.modules() if isinstance(m, MixtureOfFactorAnalyzers)):
         nn.init.normal_(start.loadings)
         nn.init.normal_(start.means)
     if phase == "survival" and backbone == "frozen":
@@ -323,7 +323,7 @@ def test_two_rounds_from_the_same_model_differ_and_leave_torchs_generator_alone(
     assert not torch.equal(*changes)
 
 
-def test_a_frozen_encoder_and_the_linear_start_stay_as_they_were():
+def test_a_frozen_encoder_and_the_factor_model_stay_as_they_were():
     for task in ("restoration", "classification frozen"):
         loss = built(task)
         before = copy.deepcopy(loss.state_dict())

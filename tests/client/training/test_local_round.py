@@ -13,9 +13,9 @@ from fedgex.client.training.local_round import RoundResult, train_round
 from fedgex.common.data.dataset import Patients
 from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.models import tasks
-from fedgex.common.models.losses import phase_loss, take_part, trained_parameters
+from fedgex.common.models.losses import eligible, phase_loss, trained_parameters
 from fedgex.common.models.parameters import parameters
-from fedgex.common.models.training import fit, judge
+from fedgex.common.models.training import evaluate, fit
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 
@@ -53,7 +53,7 @@ def patients() -> Patients:
 
 def sent(a_study: Study, phase: str) -> tasks.Parameters:
     whole = tasks.begin(a_study, phase, tasks.initial(a_study, V))
-    return tasks.sent(a_study, phase, whole)
+    return tasks.download_state(a_study, phase, whole)
 
 
 def trained(
@@ -83,8 +83,8 @@ def same(a: tasks.Parameters, b: tasks.Parameters) -> bool:
         (SURVIVAL, [0, 1, 7]),
     ],
 )
-def test_patients_take_part_by_cancer_type_and_known_follow_up(phase, rows):
-    taken = take_part(study(), phase, patients())
+def test_patients_are_eligible_by_cancer_type_and_known_follow_up(phase, rows):
+    taken = eligible(study(), phase, patients())
 
     assert torch.equal(taken.values, patients().values[rows])
     assert taken.cancer_type == tuple(patients().cancer_type[i] for i in rows)
@@ -132,7 +132,7 @@ def test_a_frozen_encoder_stays_bit_equal_and_a_tuned_one_moves(phase, backbone)
     a_study = study(backbone)
     model = tasks.build(a_study, V, phase)
     before = copy.deepcopy(parameters(tasks.named(phase, model)))
-    fitting = take_part(a_study, phase, patients())
+    fitting = eligible(a_study, phase, patients())
 
     fit(
         trained_parameters(a_study, phase, model),
@@ -161,7 +161,7 @@ def test_a_round_repeats_itself_bit_by_bit(tmp_path, phase):
 
     assert same(first.update, again.update)
     assert first.report == again.report
-    assert first.judged_loss == again.judged_loss
+    assert first.pre_training_loss == again.pre_training_loss
 
 
 def test_sites_and_rounds_draw_differently(tmp_path):
@@ -183,14 +183,14 @@ def test_sites_and_rounds_draw_differently(tmp_path):
     assert not same(first, update("h1", 2))
 
 
-def test_the_incoming_model_is_judged_before_training(tmp_path):
+def test_the_global_parameters_are_evaluated_before_training(tmp_path):
     result = trained(study(), SURVIVAL, tmp_path)
 
     whole = tasks.begin(study(), SURVIVAL, tasks.initial(study(), V))
     model = tasks.load(study(), V, SURVIVAL, whole)
-    loss = phase_loss(study(), model, take_part(study(), SURVIVAL, patients()))
-    expected = judge(loss, 3, 32, derive(study().seed, "h1", SURVIVAL, 1))
-    assert result.judged_loss == pytest.approx(expected)
+    loss = phase_loss(study(), model, eligible(study(), SURVIVAL, patients()))
+    expected = evaluate(loss, 3, 32, derive(study().seed, "h1", SURVIVAL, 1))
+    assert result.pre_training_loss == pytest.approx(expected)
 
 
 def test_what_came_in_is_not_changed(tmp_path):

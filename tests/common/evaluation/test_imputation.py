@@ -49,7 +49,7 @@ def test_a_gene_with_two_hidden_cells_or_constant_values_has_no_correlation():
 
     np.testing.assert_allclose(score.gene_pearson, [np.nan, np.nan, np.nan, 1.0])
     np.testing.assert_allclose(score.gene_spearman, [np.nan, np.nan, np.nan, 1.0])
-    assert score.n_genes_judged == 1
+    assert score.n_genes_evaluated == 1
 
 
 def test_genes_are_counted_by_their_pearson_correlation():
@@ -60,7 +60,7 @@ def test_genes_are_counted_by_their_pearson_correlation():
 
     score = restoration(true, restored, np.ones(true.shape, dtype=bool))
 
-    assert score.n_genes_judged == 3
+    assert score.n_genes_evaluated == 3
     assert score.n_genes_r_above_0 == 2
     assert score.n_genes_r_above_half == 1
     assert score.median_pearson == pytest.approx(0.4472136)
@@ -100,7 +100,7 @@ def test_without_a_judged_gene_the_correlations_are_nan_not_zero():
 
     assert np.isnan([score.median_pearson, score.median_spearman]).all()
     assert np.isnan(score.as_dict()["pearson"])
-    assert score.n_genes_judged == 0
+    assert score.n_genes_evaluated == 0
     assert score.mse == pytest.approx(np.mean(true**2))
 
 

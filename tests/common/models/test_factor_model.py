@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal
 
 from fedgex.common.data.moments import OTHERS, CrossProducts, pool_types
 from fedgex.common.models import factor_model
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 
 V, R = 24, 2
 TYPES = ("a", "b", "c")
@@ -61,9 +61,9 @@ def centre() -> Array:
     return sum(share * n * truth()[1][name] for name, n in SIZES.items())
 
 
-def module(found: dict[str, NDArray[np.float32]]) -> LinearStart:
+def module(found: dict[str, NDArray[np.float32]]) -> MixtureOfFactorAnalyzers:
     n_components, n_genes = found["means"].shape
-    made = LinearStart(n_genes, found["loadings"].shape[1], n_components)
+    made = MixtureOfFactorAnalyzers(n_genes, found["loadings"].shape[1], n_components)
     made.load_state_dict({k: torch.from_numpy(a) for k, a in found.items()})
     return made
 

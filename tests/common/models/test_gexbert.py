@@ -14,7 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedgex.common.arrays import PER_GENE
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.factor_model import NEVER, TYPE_NOISE, LinearStart
+from fedgex.common.models.factor_model import (
+    NEVER,
+    TYPE_NOISE,
+    MixtureOfFactorAnalyzers,
+)
 from fedgex.common.models.gexbert import (
     PRESETS,
     Attention,
@@ -232,12 +236,12 @@ def test_a_patients_vector_is_the_mean_of_the_latents():
 
 
 R = 3
-"""Factors of the linear starts below."""
+"""Rank of the factor models below."""
 
 
-def linear_start(n_components: int = 4) -> LinearStart:
+def mixture(n_components: int = 4) -> MixtureOfFactorAnalyzers:
     """Return a mixture drawn at random, every gene under a noise of its own."""
-    start = LinearStart(V, R, n_components)
+    start = MixtureOfFactorAnalyzers(V, R, n_components)
     rng = torch.Generator().manual_seed(5)
     start.loadings.copy_(torch.randn(V, R, generator=rng))
     start.noise.copy_(torch.rand(V, generator=rng) + 0.1)
@@ -250,7 +254,7 @@ def linear_start(n_components: int = 4) -> LinearStart:
 
 
 def of_the_mixture(
-    start: LinearStart, genes: Tensor, values: Tensor, asked: Tensor
+    start: MixtureOfFactorAnalyzers, genes: Tensor, values: Tensor, asked: Tensor
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return what a patient's genes tell of those asked for, factors and component.
 
@@ -278,11 +282,11 @@ def of_the_mixture(
 
 @pytest.mark.parametrize("n_components", [1, 4])
 @pytest.mark.parametrize("n_given", [2, 6, 17])
-def test_the_linear_start_restores_the_conditional_mean_of_a_mixture_of_normals(
+def test_the_factor_model_restores_the_conditional_mean_of_a_mixture_of_normals(
     n_given, n_components
 ):
     genes, values, asked = drawn(5, n_given, 6)
-    start = linear_start(n_components)
+    start = mixture(n_components)
 
     known = start(genes, values, None)
     restored = start.restore(known, asked)
@@ -299,9 +303,9 @@ def test_the_linear_start_restores_the_conditional_mean_of_a_mixture_of_normals(
         assert known.log_weights.exp().max() < 0.95
 
 
-def test_of_a_patient_without_genes_the_linear_start_knows_the_shares_alone():
+def test_of_a_patient_without_genes_the_factor_model_knows_the_shares_alone():
     genes, values, asked = drawn(1, 4, 6)
-    start = linear_start()
+    start = mixture()
 
     known = start(genes, values, torch.zeros(1, 4, dtype=torch.bool))
 
@@ -314,7 +318,7 @@ def test_of_a_patient_without_genes_the_linear_start_knows_the_shares_alone():
 
 def test_a_component_of_which_nothing_is_known_has_no_weight():
     genes, values, asked = drawn(3, 11, 6)
-    start, without = linear_start(4), linear_start(4)
+    start, without = mixture(4), mixture(4)
     start.log_shares[1] = NEVER
     start.means[1], start.precisions[1] = 0, torch.eye(R)
     values[0] = 0  # the very mean of that component
@@ -333,7 +337,7 @@ def test_a_component_of_which_nothing_is_known_has_no_weight():
 
 def test_the_evidence_for_a_component_does_not_depend_on_how_common_it_is():
     genes, values, _ = drawn(3, 11, 6)
-    start, others = linear_start(4), linear_start(4)
+    start, others = mixture(4), mixture(4)
     others.log_shares.copy_(torch.tensor([0.7, 0.1, 0.1, 0.1]).log())
 
     found = start.evidence(genes, values, None)
@@ -347,17 +351,17 @@ def test_the_evidence_for_a_component_does_not_depend_on_how_common_it_is():
 
 def test_there_is_no_evidence_for_a_component_of_which_nothing_is_known():
     genes, values, _ = drawn(3, 11, 6)
-    start = linear_start(4)
+    start = mixture(4)
     start.log_shares[1] = NEVER
     start.means[1], start.precisions[1] = 0, torch.eye(R)
 
     assert (start.evidence(genes, values, None)[:, 1] == -20).all()
 
 
-def test_padding_changes_nothing_in_the_linear_start():
+def test_padding_changes_nothing_in_the_factor_model():
     genes, values, _ = drawn(2, 11, 6)
     keep = torch.arange(11) < torch.tensor([[7], [3]])
-    start = linear_start()
+    start = mixture()
 
     padded = start(genes, values.masked_fill(~keep, 1e3), keep)
 
@@ -372,7 +376,7 @@ def test_patients_of_one_panel_are_known_together_as_by_themselves(padded):
     genes, values, _ = drawn(5, 11, 6)
     genes = genes[:1].expand(5, -1)
     keep = (torch.arange(11) < 7).expand(5, -1) if padded else None
-    start = linear_start()
+    start = mixture()
 
     together = start(genes, values, keep)
 
@@ -386,8 +390,8 @@ def test_patients_of_one_panel_are_known_together_as_by_themselves(padded):
             torch.testing.assert_close(found[i], expected[1])
 
 
-def test_the_linear_start_tells_components_apart_on_many_genes_in_float32():
-    start, n_genes = LinearStart(5000, R, 2), 5000
+def test_the_factor_model_tells_components_apart_on_many_genes_in_float32():
+    start, n_genes = MixtureOfFactorAnalyzers(5000, R, 2), 5000
     rng = torch.Generator().manual_seed(0)
     start.loadings.copy_(torch.randn(n_genes, R, generator=rng))
     start.noise.fill_(0.1)
@@ -407,7 +411,7 @@ def test_the_linear_start_tells_components_apart_on_many_genes_in_float32():
     assert 0.001 < found.exp()[0] < 0.999
 
 
-def test_the_linear_start_stands_beside_the_network_and_is_never_trained():
+def test_the_factor_model_stands_beside_the_network_and_is_never_trained():
     torch.manual_seed(0)
     config = ModelConfig(
         n_genes=V,
@@ -419,7 +423,7 @@ def test_the_linear_start_stands_beside_the_network_and_is_never_trained():
         linear_components=4,
     )
     model = GexBert(config)
-    model.encoder.linear = linear_start()
+    model.encoder.linear = mixture()
     genes, values, asked = drawn(2, 11, 6)
 
     at_first = model(genes, values, None, asked)
@@ -433,11 +437,13 @@ def test_the_linear_start_stands_beside_the_network_and_is_never_trained():
     vectors = model.encoder.embed(genes, values, None)
     known = linear(genes, values, None)
     assert vectors.shape == (2, 8 + R + 4)
-    torch.testing.assert_close(vectors[:, 8 : 8 + R], known.factors * known.spread)
+    torch.testing.assert_close(
+        vectors[:, 8 : 8 + R], known.factors * known.loading_scale
+    )
     evidence = linear.evidence(genes, values, None)
     torch.testing.assert_close(vectors[:, 8 + R :], evidence)
     size = linear.loadings.norm(dim=0)
-    torch.testing.assert_close(known.spread, size / size.square().mean().sqrt())
+    torch.testing.assert_close(known.loading_scale, size / size.square().mean().sqrt())
     assert not [n for n, _ in model.named_parameters() if "linear." in n]
 
 
@@ -458,7 +464,7 @@ def test_the_classification_head_gives_a_logit_for_each_class():
     assert ClassificationHead(STARTED, 5)(torch.randn(2, 13)).shape == (2, 5)
 
 
-def test_a_new_classification_head_says_what_the_linear_start_says():
+def test_a_new_classification_head_says_what_the_factor_model_says():
     head = ClassificationHead(STARTED, 3)
     head.start_from(("LUAD", "BRCA"), ("BRCA", "KIRC", "LUAD"))
     embedding = torch.randn(4, 13)
@@ -521,9 +527,9 @@ def test_parameters_are_counted_by_hand():
     assert n_parameters(torch.nn.Linear(3, 2)) == 3 * 2 + 2
 
 
-def strong_start(n_genes: int) -> LinearStart:
+def strong_start(n_genes: int) -> MixtureOfFactorAnalyzers:
     """Return one factor that half of the genes follow and half oppose."""
-    start = LinearStart(n_genes, 1, 1)
+    start = MixtureOfFactorAnalyzers(n_genes, 1, 1)
     sign = torch.ones(n_genes, 1)
     sign[::2] = -1
     start.loadings.copy_(sign)
@@ -531,34 +537,36 @@ def strong_start(n_genes: int) -> LinearStart:
     return start
 
 
-def said_of(start: LinearStart, measured: Tensor, values: Tensor) -> Tensor:
+def gate_of(
+    start: MixtureOfFactorAnalyzers, measured: Tensor, values: Tensor
+) -> Tensor:
     genes, keep = select(measured)
     given = values.gather(1, genes)
-    return start.say(start(genes, given, keep), genes, keep)
+    return start.mnar_gate(start(genes, given, keep), genes, keep)
 
 
-def test_missingness_says_nothing_if_genes_are_missing_whatever_their_value():
+def test_the_gate_is_closed_if_genes_are_missing_whatever_their_value():
     start, values = strong_start(200), torch.ones(1, 200)
     values[:, ::2] = -1  # the factor is 1
     at_random = torch.ones(1, 200, dtype=torch.bool)
     at_random[:, :50] = False
 
-    assert said_of(start, at_random, values).item() == 0
+    assert gate_of(start, at_random, values).item() == 0
     everything = torch.ones(1, 200, dtype=torch.bool)
-    assert said_of(start, everything, values).item() == 0
-    assert said_of(start, ~everything, values).item() == 0
+    assert gate_of(start, everything, values).item() == 0
+    assert gate_of(start, ~everything, values).item() == 0
 
 
-def test_missingness_speaks_if_the_low_genes_are_missing_and_not_if_the_high_are():
+def test_the_gate_is_open_if_the_low_genes_are_missing_and_not_if_the_high_are():
     start, values = strong_start(200), torch.ones(1, 200)
     values[:, ::2] = -1
     low_are_gone, high_are_gone = values > 0, values < 0
 
-    assert said_of(start, low_are_gone, values).item() == 1
-    assert said_of(start, high_are_gone, values).item() == 0
+    assert gate_of(start, low_are_gone, values).item() == 1
+    assert gate_of(start, high_are_gone, values).item() == 0
 
 
-def test_the_network_is_silent_where_it_was_told_to_speak_under_dropout_alone():
+def test_under_dropout_the_network_adds_only_where_the_gate_is_open():
     torch.manual_seed(0)
     config = ModelConfig(
         n_genes=200,

@@ -13,7 +13,7 @@ from fedgex.common.models.gexbert import Encoder
 from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.models.losses import classification_loss, survival_loss
 from fedgex.common.models.restoration import embed
-from fedgex.common.models.training import fit, judge
+from fedgex.common.models.training import evaluate, fit
 from fedgex.common.study import (
     Classification,
     Survival,
@@ -127,12 +127,12 @@ def test_training_lowers_the_loss_of_the_patients_trained_on():
     )
     encoder, head = built(Encoder), SurvivalHead(CONFIG, 2, 5)
     loss = survival_loss(encoder, head, patients(), phase)
-    before = judge(loss, N, 32, seed=0)
+    before = evaluate(loss, N, 32, seed=0)
 
     trained = [*encoder.parameters(), *head.parameters()]
     fit(trained, loss, N, phase, learning_rate=0.01, seed=0)
 
-    assert judge(loss, N, 32, seed=0) < before / 2
+    assert evaluate(loss, N, 32, seed=0) < before / 2
 
 
 def by_hand(logits: Tensor) -> float:

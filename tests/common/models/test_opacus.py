@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedgex.common.models import survival
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import Encoder, GexBert, ModelConfig
 from fedgex.common.models.heads import ClassificationHead, SurvivalHead
 from fedgex.common.models.restoration import embed, restoration_loss
@@ -99,7 +99,9 @@ def built(task: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     kind, second = TASKS[task]
     module = kind()
-    for start in (m for m in module.modules() if isinstance(m, LinearStart)):
+    for start in (
+        m for m in module.modules() if isinstance(m, MixtureOfFactorAnalyzers)
+    ):
         nn.init.normal_(start.loadings)
         nn.init.normal_(start.means)
     return module, second

@@ -92,13 +92,13 @@ def test_building_leaves_the_global_generator_as_it_was():
 @pytest.mark.parametrize("phase", FINE_TUNING)
 @pytest.mark.parametrize(("backbone", "parts"), PARTS.items())
 def test_what_travels_follows_the_backbone(phase, backbone, parts):
-    names = tasks.travelling(study(backbone), phase)
+    names = tasks.uploaded_modules(study(backbone), phase)
 
     assert names == tuple(f"{phase}.{part}" for part in parts)
 
 
 def test_the_backbone_travels_in_pretraining():
-    assert tasks.travelling(study(), PRETRAINING) == ("backbone",)
+    assert tasks.uploaded_modules(study(), PRETRAINING) == ("backbone",)
 
 
 def test_a_new_model_holds_the_backbone_and_the_heads():
@@ -145,7 +145,7 @@ def test_pretraining_and_a_frozen_backbone_begin_with_the_model_as_it_is():
 def test_a_site_is_sent_the_backbone_alone_for_pretraining():
     whole = tasks.initial(study(), V)
 
-    sent = tasks.sent(study(), PRETRAINING, whole)
+    sent = tasks.download_state(study(), PRETRAINING, whole)
 
     assert same(under("backbone.", sent), under("backbone.", whole))
     assert len(sent) == len(under("backbone.", whole))
@@ -160,7 +160,7 @@ def test_a_site_is_sent_its_encoder_and_head_and_nothing_else(phase, backbone):
         for name, array in tasks.begin(study(backbone), phase, start).items()
     }
 
-    sent = tasks.sent(study(backbone), phase, whole)
+    sent = tasks.download_state(study(backbone), phase, whole)
 
     expected = {
         f"{phase}.encoder.{name}": array + (backbone == "tuned")
@@ -202,12 +202,12 @@ def products(covariance: np.ndarray, n: int) -> CrossProducts:
     )
 
 
-def test_the_linear_start_explains_the_pooled_covariance():
+def test_the_factor_model_explains_the_pooled_covariance():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(V, 2)) / 3
     covariance = w @ w.T + np.diag(1 - (w**2).sum(1))
 
-    found = tasks.linear_start(with_factors(), {OTHERS: products(covariance, 500)})
+    found = tasks.mixture(with_factors(), {OTHERS: products(covariance, 500)})
 
     loadings = found["backbone.encoder.linear.loadings"]
     noise = found["backbone.encoder.linear.noise"] / NOISE_FACTOR
@@ -217,11 +217,11 @@ def test_the_linear_start_explains_the_pooled_covariance():
 
 
 @pytest.mark.parametrize("types", [(), ("BRCA", "KIRC", "LUAD")])
-def test_the_linear_start_is_the_part_of_a_new_model_that_is_not_drawn(types):
+def test_the_factor_model_is_the_part_of_a_new_model_that_is_not_drawn(types):
     told = with_factors(*types)
     groups = {OTHERS: products(np.eye(V), 500), "KIRC": products(np.eye(V), 100)}
 
-    found = tasks.linear_start(told, groups)
+    found = tasks.mixture(told, groups)
 
     initial = tasks.initial(told, V)
     there = {name for name in initial if name.startswith("backbone.encoder.linear.")}
@@ -230,8 +230,8 @@ def test_the_linear_start_is_the_part_of_a_new_model_that_is_not_drawn(types):
     assert all(array.dtype == np.float32 for array in found.values())
 
 
-def test_without_factors_there_is_no_linear_start():
-    assert tasks.linear_start(study(), {OTHERS: products(np.eye(V), 500)}) == {}
+def test_without_factors_there_is_no_factor_model():
+    assert tasks.mixture(study(), {OTHERS: products(np.eye(V), 500)}) == {}
 
 
 def test_a_head_reads_latents_factors_and_a_probability_of_each_linear_type():
@@ -247,11 +247,11 @@ def test_a_head_reads_latents_factors_and_a_probability_of_each_linear_type():
 
 
 @pytest.mark.parametrize("phase", [PRETRAINING, *FINE_TUNING])
-def test_the_linear_start_goes_down_to_the_sites_and_never_back_up(phase):
+def test_the_factor_model_goes_down_to_the_sites_and_never_back_up(phase):
     begun = tasks.begin(with_factors(), phase, tasks.initial(with_factors(), V))
-    sent = tasks.sent(with_factors(), phase, begun)
+    sent = tasks.download_state(with_factors(), phase, begun)
 
-    up = tasks.updated(with_factors(), phase, sent)
+    up = tasks.upload_state(with_factors(), phase, sent)
 
     kept = {name.rsplit(".", 1)[1] for name in set(sent) - set(up)}
     assert kept == {"loadings", "noise", "means", "precisions", "log_shares"}

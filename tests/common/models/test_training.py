@@ -12,9 +12,9 @@ from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.training import (
     FitReport,
     Loss,
+    evaluate,
     fit,
     fit_at_once,
-    judge,
     pretraining_loss,
     round_learning_rate,
 )
@@ -192,7 +192,7 @@ def test_a_round_without_any_term_has_no_loss_rather_than_a_loss_of_zero():
 
     assert math.isnan(report.train_loss)
     assert report.num_loss_terms == 0
-    assert math.isnan(judge(lambda rows, rng: (p.sum(), 0), 5, 2, seed=0))
+    assert math.isnan(evaluate(lambda rows, rng: (p.sum(), 0), 5, 2, seed=0))
 
 
 def test_judging_is_a_mean_over_terms_that_changes_nothing():
@@ -200,10 +200,10 @@ def test_judging_is_a_mean_over_terms_that_changes_nothing():
     before = copy.deepcopy(model)
     loss = pretraining_loss(model, patients(), PRETRAINING)
 
-    first, again = judge(loss, N, 4, seed=3), judge(loss, N, 4, seed=3)
-    mean = judge(lambda rows, rng: (rows.float().mean(), len(rows)), 5, 2, seed=0)
+    first, again = evaluate(loss, N, 4, seed=3), evaluate(loss, N, 4, seed=3)
+    mean = evaluate(lambda rows, rng: (rows.float().mean(), len(rows)), 5, 2, seed=0)
 
-    assert first == again != judge(loss, N, 4, seed=4)
+    assert first == again != evaluate(loss, N, 4, seed=4)
     assert mean == pytest.approx(2.0)
     assert same(model, before)
     assert all(p.grad is None for p in model.parameters())
@@ -252,13 +252,13 @@ def test_a_gene_that_the_site_lacks_has_exactly_zero_gradient_rows():
 def test_a_gene_that_the_site_lacks_has_no_term_in_the_loss():
     model = built(GexBert)
     loss = pretraining_loss(model, patients(), PRETRAINING)
-    before = judge(loss, N, 4, seed=0)
+    before = evaluate(loss, N, 4, seed=0)
 
     with torch.no_grad():
         for table in gene_tables(model).values():
             table[LACKING] = 1e6
 
-    assert judge(loss, N, 4, seed=0) == before
+    assert evaluate(loss, N, 4, seed=0) == before
 
 
 def test_pretraining_has_a_term_for_each_hidden_cell():

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.models import gexbert
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import GexBert
-from fedgex.common.models.uncertainty import VARIANCE_SHARE, restore_with_spread
+from fedgex.common.models.uncertainty import VARIANCE_SHARE, restore_with_uncertainty
 
 N_GENES, RANK, TYPES = 12, 3, 2
 
 
 def backbone(linear_rank: int = RANK) -> GexBert:
-    """Return an untrained network over a linear start of random numbers."""
+    """Return an untrained network over a factor model of random numbers."""
     torch.manual_seed(0)
     made = GexBert(gexbert.preset("tiny", N_GENES, linear_rank, TYPES))
     linear = made.encoder.linear
@@ -31,7 +31,9 @@ def backbone(linear_rank: int = RANK) -> GexBert:
     return made
 
 
-def dense(linear: LinearStart) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def dense(
+    linear: MixtureOfFactorAnalyzers,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean (K, V) and covariance (K, V, V) of each type, written out."""
     w, noise, precisions = (
         getattr(linear, name).double().numpy()
@@ -41,7 +43,9 @@ def dense(linear: LinearStart) -> tuple[NDArray[np.float64], NDArray[np.float64]
     return linear.means.double().numpy(), np.stack(covariances)
 
 
-def patients(linear: LinearStart, number: int, seed: int = 0) -> NDArray[np.float32]:
+def patients(
+    linear: MixtureOfFactorAnalyzers, number: int, seed: int = 0
+) -> NDArray[np.float32]:
     rng = np.random.default_rng(seed)
     means, covariances = dense(linear)
     types = rng.choice(TYPES, number, p=linear.log_shares.double().softmax(0).numpy())
@@ -49,7 +53,9 @@ def patients(linear: LinearStart, number: int, seed: int = 0) -> NDArray[np.floa
     return np.array(drawn, dtype=np.float32)
 
 
-def test_the_spread_is_that_of_the_gaussian_mixture_given_the_measured_genes() -> None:
+def test_the_uncertainty_is_that_of_the_gaussian_mixture_given_the_measured_genes() -> (
+    None
+):
     network = backbone()
     linear = network.encoder.linear
     assert linear is not None
@@ -74,28 +80,28 @@ def test_the_spread_is_that_of_the_gaussian_mixture_given_the_measured_genes() -
 
     given = torch.tensor(x, dtype=torch.float32)[None]
     given[:, M] = torch.nan
-    _, sd = restore_with_spread(network, given)
+    _, sd = restore_with_uncertainty(network, given)
 
     assert sd[0, M].numpy() == pytest.approx(expected, rel=1e-3)
 
 
-def test_with_nothing_measured_the_spread_is_that_of_all_patients() -> None:
+def test_with_nothing_measured_the_uncertainty_is_that_of_all_patients() -> None:
     network = backbone()
     assert network.encoder.linear is not None
     drawn = patients(network.encoder.linear, 6_000)
 
-    _, sd = restore_with_spread(network, torch.full((1, N_GENES), torch.nan))
+    _, sd = restore_with_uncertainty(network, torch.full((1, N_GENES), torch.nan))
 
     expected = np.sqrt(VARIANCE_SHARE) * drawn.std(axis=0)
     assert sd[0].numpy() == pytest.approx(expected, rel=0.06)
 
 
-def test_a_measured_value_stays_and_has_no_spread() -> None:
+def test_a_measured_value_stays_and_has_no_uncertainty() -> None:
     network = backbone()
     given = torch.randn(3, N_GENES)
     given[0, 2] = torch.nan
 
-    mean, sd = restore_with_spread(network, given, batch_size=2)
+    mean, sd = restore_with_uncertainty(network, given, batch_size=2)
 
     measured = ~given.isnan()
     assert torch.equal(mean[measured], given[measured])
@@ -104,7 +110,7 @@ def test_a_measured_value_stays_and_has_no_spread() -> None:
     assert sd[0, 2] > 0
 
 
-def test_more_measured_genes_never_widen_the_spread_within_one_type() -> None:
+def test_more_measured_genes_never_widen_the_uncertainty_within_one_type() -> None:
     network = backbone()
     assert network.encoder.linear is not None
     network.encoder.linear.log_shares.copy_(torch.tensor([0.0, -1e4]))
@@ -112,12 +118,12 @@ def test_more_measured_genes_never_widen_the_spread_within_one_type() -> None:
     few, many = given.clone(), given.clone()
     few[:, :8], many[:, :4] = torch.nan, torch.nan
 
-    wide, narrow = (restore_with_spread(network, x)[1][0, :4] for x in (few, many))
+    wide, narrow = (restore_with_uncertainty(network, x)[1][0, :4] for x in (few, many))
 
     assert (narrow <= wide + 1e-6).all()
     assert (narrow < wide).any()
 
 
-def test_a_model_without_a_linear_start_is_refused() -> None:
+def test_a_model_without_a_factor_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear_rank"):
-        restore_with_spread(backbone(linear_rank=0), torch.zeros(1, N_GENES))
+        restore_with_uncertainty(backbone(linear_rank=0), torch.zeros(1, N_GENES))

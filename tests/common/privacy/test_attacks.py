@@ -307,7 +307,7 @@ def test_each_gradient_is_clipped_by_itself() -> None:
     assert mean[1].tolist() == pytest.approx([0.4])
 
 
-def test_the_linear_start_is_seen_by_the_attack_and_left_as_it_was() -> None:
+def test_the_factor_model_is_seen_by_the_attack_and_left_as_it_was() -> None:
     study = Study.read(
         {
             "name": "t",

@@ -151,7 +151,7 @@ def pretrained(seed: int = 1, epochs: int = 2, linear_rank: int = 2) -> dict[str
     scale = federation.public_standardisation(known, VOCABULARY)
     start = tasks.initial(study(linear_rank=linear_rank), len(GENES))
     groups = cross_products(told, known, scale)
-    start |= tasks.linear_start(told, groups)
+    start |= tasks.mixture(told, groups)
     return {"start": start} | {
         "end": federation.fit_public(
             told, "pretraining", to_patients(known, VOCABULARY, scale), start
@@ -168,7 +168,7 @@ def test_pretraining_gives_equal_bits_for_equal_seeds_and_others_for_others():
     assert not np.array_equal(first["end"][name], other["end"][name])
 
 
-def test_pretraining_leaves_heads_and_the_linear_start_alone():
+def test_pretraining_leaves_heads_and_the_factor_model_alone():
     done = pretrained()
 
     assert done["end"].keys() == done["start"].keys()
@@ -181,7 +181,7 @@ def test_pretraining_leaves_heads_and_the_linear_start_alone():
 
 
 def test_pretraining_lowers_the_loss_of_restoration():
-    # Without a linear start, which knows all that there is to know of two factors.
+    # Without a factor model, which knows all that there is to know of two factors.
     known, told = cohort(), study(linear_rank=0, epochs=20)
     done = pretrained(epochs=20, linear_rank=0)
     scale = federation.public_standardisation(known, VOCABULARY)
@@ -191,7 +191,7 @@ def test_pretraining_lowers_the_loss_of_restoration():
         backbone = tasks.load_backbone(told, len(GENES), whole)
         assert isinstance(backbone, GexBert)
         judged = training.pretraining_loss(backbone, patients, told.pretraining)
-        return training.judge(judged, N, 8, seed=3)
+        return training.evaluate(judged, N, 8, seed=3)
 
     with torch.no_grad():
         assert loss(done["end"]) < 0.95 * loss(done["start"])

@@ -43,7 +43,7 @@ GOOD_METRICS: dict[str, float] = {
     keys.NUM_EXAMPLES: 40,
     keys.NUM_LOSS_TERMS: 400,
     keys.TRAIN_LOSS: 0.5,
-    keys.JUDGED_LOSS: 0.75,
+    keys.PRE_TRAINING_LOSS: 0.75,
     keys.SECONDS: 2.5,
 }
 

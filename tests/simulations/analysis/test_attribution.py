@@ -14,7 +14,7 @@ from fedgex.common.models.gexbert import (
     Encoder,
     GexBert,
     ModelConfig,
-    differentiable_start,
+    differentiable_factors,
 )
 from fedgex.common.models.heads import ClassificationHead
 from fedgex.simulations.analysis import attribution
@@ -217,14 +217,14 @@ def attribution_of_two(
     return attribution.restored_gradient(backbone, hidden, gene)
 
 
-def test_afterwards_the_linear_start_lets_no_gradient_through_again(
+def test_afterwards_the_factor_model_lets_no_gradient_through_again(
     models: Models,
 ) -> None:
     encode = models[0].encoder
     genes, values = torch.arange(V)[None], patients().values.requires_grad_()
     assert encode.linear is not None
 
-    with differentiable_start(encode):
+    with differentiable_factors(encode):
         inside = encode.linear(genes, values, None).factors.requires_grad
     outside = encode.linear(genes, values, None).factors.requires_grad
 

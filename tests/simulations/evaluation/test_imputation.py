@@ -192,7 +192,7 @@ def test_microarray_genes_get_the_mean_and_spread_of_the_sites_own_type(
     assert values.std(axis=0) == pytest.approx(np.nanstd(own, axis=0), rel=1e-2)
 
 
-def test_the_network_switched_off_leaves_the_linear_start() -> None:
+def test_the_network_switched_off_leaves_the_factor_model() -> None:
     torch.manual_seed(0)
     backbone = gexbert.GexBert(gexbert.preset("tiny", 10, 3, 2))
     linear = backbone.encoder.linear

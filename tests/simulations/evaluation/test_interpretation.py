@@ -18,7 +18,7 @@ from rich.console import Console
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.factor_model import LinearStart
+from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.study import Study
 from fedgex.simulations.analysis import gene_programmes, marker_genes
 from fedgex.simulations.evaluation import attributions, interpretation, test_sets
@@ -223,7 +223,7 @@ def test_programmes_share_out_the_same_variance_and_scores_are_the_turned_factor
     None
 ):
     rng = np.random.default_rng(0)
-    linear = LinearStart(10, 4, 1)
+    linear = MixtureOfFactorAnalyzers(10, 4, 1)
     linear.loadings.copy_(torch.tensor(rng.normal(size=(10, 4))))
 
     found = gene_programmes.Programmes.of(linear)

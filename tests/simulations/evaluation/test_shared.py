@@ -108,8 +108,8 @@ def test_a_table_has_mean_and_sd_and_a_dash_where_there_is_nothing() -> None:
 
 
 def test_unknown_values_do_not_count() -> None:
-    assert table.spread([0.25, math.nan, 0.75], 2) == "0.50 ± 0.35"
-    assert table.spread([math.nan]) == "-"
+    assert table.mean_sd([0.25, math.nan, 0.75], 2) == "0.50 ± 0.35"
+    assert table.mean_sd([math.nan]) == "-"
     assert table.mean_known([1.0, math.nan, 2.0]) == 1.5
     assert math.isnan(table.mean_known([]))
 

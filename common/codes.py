@@ -1,28 +1,16 @@
 """Every code that fedgex shows: its severity, its meaning, and what to do about it.
 
 A code is stable: it stands in logs and in what a hospital answers. To add one, add its
-line here, raise it, and run `python -m fedgex.common.codes docs`, which writes the
+line here, raise it, and run `python -m fedgex.common.pages docs`, which writes the
 tables between `<!-- codes PREFIX... : COLUMN... -->` and `<!-- end of codes -->`.
 """
 # ruff: noqa: E501 (one line a code)
 
 from __future__ import annotations
 
-import re
-import sys
 from enum import StrEnum, unique
-from pathlib import Path
 
 from fedgex.common.errors import Finding, Severity
-
-HEADINGS = {"severity": "Severity", "meaning": "Meaning", "action": "What to do"}
-"""Columns that a table may have after the code."""
-
-_TABLE = re.compile(
-    r"(<!-- codes (?P<prefixes>[^:>]+) : (?P<columns>[^>]+) -->\n).*?"
-    r"(?=<!-- end of codes -->)",
-    re.DOTALL,
-)
 
 
 @unique
@@ -165,26 +153,3 @@ TEMPORARY = frozenset(
     {Code.PAUSED, Code.OUTSIDE_HOURS, Code.DISK_FULL, Code.NOT_APPROVED}
 )
 """Refusals that pass without a new message: the server asks the site again."""
-
-
-def with_tables(page: str) -> str:
-    """Return a Markdown page whose tables of codes are those of this module."""
-    return _TABLE.sub(_table, page)
-
-
-def _table(found: re.Match[str]) -> str:
-    prefixes, columns = found["prefixes"].split(), found["columns"].split()
-    rows = [["Code", *(HEADINGS[column] for column in columns)]]
-    rows += [
-        [code, *(str(getattr(code, column)) for column in columns)]
-        for code in Code
-        if code.startswith(tuple(prefixes))
-    ]
-    lines = ["| " + " | ".join(row) + " |\n" for row in rows]
-    lines.insert(1, "|" + "---|" * (1 + len(columns)) + "\n")
-    return found[1] + "\n" + "".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    for path in Path(sys.argv[1]).glob("*.md"):
-        path.write_text(with_tables(path.read_text("utf-8")), "utf-8")

@@ -33,9 +33,34 @@ PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "surviv
 FEWEST_SUMMED = 3
 """Fewest updates in any secure sum: of two, each site sees the other's."""
 
-MEANS = ("fedavg", "fedprox", "fedadam")
-"""Aggregation rules that need no more than the mean of the updates."""
-ROBUST = ("trimmed-mean", "median")
+MEANS = {
+    "fedavg": (
+        "x̄ = Σ w_s x_s / Σ w_s",
+        "McMahan et al. 2017, arXiv 1602.05629",
+    ),
+    "fedprox": (
+        "as `fedavg`; sites minimise loss + μ/2 · ‖x_s - x‖², μ = `proximal_mu`",
+        "Li et al. 2020, arXiv 1812.06127",
+    ),
+    "fedadam": (
+        "Δ = x̄ - x; m ← β₁m + (1-β₁)Δ; v ← β₂v + (1-β₂)Δ²; x + η_t · m / (√v + τ), "
+        "with η_t = η √(1-β₂^(t+1)) / (1-β₁^(t+1))",
+        "Reddi et al. 2021, arXiv 2003.00295",
+    ),
+}
+"""Aggregation rules that need no more than the mean of the updates, by name: the next
+model, in the symbols of docs/rounds.md, and the paper."""
+ROBUST = {
+    "trimmed-mean": (
+        "for each number: mean over sites without the floor(`trim_share` · S) smallest "
+        "and as many largest",
+        "Yin et al. 2018, arXiv 1803.01498",
+    ),
+    "median": (
+        "for each number: median over sites",
+        "Yin et al. 2018, arXiv 1803.01498",
+    ),
+}
 """Aggregation rules that need every update by itself, and know no weights."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
@@ -75,6 +100,20 @@ def _aggregation_rule(name: str) -> str:
     if name not in known:
         raise ValueError(f"expected one of {', '.join(known)}")
     return name
+
+
+def added(default: Any, **bounds: Any) -> Any:
+    """Return a field that earlier releases did not have.
+
+    At its default it is left out of the canonical form, so that every study from before
+    keeps its text and hash.
+
+    Parameters
+    ----------
+    bounds
+        As for pydantic's `Field`.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **bounds)
 
 
 class Settings(BaseModel):
@@ -132,18 +171,27 @@ class MaskingRule(Settings):
     max_rate: float = Field(default=0.95, gt=0, lt=1)
     """Greatest share; the rate is drawn evenly between the two for each batch."""
     mcar: float = Field(default=0.6, ge=0)
-    """Weight of hiding completely at random, each patient's cells by themselves."""
+    """Weight of hiding completely at random: each measured cell with the same
+    probability, by itself."""
     panel: float = Field(default=0.2, ge=0)
     """Weight of hiding whole genes, the same for every patient of a batch."""
     mnar: float = Field(default=0.2, ge=0)
-    """Weight of low expression dropping out (missing not at random)."""
+    """Weight of low expression dropping out (missing not at random): the log-odds rise
+    by 2 for each standard deviation down, with an intercept for each patient that keeps
+    the mean probability at the rate."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each pattern by name; an added one only where it has any."""
+        values = self.model_dump(exclude={"min_rate", "max_rate"})
+        return {name: float(weight) for name, weight in values.items()}
 
     @model_validator(mode="after")
     def _weights_and_rates(self) -> Self:
         if self.min_rate > self.max_rate:
             raise ValueError("min_rate is above max_rate")
-        if self.mcar + self.panel + self.mnar <= 0:
-            raise ValueError("the weights of mcar, panel and mnar are all zero")
+        if not any(self.weights.values()):
+            raise ValueError(f"the weights of {', '.join(self.weights)} are all zero")
         return self
 
 
@@ -243,17 +291,19 @@ class StrategyRule(Settings):
         AfterValidator(_aggregation_rule),
         _retired("fedyogi", 'set strategy.name = "fedadam", its nearest relative'),
     ]
-    """Aggregation rule: one of `MEANS` or `ROBUST`."""
+    """Aggregation rule, by its name in docs/rounds.md. Without the section: fedavg."""
     weights: Literal["patients", "loss-terms", "equal", "fixed"] = "patients"
-    """What a site's update counts by; `fixed`: by `site_weights`, so that the model
-    tells nothing of how many patients a site has. Order statistics know only
-    `equal`."""
+    """What a site's update counts by: `"patients"`, `"loss-terms"`, `"equal"` or
+    `"fixed"`, see docs/rounds.md. Rules that need every update by itself know only
+    `"equal"`."""
     site_weights: dict[Name, Weight] = {}
-    """Weight of each site by name, for `weights = "fixed"`."""
+    """Weight of each site by name, above 0, for `weights = "fixed"`:
+    `{ north = 2.0, south = 1.0 }`."""
     per_gene: bool = True
     """Average a gene's parameters over the sites that measured the gene, only."""
     proximal_mu: float = Field(default=0.0, ge=0)
-    """FedProx: pull towards the incoming model (Li et al. 2020, eq. 2)."""
+    """FedProx: pull towards the incoming model (Li et al. 2020, eq. 2); above 0 for
+    fedprox, 0 for all others."""
     server_learning_rate: float = Field(default=0.01, gt=0)
     """FedAdam: eta of Reddi et al. 2021, algorithm 2."""
     beta_1: float = Field(default=0.9, ge=0, lt=1)
@@ -265,12 +315,12 @@ class StrategyRule(Settings):
     trim_share: float = Field(default=0.2, ge=0, lt=0.5)
     """Trimmed mean: share of the sites cut off at either end, for each number."""
     update: Literal["parameters", "delta"] = "parameters"
-    """What travels up: the trained parameters, or their change."""
+    """What travels up: the trained `"parameters"`, or their change, the `"delta"`."""
     precision: Annotated[
         Literal["float32"],
         _retired("float16", 'set strategy.precision = "float32", or leave it out'),
     ] = "float32"
-    """Number format of what travels up."""
+    """Number format of what travels up. There is no other value."""
 
     @model_validator(mode="after")
     def _weights_and_pull_fit_the_name(self) -> Self:

@@ -96,6 +96,9 @@ class Fields(Settings):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+FieldsType = type[Fields]
+
+
 @dataclass(frozen=True)
 class Codec(Generic[Value]):
     """How a value is written as a record of a message, and read from it."""
@@ -106,6 +109,8 @@ class Codec(Generic[Value]):
     """Keys, or arrays, of the record; empty where parameters or hospitals name them."""
     encode: Callable[[Value], Any]
     decode: Callable[[Any], Value]
+    fields: FieldsType | None = None
+    """Of a record of named values."""
 
     def read(self, content: RecordDict) -> Value:
         """Return the value.
@@ -133,7 +138,7 @@ def named_values(record: str, annotated: Any) -> Codec[Any]:
     """Return the codec of a field that is `Annotated[Fields, record]`, or optional."""
     hint = annotated.__origin__
     of: type[Fields] = next(iter(get_args(hint)), hint)
-    return Codec(record, of.KIND, of.keys(), of.encode, of.decode)
+    return Codec(record, of.KIND, of.keys(), of.encode, of.decode, of)
 
 
 def converted(
@@ -149,6 +154,7 @@ def converted(
         of.keys(),
         lambda value: encode(value).encode(),
         lambda found: decode(of.decode(found)),
+        of,
     )
 
 

@@ -1,4 +1,7 @@
-"""The named values of each record, with their types and bounds."""
+"""The named values of each record, with their types and bounds.
+
+Their docstrings are Markdown: docs/messages.md is written from them (common/pages.py).
+"""
 
 from __future__ import annotations
 
@@ -29,24 +32,27 @@ class Server(Fields):
     """The server's software."""
 
     version: Text
+    """The server's fedgex version"""
 
 
 class Run(Fields):
     """The run that a message belongs to."""
 
     contract: Text
-    """Hash."""
+    """The contract's hash"""
     run: Text
-    """Empty while a contract is published."""
+    """The run's name; "" when a contract is published"""
 
 
 class LastReceipt(Fields):
     """The run's last receipt, and how much of a hospital's audit log is known."""
 
     json_: Text
-    """Signed by the coordinator; empty before the first."""
+    """The run's last receipt as the coordinator signed it, see [receipts](#receipts);
+    "" before the first"""
     head: Annotated[str, Field(pattern=r"^(\d{1,12}:[0-9a-f]{64})?$")]
-    """Last line of the log that a receipt holds, `index:hash`; empty if none does."""
+    """"index:hash" of the last line of this hospital's own audit log that the server
+    holds its signature over; "" if none"""
 
     @property
     def known(self) -> Head | None:
@@ -59,22 +65,30 @@ class SignedText(Fields):
     """A text that was signed."""
 
     json_: Text
+    """The contract as administrators signed it, [contract.md](contract.md)"""
 
 
 class SignedPart(Fields):
     """What a hospital signs of its reply, see `receipt.Part`."""
 
     json_: Text
+    """What the hospital signs of this answer: `contract`, `run`, `site`, `type`,
+    `phase`, `round`, digests of question (`request`) and answer (`reply`), `head`
+    (index and hash of the last line of its audit log), `patients` (`num-examples`, or
+    "suppressed" where that does not leave)"""
     signature: Text
+    """Its signature"""
     certificate: Text
-    """PEM."""
+    """Its certificate, PEM"""
 
 
 class StudyText(Fields):
     """A study, and its hash."""
 
     json_: Text
+    """The study in canonical JSON: sorted keys, no spaces"""
     hash: Text
+    """Its SHA-256"""
 
     @classmethod
     def of(cls, study: Study) -> Self:
@@ -93,7 +107,9 @@ class Genes(Fields):
     """A vocabulary, and its hash."""
 
     genes: Symbols
+    """Gene symbols in order"""
     hash: Text
+    """SHA-256 of them joined by newlines"""
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> Self:
@@ -112,36 +128,45 @@ class Round(Fields):
     """A round of a phase."""
 
     phase: Name
+    """Name of the phase"""
     number: Ordinal
+    """Number of the round in its phase, from 1"""
 
 
 class Attempt(Fields):
     """An attempt at the secure aggregation of a round."""
 
     attempt: Ordinal
+    """Number of the attempt, from 1"""
     run: Text
-    """The run's name; in a simulation, drawn."""
+    """The run's name; in a simulation, drawn"""
 
 
 class Shared(Attempt):
     """An attempt at which hospitals have shared their secrets."""
 
     sharers: Sites
+    """Hospitals that shared their secrets; in `train` and after it"""
 
 
 class Survived(Shared):
     """An attempt at which masked updates have come."""
 
     survivors: Sites
+    """Hospitals whose masked updates came; to confirm and to unmask"""
 
 
 class AdvertisedKeys(Fields):
     """Public keys of a hospital for one attempt, as it sends and signs them."""
 
     attempt: Ordinal
+    """Number of the attempt"""
     channel: Text
+    """Public key, hexadecimal"""
     mask: Text
+    """Public key, hexadecimal"""
     measured: Text
+    """Its genes, one bit each, hexadecimal"""
 
     @property
     def public(self) -> PublicKeys:
@@ -190,35 +215,50 @@ class Commitment(Fields):
     """A hospital's commitment to its seed, hexadecimal."""
 
     commitment: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """32 bytes that distinguish a wrong seed from its own, hexadecimal"""
 
 
 class Introduction(Fields):
     """What a hospital reports before the first round."""
 
     name: Name
+    """The hospital's name in `site.toml`"""
     version: Text
+    """Its fedgex version"""
     genes: Symbols
+    """Symbols of the genes it measures in at least the floor and `min_patient_share` of
+    its samples"""
     shares_cross_products: bool
+    """Whether it permits them"""
     num_patients: Count | None = None
+    """Exact number of patients, if permitted; not below its own `minimum_cohort`, or it
+    refuses"""
 
 
 class Decision(Fields):
     """A hospital's decision about a contract, as it signed it."""
 
     name: Name
+    """The hospital's name"""
     decision: Text
+    """Its approval as it signed it: contract, who approved, when, until when. A
+    hospital that has not approved refuses; why it rejected or withdrew does not
+    leave"""
 
 
 class Hospital(Fields):
     """A hospital."""
 
     name: Name
+    """The hospital's name: it has verified and kept the model"""
 
 
 class Withheld(Fields):
     """Numbers that a hospital's policy keeps back."""
 
     metrics: Annotated[tuple[Symbol, ...], Field(max_length=99, strict=False)]
+    """Names of the numbers that its policy does not permit and that are therefore
+    missing; no such record if none is"""
 
 
 class CohortSize(Fields):
@@ -226,6 +266,7 @@ class CohortSize(Fields):
 
     KIND = MetricRecord
     num_patients: Count | None = None
+    """Exact number of patients, if permitted"""
 
 
 class TrainingMetrics(Fields):
@@ -233,11 +274,16 @@ class TrainingMetrics(Fields):
 
     KIND = MetricRecord
     num_examples: Count | None = None
+    """Patients trained on; at least the floor, or it refuses"""
     num_loss_terms: Count | None = None
+    """Terms of the loss in one pass: hidden cells; patients; with the Cox loss,
+    observed deaths. The floor does not apply to these"""
     train_loss: Measure | None = None
+    """Mean loss while training"""
     pre_training_loss: Measure | None = None
-    """Mean loss of the incoming model."""
+    """Mean loss of the incoming model before it"""
     seconds: Measure | None = None
+    """Time the hospital took"""
 
     def by_name(self) -> dict[str, float | None]:
         """Return the numbers as the journal names them."""
@@ -254,6 +300,7 @@ class RefusalCode(Fields):
     """Why a hospital does not do as asked."""
 
     code: Annotated[str, Field(pattern=r"^FX-[A-Z]{1,20}-\d{3}$")]
+    """Instead of all else but `part`: a code, never a text"""
 
 
 def _public_keys(*texts: str) -> PublicKeys:

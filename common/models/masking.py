@@ -50,11 +50,11 @@ def draw_hidden(
     Tensor
         Hidden cells, boolean, shape (B, V).
     """
-    weights = torch.tensor([getattr(rule, name) for name in PATTERNS])
-    pattern = int(torch.multinomial(weights, 1, generator=generator))
+    names, weights = zip(*rule.weights.items(), strict=True)
+    drawn = int(torch.multinomial(torch.tensor(weights), 1, generator=generator))
     share = float(torch.rand((), generator=generator))
     rate = rule.min_rate + (rule.max_rate - rule.min_rate) * share
-    return list(PATTERNS.values())[pattern](values, measured, rate, generator)
+    return PATTERNS[names[drawn]](values, measured, rate, generator)
 
 
 def mcar(measured: Tensor, rate: float, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
 from fedgex.common.models.gexbert import PRESETS
-from fedgex.common.study import Study
+from fedgex.common.study import MaskingRule, Study, added
 
 WHOLE: dict[str, Any] = {
     "name": "all-phases",
@@ -146,6 +146,52 @@ def test_another_value_makes_another_hash(change):
     assert study(**change).hash != study().hash
 
 
+class Later(MaskingRule):
+    """As a later release might have it."""
+
+    block: float = added(0.0, ge=0)
+    """Weight of one more pattern."""
+
+
+def test_a_field_that_was_added_leaves_text_and_hash_of_earlier_studies_alone():
+    assert Later(block=0).to_json() == MaskingRule().to_json()
+    assert Later().weights == MaskingRule().weights
+
+
+def test_a_field_that_was_added_is_part_of_the_text_once_a_study_sets_it():
+    set_ = Later(block=0.5)
+
+    assert json.loads(set_.to_json()) == json.loads(MaskingRule().to_json()) | {
+        "block": 0.5
+    }
+    assert Later.read(json.loads(set_.to_json()), "message") == set_
+    assert list(set_.weights) == ["mcar", "panel", "mnar", "block"]
+
+
+def test_every_section_of_a_study_has_the_text_that_it_always_had():
+    """If this fails for a new field: make it `added`, or every study's hash moves."""
+    full = Study.read(
+        {
+            "name": "full",
+            "pretraining": {"rounds": 1},
+            "strategy": {"name": "fedavg", "weights": "equal", "update": "delta"}
+            | {"per_gene": False},
+            "public": {"statistics": True},
+            "privacy": {
+                "patient": {"epsilon": 3, "delta": 1e-5, "clip": 1, "sample_rate": 0.1},
+                "site": {"noise_multiplier": 1, "clip": 1, "delta": 1e-5},
+            },
+            "secure_aggregation": {},
+            "rounds": {"quorum": 3},
+        },
+        "test",
+    )
+
+    assert full.hash == (
+        "8f58a872928139c1e9318d5c56612c43c3013683fd13e446cb0c2a190670a2c4"
+    )
+
+
 def test_a_study_cannot_be_edited():
     with pytest.raises(ValueError, match="frozen"):
         study().seed = 2
@@ -171,7 +217,7 @@ def test_phases_without_rounds_are_left_out_and_the_others_stay_in_order():
         ),
         (
             {"pretraining": {"masking": {"mcar": 0, "panel": 0, "mnar": 0}}},
-            "the weights of mcar, panel and mnar are all zero",
+            "the weights of mcar, panel, mnar are all zero",
         ),
         (
             {"classification": {"rounds": 1, "classes": ["a"]}},

@@ -67,10 +67,7 @@ def run(splits: Callable[[int], Split], console: Console) -> Results:
     for texts, found in (
         _central(bench, both, local),
         _each_site(bench, both[FEDERATED][0], local),
-        variants.strategies(bench),
-        variants.small_sites(bench),
-        variants.panels(bench),
-        variants.foreign(bench),
+        *(part(bench) for part in variants.PARTS),
     ):
         fields |= texts
         numbers |= found

@@ -313,3 +313,7 @@ def _norm_ratio(bench: Bench, split: Split, site: str, kind: str) -> float:
     norms = resumable.cached(bench.split.folder / "federation" / name, compute)
     others = [norm for name, norm in norms.items() if name != site]
     return float(norms[site] / float(np.median(others)))
+
+
+PARTS = (strategies, small_sites, panels, foreign)
+"""Tables of the page in which federations differ, each with its fields and numbers."""

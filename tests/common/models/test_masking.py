@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.masking import low_expression, mcar, panel, whole_gene
+from fedgex.common.models.masking import (
+    PATTERNS,
+    draw_hidden,
+    low_expression,
+    mcar,
+    panel,
+    whole_gene,
+)
+from fedgex.common.study import MaskingRule, added
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -161,3 +169,34 @@ def test_a_rate_that_hides_nothing_or_everything_is_refused(rate):
             hide(measured, rate, seeded())
     with pytest.raises(ConfigError, match="missing rate"):
         low_expression(values, measured, rate, seeded())
+
+
+def test_every_pattern_has_its_weight_in_a_study_and_the_other_way_round():
+    rates = {"min_rate", "max_rate"}
+
+    assert list(PATTERNS) == [n for n in MaskingRule.model_fields if n not in rates]
+
+
+def test_a_pattern_that_was_added_moves_no_draw_of_a_study_that_does_not_use_it():
+    class Later(MaskingRule):
+        block: float = added(0.0, ge=0)
+
+    values, measured = batch(1)
+    for seed in range(20):
+        torch.testing.assert_close(
+            draw_hidden(values, measured, Later(), seeded(seed)),
+            draw_hidden(values, measured, MaskingRule(), seeded(seed)),
+        )
+
+
+def test_a_pattern_that_was_added_hides_once_a_study_gives_it_all_the_weight(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Later(MaskingRule):
+        block: float = added(0.0, ge=0)
+
+    monkeypatch.setitem(PATTERNS, "block", lambda _, measured, __, ___: measured)
+    values, measured = batch(1)
+    rule = Later(mcar=0, panel=0, mnar=0, block=1)
+
+    assert torch.equal(draw_hidden(values, measured, rule, seeded()), measured)

@@ -62,7 +62,7 @@ chaos: install
 
 ## bench     throughput, overhead, memory and cost, as ratios of one run
 bench: install
-	$(BIN)/fedgex-sim bench
+	$(BIN)/python -m tests.performance
 
 ## build     wheel and source distribution in dist/
 build: install

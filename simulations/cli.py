@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from fedgex.common.errors import FedgexError
 from fedgex.simulations import effort, scenario
-
-if TYPE_CHECKING:
-    from fedgex.simulations.performance import bench as benchmark
 
 # What a command needs is imported by its function: all of it takes seconds.
 
@@ -254,48 +247,6 @@ def compare(
     except FedgexError as error:
         _refuse(error)
     typer.echo(page, nl=False)
-
-
-@app.command()
-def bench(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A small run, to see that it works.")
-    ] = False,
-    deployment: Annotated[
-        bool, typer.Option("--deployment", help="What the network costs instead.")
-    ] = False,
-    form: Annotated[
-        Format, typer.Option("--format", help="Lines for people, or JSON for scripts.")
-    ] = Format.TEXT,
-) -> None:
-    """Measure what fedgex costs here, as ratios within one run (docs/benchmarks.md)."""
-    from fedgex.simulations.performance import bench as benchmark
-    from fedgex.simulations.performance import deployment as network
-    from fedgex.simulations.performance import secure_aggregation
-
-    sizes = benchmark.QUICK if quick else benchmark.FULL
-    try:
-        if deployment:
-            rows = network.measure(errors, quick=quick)
-        else:
-            rows = benchmark.measure(sizes, errors)
-            rows += secure_aggregation.measure(errors, quick=quick)
-    except FedgexError as error:
-        _refuse(error)
-    if form is Format.JSON:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
-    else:
-        _print_rows(rows)
-
-
-def _print_rows(rows: list[benchmark.Row]) -> None:
-    """Print one line a row; a file or a pipe gets as much width as it needs."""
-    table = Table("measure", "ratio", "goal", "met", "detail", box=box.SIMPLE_HEAD)
-    for row in rows:
-        met = {True: "yes", False: "no", None: ""}[row.met]
-        table.add_row(row.name, f"{row.value:.3f}", row.goal, met, row.detail)
-    out = Console()
-    Console(width=out.width if out.is_terminal else 200).print(table)
 
 
 def _refuse(error: FedgexError) -> NoReturn:

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from fedgex.simulations.performance import secure_aggregation
-from fedgex.simulations.performance.secure_aggregation import QUICK
+from . import secure_aggregation
+from .secure_aggregation import QUICK
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -18,6 +17,6 @@ def test_the_measured_exchange_ends_in_the_sum(gone: int) -> None:
 
 
 def test_a_quick_measurement_gives_two_positive_ratios() -> None:
-    rows = secure_aggregation.measure(Console(quiet=True), quick=True)
+    rows = secure_aggregation.measure(quick=True)
     assert [row.goal for row in rows] == ["below 0.1"] * 2
     assert all(row.value > 0 for row in rows)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from safetensors.numpy import save_file
 
 from fedgex.common.federation import Update
@@ -29,10 +27,13 @@ from fedgex.common.secure_aggregation.protocol import Context, Group, PrivateKey
 from fedgex.common.secure_aggregation.vectors import FixedPoint
 from fedgex.common.study import Pretraining, StrategyRule
 from fedgex.server.federation.strategy import Spooled, combine
-from fedgex.simulations.performance.bench import (
+
+from .rows import (
     LEARNING_RATE,
     SEED,
     Row,
+    below,
+    cpu_seconds,
     new_backbone,
     synthetic,
 )
@@ -55,26 +56,26 @@ FULL = Size(n_sites=10, patients_per_site=100, n_genes=3_200, repeats=5)
 QUICK = Size(n_sites=4, patients_per_site=10, n_genes=60, repeats=1)
 
 
-def measure(console: Console, *, quick: bool) -> list[Row]:
+def measure(*, quick: bool) -> list[Row]:
     """Compare the processor's time of the protocol with that of a plain round."""
     size = QUICK if quick else FULL
-    console.print("bench: secure aggregation", highlight=False)
     backbone = new_backbone("tiny", size.n_genes)
     change = parameters({tasks.BACKBONE: backbone})
     with tempfile.TemporaryDirectory(prefix="fedgex-bench-") as folder:
         file = Path(folder) / "update.safetensors"
         save_file(change, file)
         plain = median(
-            size.n_sites * _seconds(lambda: _train(size, backbone))
-            + _seconds(lambda: _aggregate(size, file, change))
+            size.n_sites * cpu_seconds(lambda: _train(size, backbone))
+            + cpu_seconds(lambda: _aggregate(size, file, change))
             for _ in range(size.repeats)
         )
     everybody = median(
-        _seconds(lambda: exchange(size, change, gone=0)) for _ in range(size.repeats)
+        cpu_seconds(lambda: exchange(size, change, gone=0)) for _ in range(size.repeats)
     )
     gone = size.n_sites - protocol.threshold(size.n_sites)
     fewest = median(
-        _seconds(lambda: exchange(size, change, gone=gone)) for _ in range(size.repeats)
+        cpu_seconds(lambda: exchange(size, change, gone=gone))
+        for _ in range(size.repeats)
     )
     of = (
         f"{plain:.2f} CPU s plain, {size.n_sites} sites of {size.patients_per_site} "
@@ -161,13 +162,6 @@ def _aggregate(size: Size, file: Path, incoming: Change) -> None:
     combine(StrategyRule(name="fedavg"), incoming, updates, 1, {})
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the processor's seconds, of all threads."""
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
 def _row(name: str, value: float, seconds: float, of: str) -> Row:
     detail = f"{seconds:.2f} CPU s of the protocol alone, {of}"
-    return Row(name=name, value=value, goal="below 0.1", met=value < 0.1, detail=detail)
+    return below(name, value, 0.1, detail)

@@ -22,10 +22,11 @@ from fedgex.common.models import checkpoint
 from fedgex.common.system.malloc import resident_mb
 from fedgex.server import journal
 from fedgex.simulations import rehearsal
-from fedgex.simulations.performance.bench import Row
 from fedgex.simulations.rehearsal import Rehearsal
 from fedgex.simulations.scenario import Scenario
 from fedgex.simulations.synthetic import new_data
+
+from .rows import Row
 
 SUPERLINK = "fedgex.server.service.superlink"
 

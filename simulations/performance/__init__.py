@@ -1,1 +1,0 @@
-"""Performance tests: time, memory and traffic as ratios."""

@@ -88,7 +88,7 @@ class Received:
     """Administrators of the consortium."""
 
 
-class Desk:
+class ApprovalStore:
     """Store of received contracts and of the hospital's decisions about them."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Desk:
 
     @classmethod
     def of(cls, settings: SiteSettings) -> Self:
-        """Return the desk of a hospital that has joined.
+        """Open the store of a hospital that has joined.
 
         Raises
         ------

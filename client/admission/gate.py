@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from fedgex.client.admission.approvals import Desk, Refusal
+from fedgex.client.admission.approvals import ApprovalStore, Refusal
 from fedgex.client.admission.reply_cache import AnotherRequestError, Replies
 from fedgex.client.identity import Identity
 from fedgex.client.ledger import debit
@@ -114,7 +114,7 @@ class Gate:
         self, message: Message, context: Context, settings: SiteSettings
     ) -> RecordDict:
         kind = message.metadata.message_type
-        desk = Desk.of(settings)
+        approvals = ApprovalStore.of(settings)
         try:
             request = read_request(kind, message.content)
         except MessageError as error:
@@ -133,8 +133,8 @@ class Gate:
             "request": request.digest,
         }
         if isinstance(request, ContractRequest):
-            return self._logged(self._contract(request, desk).to_records(), about)
-        contract = desk.admitted(run.contract)
+            return self._logged(self._contract(request, approvals).to_records(), about)
+        contract = approvals.admitted(run.contract)
         self._keep_receipt(request.receipt, run)
         if isinstance(request, ReleaseRequest):
             return self._logged(self._release(request, run).to_records(), about)
@@ -161,7 +161,7 @@ class Gate:
         failpoints.reach("site.before_train")
         reply: RecordDict = self.app(message, context).content
         failpoints.reach("site.after_train")
-        desk.admitted(run.contract)  # withdrawn meanwhile: nothing leaves
+        approvals.admitted(run.contract)  # withdrawn meanwhile: nothing leaves
         reply = self._logged(reply, about)
         if kind in STORED and keys.REFUSAL not in reply:
             replies.store(question, request.digest, reply)
@@ -199,14 +199,16 @@ class Gate:
         replies.store(question, str(about["request"]), stored)
         return stored
 
-    def _contract(self, request: ContractRequest, desk: Desk) -> ContractReply:
+    def _contract(
+        self, request: ContractRequest, approvals: ApprovalStore
+    ) -> ContractReply:
         """Take a contract in, and answer with the approval, if there is one."""
         try:
             signed = Signed.from_json(request.contract.json_, "the contract sent")
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
-        received = desk.receive(signed)
-        desk.admitted(received.hash)  # so what is sent now is an approval
+        received = approvals.receive(signed)
+        approvals.admitted(received.hash)  # so what is sent now is an approval
         decision = self.state_dir / "decisions" / f"{received.hash}.json"
         return ContractReply(
             site=Decision(name=self.identity.name, decision=decision.read_text())

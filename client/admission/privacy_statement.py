@@ -11,7 +11,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from fedgex.client.admission.approvals import Desk
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.ledger.budget import Account, Use
 from fedgex.client.settings import SiteSettings
 
@@ -59,10 +59,10 @@ def _table(uses: list[Use]) -> str:
 
 def _unprotected(settings: SiteSettings) -> str:
     """Name the studies that a person here approved and that bound nothing."""
-    desk = Desk.of(settings)
+    approvals = ApprovalStore.of(settings)
     named = []
-    for received in desk.contracts():
-        decision = desk.decision(received.hash)
+    for received in approvals.contracts():
+        decision = approvals.decision(received.hash)
         approved = decision is not None and decision.decision != "rejected"
         if approved and received.contract.study.privacy.patient is None:
             named.append(f"{received.contract.study.name} ({received.hash[:16]})")

@@ -168,7 +168,7 @@ def spread(options: _Options, genes: Genes = None) -> None:
 
     with _restoring(options, genes) as (job, wanted):
         expression = job.samples.expression
-        job.write(inference.spread(job.checkpoint, expression, genes=wanted))
+        job.write(inference.uncertainty(job.checkpoint, expression, genes=wanted))
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def fill(frame: pd.DataFrame, restored: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def spread(
+def uncertainty(
     checkpoint: Checkpoint,
     frame: pd.DataFrame,
     *,

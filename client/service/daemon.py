@@ -83,8 +83,8 @@ class _Daemon:
         self.started = datetime.now(UTC)
         port, secret = _free_port(), secrets.token_hex(32)
         environment = {supernode.SECRET_VARIABLE: secret}
-        told = json.dumps({"site_toml": str(site_toml), "port": port})
-        self.node = Child("fedgex.client.service.supernode", [told], environment)
+        arguments = json.dumps({"site_toml": str(site_toml), "port": port})
+        self.node = Child("fedgex.client.service.supernode", [arguments], environment)
         self.worker = Child(
             "fedgex.client.service.worker",
             [str(site_toml), str(port)],
@@ -94,21 +94,21 @@ class _Daemon:
     def serve(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        told = 0.0
+        written = 0.0
         try:
             while not self.stopping:
                 self._enforce_limit()
                 self._end_bereaved()
                 self.node.keep()
                 self.worker.keep()
-                if time.monotonic() - told > STATUS_S:
-                    told = time.monotonic()
-                    self._tell()
+                if time.monotonic() - written > STATUS_S:
+                    written = time.monotonic()
+                    self._write_status()
                 time.sleep(LOOK_S)
         finally:
             self.node.stop()
             self.worker.stop()
-            self._tell()
+            self._write_status()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
@@ -151,8 +151,8 @@ class _Daemon:
             logger.error("the settings cannot be used, so nothing changes: %s", error)
         return self.settings.policy.message_limit_s
 
-    def _tell(self) -> None:
-        told = {
+    def _write_status(self) -> None:
+        status = {
             "pid": os.getpid(),
             "started": self.started.isoformat(),
             "supernode": self.node.alive,
@@ -162,7 +162,7 @@ class _Daemon:
         }
         path = self.settings.state_dir / "status.json"
         with _going_on():
-            write_atomic(path, json.dumps(told).encode())
+            write_atomic(path, json.dumps(status).encode())
 
 
 @contextmanager

@@ -59,9 +59,9 @@ def trusted(settings: SiteSettings, identity: Identity) -> bytes:
     return "\n".join(texts).encode()
 
 
-def main(told: SuperNodeSettings, secret: str) -> None:
+def main(process: SuperNodeSettings, secret: str) -> None:
     """Run until the daemon ends us, or the server no longer knows this node."""
-    settings = SiteSettings.load(told.site_toml)
+    settings = SiteSettings.load(process.site_toml)
     identity = Identity.load(settings.state_dir)
     if settings.proxy is not None:
         os.environ["HTTPS_PROXY"] = settings.proxy
@@ -80,8 +80,8 @@ def main(told: SuperNodeSettings, secret: str) -> None:
         server=identity.server,
         roots=roots,
         key=key,
-        site_toml=told.site_toml,
-        port=told.port,
+        site_toml=process.site_toml,
+        port=process.port,
         health_port=settings.health_port,
         secret=secret,
         on_number=partial(write_number, settings.state_dir),
@@ -107,9 +107,9 @@ def _sign_off(
 
 def write_number(state_dir: Path, node: int | None) -> None:
     """Write the node's number for the next start to sign off."""
-    told = {"node": node, "since": time.time()}
+    document = {"node": node, "since": time.time()}
     try:
-        write_atomic(state_dir / NODE_FILE, json.dumps(told).encode())
+        write_atomic(state_dir / NODE_FILE, json.dumps(document).encode())
     except FedgexError as error:  # the next start takes a minute longer, no more
         logger.error("%s", error)
 

@@ -76,7 +76,7 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
     if study.privacy.patient is None:
         reported = federation.observed_genes(
             cohort,
-            min_count=_floor(settings, study),
+            min_count=_min_cell_count(settings, study),
             min_share=study.vocabulary.min_patient_share,
         )
         panel = site_panel.Panel(scale, cohort.genes, reported, run)
@@ -103,8 +103,8 @@ def moments(request: StatisticsRequest, settings: SiteSettings) -> StatisticsRep
     study = request.study
     _refuse_sums(study)
     cohort = _cohort(settings, study)
-    floor = _floor(settings, study)
-    sums = federation.gene_moments(cohort, request.vocabulary, floor)
+    min_cell_count = _min_cell_count(settings, study)
+    sums = federation.gene_moments(cohort, request.vocabulary, min_cell_count)
     size = CohortSize(num_patients=sums.n_patients)
     return StatisticsReply(sums=sums, metrics=_permitted(size, settings, study))
 
@@ -125,9 +125,9 @@ def cross_products(
         )
     cohort = _cohort(settings, study)
     patients = to_patients(cohort, request.vocabulary, request.standardisation)
-    floor = _floor(settings, study)
+    min_cell_count = _min_cell_count(settings, study)
     return CrossProductsReply(
-        products=federation.cross_products(study, patients, floor)
+        products=federation.cross_products(study, patients, min_cell_count)
     )
 
 
@@ -147,7 +147,7 @@ def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
         to_patients(cohort, request.vocabulary, request.standardisation),
         floats(to_arrays(request.model)),
         site=settings.name,
-        floor=_floor(settings, study),
+        min_cell_count=_min_cell_count(settings, study),
         state_dir=_state_dir(settings, study),
     )
     report = result.report
@@ -175,9 +175,11 @@ def reported_genes(request: KeysRequest, settings: SiteSettings) -> NDArray[np.b
     cohort = _unchanged_cohort(settings, study)
     unit = Standardisation.identity(len(vocabulary))
     patients = to_patients(cohort, vocabulary, unit)
-    local_round.enough(study, request.round.phase, patients, _floor(settings, study))
+    local_round.require_min_patients(
+        study, request.round.phase, patients, _min_cell_count(settings, study)
+    )
     panel = site_panel.read_panel(_state_dir(settings, study))
-    return np.isin(vocabulary.genes, () if panel is None else panel.told)
+    return np.isin(vocabulary.genes, () if panel is None else panel.reported)
 
 
 def _permitted(numbers: Numbers, settings: SiteSettings, study: Study) -> Numbers:
@@ -205,7 +207,7 @@ def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
     panel = site_panel.read_panel(_state_dir(settings, study))
     genes = set(cohort.genes)
     if panel is not None and study.privacy.patient is not None:
-        genes |= set(panel.told)  # whether they have values depends on patients
+        genes |= set(panel.reported)  # whether they have values depends on patients
     if panel is None or panel.holds(settings.data.scale.value, genes):
         return
     raise DataError(
@@ -220,7 +222,7 @@ def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
     )
 
 
-def _floor(settings: SiteSettings, study: Study) -> int:
+def _min_cell_count(settings: SiteSettings, study: Study) -> int:
     """Return the smallest count that may leave: the stricter of site and study."""
     return max(settings.policy.minimum_cohort, study.minimum_cohort)
 

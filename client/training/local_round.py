@@ -29,10 +29,10 @@ def train_round(
     phase: str,
     number: int,
     patients: Patients,
-    incoming: Parameters,
+    global_parameters: Parameters,
     *,
     site: str,
-    floor: int,
+    min_cell_count: int,
     state_dir: Path,
     evaluate: bool = True,
 ) -> RoundResult:
@@ -42,9 +42,9 @@ def train_round(
     ----------
     number
         Number of the round in its phase, from 1.
-    incoming
+    global_parameters
         Parameters sent by the server, see `tasks.sent`.
-    floor
+    min_cell_count
         Fewest patients that may take part in anything that leaves the site.
     state_dir
         Where noised class counts are kept between rounds.
@@ -59,9 +59,9 @@ def train_round(
         If the incoming parameters do not fit the study's model.
     """
     malloc.keep_freed()
-    fitting = enough(study, phase, patients, floor)
+    fitting = require_min_patients(study, phase, patients, min_cell_count)
     model = tasks.build(study, patients.values.shape[1], phase)
-    load_parameters(tasks.named(phase, model), incoming)
+    load_parameters(tasks.named(phase, model), global_parameters)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     fit = None
@@ -73,7 +73,7 @@ def train_round(
         number,
         model,
         fitting,
-        incoming,
+        global_parameters,
         site=site,
         fit=fit,
         evaluate=evaluate,
@@ -100,7 +100,9 @@ def refuse_large_delta(study: Study, n_patients: int) -> None:
     raise DataError([finding])
 
 
-def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients:
+def require_min_patients(
+    study: Study, phase: str, patients: Patients, min_cell_count: int
+) -> Patients:
     """Return the patients that a phase can learn from, see `take_part`.
 
     Raises
@@ -109,8 +111,8 @@ def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients
         If they are fewer than the floor; with the Cox loss, their deaths.
     """
     fitting = take_part(study, phase, patients)
-    if _unit_count(study, phase, fitting) < floor:
-        raise DataError([_too_few(phase, floor)])
+    if _unit_count(study, phase, fitting) < min_cell_count:
+        raise DataError([_too_few(phase, min_cell_count)])
     return fitting
 
 
@@ -148,10 +150,10 @@ def _unit_count(study: Study, phase: str, patients: Patients) -> int:
     return len(patients)
 
 
-def _too_few(phase: str, floor: int) -> Finding:
+def _too_few(phase: str, least: int) -> Finding:
     return Code.TOO_FEW_FOR_PHASE.finding(
         where=phase,
-        found=f"fewer than {floor} patients (with the Cox loss: deaths) to learn from",
-        expected=f"{floor} or more, with the cancer types and follow-up of the study",
+        found=f"fewer than {least} patients (with the Cox loss: deaths) to learn from",
+        expected=f"{least} or more, with the cancer types and follow-up of the study",
         action="The site takes no part in this phase; nothing is to be done.",
     )

@@ -19,7 +19,7 @@ class Panel:
 
     scale: str
     genes: tuple[str, ...]
-    told: tuple[str, ...]
+    reported: tuple[str, ...]
     """Those of enough patients."""
     run: str
     """Name of the run; empty in a simulation, which has none."""
@@ -29,7 +29,9 @@ class Panel:
 
         A gene of few patients may go: its last one may have opted out.
         """
-        return scale == self.scale and set(self.told) <= set(genes) <= set(self.genes)
+        return scale == self.scale and set(self.reported) <= set(genes) <= set(
+            self.genes
+        )
 
 
 def remember_panel(state_dir: Path, panel: Panel) -> None:
@@ -43,7 +45,9 @@ def remember_panel(state_dir: Path, panel: Panel) -> None:
     path = state_dir / PANEL
     with files.explained(path):
         state_dir.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, json.dumps(asdict(panel)).encode())
+    content = asdict(panel)
+    content["told"] = content.pop("reported")  # its name since the first release
+    files.write_atomic(path, json.dumps(content).encode())
 
 
 def read_panel(state_dir: Path) -> Panel | None:
@@ -51,5 +55,5 @@ def read_panel(state_dir: Path) -> Panel | None:
     path = state_dir / PANEL
     if not path.exists():
         return None
-    told = json.loads(path.read_text())
-    return Panel(told["scale"], tuple(told["genes"]), tuple(told["told"]), told["run"])
+    kept = json.loads(path.read_text())
+    return Panel(kept["scale"], tuple(kept["genes"]), tuple(kept["told"]), kept["run"])

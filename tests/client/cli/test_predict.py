@@ -477,6 +477,6 @@ def test_the_spread_of_counts_is_on_the_studys_scale(tmp_path: Path) -> None:
 
     assert result.exit_code == 0, result.output
     out = table(tmp_path / "out.csv").replace("", "nan").astype(float)
-    truth = inference.spread(trained, per_million, scale=Scale.LINEAR)
+    truth = inference.uncertainty(trained, per_million, scale=Scale.LINEAR)
     assert out.to_numpy()[:2] == pytest.approx(truth.to_numpy(), rel=1e-4, nan_ok=True)
     assert out.loc["S3"].isna().all()

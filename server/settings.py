@@ -96,7 +96,7 @@ class ServerSettings(BaseSettings):
             return cls(**values)
         except ValidationError as error:
             lines = [
-                f"{_told(path, '_'.join(map(str, e['loc'])))}: {e['msg']}"
+                f"{_setting_name(path, '_'.join(map(str, e['loc'])))}: {e['msg']}"
                 for e in error.errors()
             ]
             raise ConfigError("\n".join(lines)) from error
@@ -131,7 +131,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _told(path: Path | None, name: str) -> str:
+def _setting_name(path: Path | None, name: str) -> str:
     """Return where a setting stands, as its reader knows it."""
     if path is None:
         return f"{PREFIX}{name.upper()}"

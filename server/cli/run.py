@@ -84,7 +84,7 @@ def run_launch(
             pki.load_key(key),
             token=submit_token,
         )
-        facts = {"run": order.run, "contract": order.subject, **_told(found, order)}
+        facts = {"run": order.run, "contract": order.subject, **_standing(found, order)}
     _ordered(found, facts, form)
 
 
@@ -215,9 +215,9 @@ def receipts(consortium: Consortium, folder: Path) -> list[dict[str, Any]]:
     verify_chain(found, consortium.authority)
     rows = []
     for signed in found:
-        told = Receipt.read_signed(signed).model_dump(mode="json")
-        told["hash"] = signed.hash
-        rows.append(told)
+        reported = Receipt.read_signed(signed).model_dump(mode="json")
+        reported["hash"] = signed.hash
+        rows.append(reported)
     return rows
 
 
@@ -251,7 +251,7 @@ def _order(state: Path, kind: commands.Kind, run: str, key: Path, form: str) -> 
         if begun or run not in commands.launches(found):
             _refuse_finished(runs.load(found.folder, run), kind)
         order = commands.submit(found, kind, run, pki.load_key(key))
-        facts = {"run": run, "order": kind, **_told(found, order)}
+        facts = {"run": run, "order": kind, **_standing(found, order)}
     _ordered(found, facts, form)
 
 
@@ -263,7 +263,7 @@ def _refuse_finished(run: runs.Run, kind: str) -> None:
         )
 
 
-def _told(found: Consortium, order: commands.Order) -> dict[str, Any]:
+def _standing(found: Consortium, order: commands.Order) -> dict[str, Any]:
     known = commands.outcome(found, order.token)
     return {"token": order.token, "state": known.state if known else "pending"}
 

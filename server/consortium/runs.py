@@ -175,7 +175,7 @@ def _settings(
     write_atomic(folder / "study.json", contract.study.to_json().encode())
     holdout = consortium.folder / HOLDOUT
     public_cohort = consortium.folder / public.FOLDER
-    told = {
+    settings = {
         "job": job,
         "study": str(folder / "study.json"),
         "run_dir": str(folder),
@@ -189,7 +189,7 @@ def _settings(
         "bundle": None if bundle is None else str(bundle),
     }
     path = folder / "settings.json"
-    write_atomic(path, json.dumps(told, indent=1).encode())
+    write_atomic(path, json.dumps(settings, indent=1).encode())
     return path
 
 

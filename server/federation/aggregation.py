@@ -17,7 +17,7 @@ Weight = NDArray[np.float64]
 
 
 def weighted_mean(
-    arrays: Iterable[Array], weights: Sequence[Weight], incoming: Array
+    arrays: Iterable[Array], weights: Sequence[Weight], global_parameter: Array
 ) -> Array:
     """Average one parameter over the sites, holding one site's array at a time.
 
@@ -30,36 +30,38 @@ def weighted_mean(
     Parameters
     ----------
     arrays
-        The parameter at each site, S arrays of the shape of `incoming`.
+        The parameter at each site, S arrays of the shape of `global_parameter`.
     weights
         Weight of each site, in the same order, at least zero.
-    incoming
+    global_parameter
         The parameter that the round began with; its dtype is kept.
     """
-    total = np.zeros(incoming.shape, dtype=np.float64)
+    total = np.zeros(global_parameter.shape, dtype=np.float64)
     for array, weight in zip(arrays, weights, strict=True):
-        total += _along_rows(weight, incoming) * array
-    sums = _along_rows(np.sum(np.stack(weights), axis=0), incoming)
-    mean = np.divide(total, sums, out=incoming.astype(np.float64), where=sums > 0)
-    return mean.astype(incoming.dtype)
+        total += _along_rows(weight, global_parameter) * array
+    sums = _along_rows(np.sum(np.stack(weights), axis=0), global_parameter)
+    mean = np.divide(
+        total, sums, out=global_parameter.astype(np.float64), where=sums > 0
+    )
+    return mean.astype(global_parameter.dtype)
 
 
 def median(
-    arrays: Iterable[Array], weights: Sequence[Weight], incoming: Array
+    arrays: Iterable[Array], weights: Sequence[Weight], global_parameter: Array
 ) -> Array:
     """Return the median over the sites of each number (Yin et al. 2018).
 
     Weights say only who takes part: sites with weight zero do not.
     """
     return _order_statistic(
-        arrays, weights, incoming, lambda x: np.asarray(np.median(x, axis=0))
+        arrays, weights, global_parameter, lambda x: np.asarray(np.median(x, axis=0))
     )
 
 
 def trimmed_mean(
     arrays: Iterable[Array],
     weights: Sequence[Weight],
-    incoming: Array,
+    global_parameter: Array,
     trim_share: float,
 ) -> Array:
     """Return the mean over the sites after cutting off a share at either end.
@@ -70,7 +72,7 @@ def trimmed_mean(
     return _order_statistic(
         arrays,
         weights,
-        incoming,
+        global_parameter,
         lambda x: np.asarray(trim_mean(x, trim_share, axis=0)),
     )
 
@@ -78,20 +80,22 @@ def trimmed_mean(
 def _order_statistic(
     arrays: Iterable[Array],
     weights: Sequence[Weight],
-    incoming: Array,
+    global_parameter: Array,
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
 ) -> Array:
     """Apply a statistic over sites, to groups of rows that the same sites measured."""
     stacked = np.stack([array.astype(np.float64) for array in arrays])  # (S, ...)
     takes_part = np.stack(weights) > 0  # (S,) or (S, V)
     if takes_part.ndim == 1:
-        return statistic(stacked[takes_part]).astype(incoming.dtype)
-    result = incoming.copy()
+        return statistic(stacked[takes_part]).astype(global_parameter.dtype)
+    result = global_parameter.copy()
     patterns, rows_of = np.unique(takes_part, axis=1, return_inverse=True)
     for i, sites in enumerate(patterns.T):
         if sites.any():
             rows = rows_of == i
-            result[rows] = statistic(stacked[sites][:, rows]).astype(incoming.dtype)
+            result[rows] = statistic(stacked[sites][:, rows]).astype(
+                global_parameter.dtype
+            )
     return result
 
 

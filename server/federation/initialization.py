@@ -167,9 +167,9 @@ class Initialization:
 
     def _introduction(self, site: str, content: RecordDict) -> Introduction:
         introduction = PrepareReply.from_records(content).site
-        patients, floor = introduction.num_patients, self.study.minimum_cohort
-        if patients is not None and patients < floor:
-            raise UpdateError(f"the site has fewer than {floor} patients")
+        patients, min_cell_count = introduction.num_patients, self.study.minimum_cohort
+        if patients is not None and patients < min_cell_count:
+            raise UpdateError(f"the site has fewer than {min_cell_count} patients")
         self.participants.admit(site, introduction.name)
         return introduction
 

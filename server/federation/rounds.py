@@ -67,7 +67,7 @@ def train_round(
     channel: Channel,
     sites: list[Site],
     request: Request,
-    incoming: Mapping[str, Array],
+    global_parameters: Mapping[str, Array],
     study: Study,
     *,
     absent: Outcomes,
@@ -77,7 +77,7 @@ def train_round(
 
     Parameters
     ----------
-    incoming
+    global_parameters
         Parameters that must come back trained, no more and no fewer.
     absent
         Outcomes of the sites that are not asked at all.
@@ -108,7 +108,7 @@ def train_round(
         if answer.content is not None:
             path = spool_dir / f"{name}.safetensors"
             try:
-                metrics, norms[name] = _accept(answer, incoming, study, path)
+                metrics, norms[name] = _accept(answer, global_parameters, study, path)
             except UpdateError as error:
                 outcome = SiteOutcome(state="quarantined", reason=str(error))
                 path.unlink(missing_ok=True)
@@ -206,7 +206,7 @@ def read_reply(answer: Answer, study: Study) -> TrainReply:
 
 
 def _accept(
-    answer: Answer, incoming: Mapping[str, Array], study: Study, path: Path
+    answer: Answer, global_parameters: Mapping[str, Array], study: Study, path: Path
 ) -> tuple[TrainingMetrics, float]:
     """Check an update and spool it; return its numbers, and the norm of its change.
 
@@ -224,4 +224,6 @@ def _accept(
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.writelines(pieces(reply.update))
-    return reply.metrics, federation.update_norm(study, incoming, Spooled(path))
+    return reply.metrics, federation.update_norm(
+        study, global_parameters, Spooled(path)
+    )

@@ -114,15 +114,15 @@ class _Run:
         cohort = (
             public_cohort.load(self.study, self.settings.public) if begins else None
         )
-        opening = Initialization(
+        initialization = Initialization(
             channel=self.channel, settings=self.settings, public_cohort=cohort
         )
-        opening.connect()
-        self.absent = opening.absent
+        initialization.connect()
+        self.absent = initialization.absent
         if last is None:
-            last = opening.initial_checkpoint()
+            last = initialization.initial_checkpoint()
             checkpoint.save(last, self.checkpoints / _name(self.study, last))
-        sites = opening.sites(last.vocabulary)
+        sites = initialization.sites(last.vocabulary)
         self.journal.write(
             "run-started",
             study=self.study.name,
@@ -150,7 +150,7 @@ class _Run:
                 last = self._round(sites, last, phase, number)
             self.journal.write("phase-finished", phase=phase)
         if self.holdout is not None:
-            self._judge(last, self.holdout)
+            self._evaluate(last, self.holdout)
         self.journal.write(
             "run-finished",
             checkpoint=_name(self.study, last),
@@ -160,8 +160,8 @@ class _Run:
     def _begins_on_public(self, last: Checkpoint) -> bool:
         """Return whether a phase is yet to begin on the public cohort."""
         order = list(self.study.phases)
-        begun = order.index(last.phase) + (last.round > 0)
-        to_come = set(order[begun:]) - {PRETRAINING}
+        n_started = order.index(last.phase) + (last.round > 0)
+        to_come = set(order[n_started:]) - {PRETRAINING}
         return self.study.public.epochs > 0 and bool(to_come)
 
     def _reopened(self, last: Checkpoint) -> Checkpoint:
@@ -183,14 +183,14 @@ class _Run:
         failpoints.reach("server.before_round")
         started, study = time.monotonic(), self.study
         known = self.public if number == 1 else None
-        begun = federation.begin_phase(study, phase, last.parameters, known)
+        initial_state = federation.begin_phase(study, phase, last.parameters, known)
         request = Request(
             type=keys.TRAIN,
             message=lambda: TrainRequest(
                 study=study,
                 vocabulary=last.vocabulary,
                 standardisation=last.standardisation,
-                model=to_record(tasks.sent(study, phase, begun)),
+                model=to_record(tasks.sent(study, phase, initial_state)),
                 round=Round(phase=phase, number=number),
             ),
             group=f"{phase}-{number}",
@@ -198,43 +198,45 @@ class _Run:
             round=number,
         )
         train = self._plain if study.secure_aggregation is None else self._secure
-        incoming = federation.global_parameters(study, phase, begun)
-        outcome, aggregate = train(sites, request, incoming)
-        new = federation.next_model(last, begun, phase, number, aggregate)
+        global_parameters = federation.global_parameters(study, phase, initial_state)
+        outcome, aggregate = train(sites, request, global_parameters)
+        new = federation.next_model(last, initial_state, phase, number, aggregate)
         shutil.rmtree(self.spool, ignore_errors=True)
         failpoints.reach("server.combined")
         return self._commit(last, new, outcome, started)
 
     def _plain(
-        self, sites: list[Site], request: Request, incoming: Parameters
+        self, sites: list[Site], request: Request, global_parameters: Parameters
     ) -> tuple[RoundOutcome, Aggregate]:
         """Have the sites train, and combine the update of each."""
         outcome = rounds.train_round(
             self.channel,
             sites,
             request,
-            incoming,
+            global_parameters,
             self.study,
             absent=self.absent,
             spool_dir=self.spool,
         )
         rule, noise = self.study.strategy, self.study.privacy.site
 
-        def aggregate(incoming: Parameters, state: Arrays) -> Combined:
+        def aggregate(global_parameters: Parameters, state: Arrays) -> Combined:
             updates = outcome.updates
-            return combine(rule, incoming, updates, request.round, state, noise)
+            return combine(
+                rule, global_parameters, updates, request.round, state, noise
+            )
 
         return outcome, aggregate
 
     def _secure(
-        self, sites: list[Site], request: Request, incoming: Parameters
+        self, sites: list[Site], request: Request, global_parameters: Parameters
     ) -> tuple[RoundOutcome, Aggregate]:
         """Have the sites train, and see nothing but the sum of their updates."""
         outcome, mean = secure_rounds.train_round(
             self.channel,
             sites,
             request,
-            incoming,
+            global_parameters,
             self.study,
             absent=self.absent,
             folder=self.settings.run_dir / "secure",
@@ -242,8 +244,8 @@ class _Run:
         rule, noise = self.study.strategy, self.study.privacy.site
         n = sum(site.contributed for site in outcome.sites.values())
 
-        def aggregate(incoming: Parameters, state: Arrays) -> Combined:
-            return step(rule, incoming, mean, n, request.round, state, noise)
+        def aggregate(global_parameters: Parameters, state: Arrays) -> Combined:
+            return step(rule, global_parameters, mean, n, request.round, state, noise)
 
         return outcome, aggregate
 
@@ -257,7 +259,7 @@ class _Run:
         """Judge the new model, and put it on the disk together with its receipt."""
         holdout: dict[str, Any] = {}
         if self.holdout is not None:
-            holdout = evaluation.judge_round(
+            holdout = evaluation.evaluate_round(
                 self.study, new.phase, dict(new.parameters), self.holdout
             )
         metrics = {
@@ -294,27 +296,27 @@ class _Run:
                 "round", **last.metrics, seconds=None, seconds_sites=None
             )
 
-    def _judge(self, last: Checkpoint, holdout: Patients) -> None:
+    def _evaluate(self, last: Checkpoint, holdout: Patients) -> None:
         """Judge the finished model and the linear references on the hold-out."""
         study, n_genes = self.study, len(last.vocabulary)
         path = self.settings.run_dir / "covariance.safetensors"
         covariance = load_file(path)["covariance"] if path.exists() else None
         imputers = evaluation.linear_references(covariance, n_genes)
         imputers["model"] = evaluation.model_imputer(study, last.parameters, n_genes)
-        judged: dict[str, Any] = {"imputation": {}, "per_gene": {}}
+        results: dict[str, Any] = {"imputation": {}, "per_gene": {}}
         for name, imputer in imputers.items():
-            scores = evaluation.judge_imputer(
+            scores = evaluation.evaluate_imputer(
                 imputer, holdout, study.evaluation, study.seed
             )
-            judged["imputation"][name] = evaluation.as_numbers(scores)
-            judged["per_gene"][name] = {
+            results["imputation"][name] = evaluation.as_numbers(scores)
+            results["per_gene"][name] = {
                 key: {
                     "mse": _numbers(score.gene_mse),
                     "pearson": _numbers(score.gene_pearson),
                 }
                 for key, score in scores.get("mcar", {}).items()
             }
-        content = json.dumps(judged, sort_keys=True).encode()
+        content = json.dumps(results, sort_keys=True).encode()
         write_atomic(self.settings.run_dir / "judgement.json", content, mode=0o644)
 
 

@@ -80,7 +80,7 @@ def train_round(
     channel: Channel,
     sites: list[Site],
     request: Request,
-    incoming: Mapping[str, Array],
+    global_parameters: Mapping[str, Array],
     study: Study,
     *,
     absent: Outcomes,
@@ -92,7 +92,7 @@ def train_round(
     ----------
     request
         The message `train`, without what secure aggregation adds to it.
-    incoming
+    global_parameters
         Parameters that the sites' changes are of.
     absent
         Outcomes of the sites that are not asked at all.
@@ -113,7 +113,7 @@ def train_round(
             channel=channel,
             sites={site.name: site for site in sites if site.name not in lost},
             request=request,
-            incoming=incoming,
+            global_parameters=global_parameters,
             study=study,
             record=record,
             absent={**absent, **lost},
@@ -137,7 +137,7 @@ class _Exchange:
     channel: Channel
     sites: Mapping[str, Site]
     request: Request
-    incoming: Mapping[str, Array]
+    global_parameters: Mapping[str, Array]
     study: Study
     record: Record
     absent: Outcomes
@@ -151,7 +151,7 @@ class _Exchange:
         asked = self._train_request()
         self._asked = {k: getattr(asked, k) for k in ("study", "vocabulary", "round")}
         self.n_genes = len(asked.vocabulary)
-        self.size = sum(array.size for array in self.incoming.values())
+        self.size = sum(array.size for array in self.global_parameters.values())
         for name, step in (
             ("keys", self._keys),
             ("shares", self._shares),
@@ -336,7 +336,7 @@ class _Exchange:
         rows = [protocol.measured(group.keys[n], self.n_genes) for n in survivors]
         by_gene = self.study.strategy.per_gene
         return protocol.to_mean(
-            summed, self.incoming, weights, rows if by_gene else None
+            summed, self.global_parameters, weights, rows if by_gene else None
         )
 
     # ---- what the steps share ----

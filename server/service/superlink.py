@@ -125,14 +125,14 @@ class Activity:
                 return
             moved, idle = dict(self._moved), dict(self._idle)
             self._changed = False
-        told = {}
+        activity = {}
         for key in moved.keys() | idle.keys():
             node = node_of(key)
             if node is not None:
-                told[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
+                activity[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
         partial = self.path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(told))
+            partial.write_text(json.dumps(activity))
             partial.replace(self.path)
         except OSError:
             self._changed = True

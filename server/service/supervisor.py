@@ -62,8 +62,8 @@ class _Job:
     """Last checkpoint when it was started."""
     not_before: float = 0.0
     task: RuntimeHttpClient | None = None
-    told: float = 0.0
-    """When the SuperLink last heard that the worker is alive."""
+    last_heartbeat: float = 0.0
+    """When the last heartbeat went to the SuperLink, monotonic seconds."""
 
     @property
     def waits(self) -> bool:
@@ -106,7 +106,7 @@ class _Supervisor:
         self.consortium, self.folder = consortium, consortium.folder
         self.settings = consortium.settings
         self.secret = secrets.token_hex(32)
-        told = superlink.SuperLinkSettings(
+        settings = superlink.SuperLinkSettings(
             host=self.settings.interface,
             port=self.settings.port,
             control_port=self.settings.control_port,
@@ -117,7 +117,7 @@ class _Supervisor:
         )
         self.superlink = Child(
             "fedgex.server.service.superlink",
-            [told.model_dump_json()],
+            [settings.model_dump_json()],
             {superlink.SECRET_VARIABLE: self.secret},
         )
         self.control = Control(self.settings.control_port, self.secret)
@@ -297,8 +297,8 @@ class _Supervisor:
         """Tell the SuperLink that the server app is alive, from its very start."""
         if job.worker is None or not job.worker.alive or job.task is None:
             return
-        if time.monotonic() - job.told > HEARTBEAT_S:
-            job.told = time.monotonic()
+        if time.monotonic() - job.last_heartbeat > HEARTBEAT_S:
+            job.last_heartbeat = time.monotonic()
             runtime.send_heartbeat(job.task)
 
     def _ended(

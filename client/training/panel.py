@@ -1,4 +1,4 @@
-"""The panel of genes that a site measured when its run began, kept between rounds."""
+"""The gene panel of a site at the start of its run, stored between rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from fedgex.common.system import files
 
 PANEL = "panel.json"
-"""File with the panel that a run began with."""
+"""File of the panel."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Panel:
     scale: str
     genes: tuple[str, ...]
     reported: tuple[str, ...]
-    """Those of enough patients."""
+    """Genes observed in enough patients."""
     run: str
     """Name of the run; empty in a simulation, which has none."""
 
     def holds(self, scale: str, genes: Collection[str]) -> bool:
-        """Return whether the data still are what the site reported.
+        """Return whether the data still match the panel.
 
-        A gene of few patients may go: its last one may have opted out.
+        Unreported genes may disappear: their last patient may have opted out.
         """
         return scale == self.scale and set(self.reported) <= set(genes) <= set(
             self.genes
@@ -35,12 +35,12 @@ class Panel:
 
 
 def remember_panel(state_dir: Path, panel: Panel) -> None:
-    """Note what is measured as a run begins, see `read_panel`.
+    """Store the panel of a run that begins.
 
     Raises
     ------
     FedgexError
-        If it cannot be written; then the panel is the one noted before.
+        If it cannot be written; then the previous panel stays.
     """
     path = state_dir / PANEL
     with files.explained(path):
@@ -51,7 +51,7 @@ def remember_panel(state_dir: Path, panel: Panel) -> None:
 
 
 def read_panel(state_dir: Path) -> Panel | None:
-    """Return what was measured when the run began; None if it has not."""
+    """Return the stored panel, None before the first run."""
     path = state_dir / PANEL
     if not path.exists():
         return None

@@ -251,13 +251,13 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
         yield (
             "no differential privacy; updates leave as they are"
             if site is None and not facts["secure_aggregation"]
-            else "none for patients; what leaves tells of them whatever it tells"
+            else "none for patients: nothing bounds what leaves reveals of them"
         )
     else:
         cost = facts["cost"]
         at = f"at delta {cost['delta']:g}"
         yield (
-            "for each patient, made here: the whole study costs epsilon "
+            "for each patient, made here: all rounds of the study cost epsilon "
             f"{cost['epsilon']:.3g} {at}"
         )
         yield (
@@ -271,7 +271,7 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
             )
     if site is not None:
         yield (
-            "for this hospital as a whole, if the server is trusted to add noise "
+            "for this hospital's contribution, if the server is trusted to add noise "
             f"{site['noise_multiplier']:g} on updates of norm {site['clip']:g}"
         )
     if facts["secure_aggregation"]:

@@ -1,4 +1,4 @@
-"""How the sites' parameters become one: pure functions on NumPy arrays.
+"""Aggregation statistics over sites: pure functions on NumPy arrays.
 
 S sites, always in order of name, so that the order of arrival changes no bit; V genes.
 """
@@ -13,7 +13,7 @@ from scipy.stats import trim_mean
 
 Array = NDArray[np.floating]
 Weight = NDArray[np.float64]
-"""A site's weight: shape () for a whole array, or (V,) for an array of gene rows."""
+"""A site's weight: shape () for an array, or (V,) for the rows of genes."""
 
 
 def weighted_mean(
@@ -22,8 +22,8 @@ def weighted_mean(
     """Average one parameter over the sites, holding one site's array at a time.
 
     With weights of shape (V,), each gene's row is averaged over the sites whose weight
-    for it is above zero (those that measured the gene); a row that nobody measured
-    keeps its incoming value:
+    for it is above zero (those that measured the gene); a row that no site measured
+    keeps its global value:
 
         new[g] = sum_s w_s[g] x_s[g] / sum_s w_s[g]
 
@@ -34,7 +34,7 @@ def weighted_mean(
     weights
         Weight of each site, in the same order, at least zero.
     global_parameter
-        The parameter that the round began with; its dtype is kept.
+        The parameter at the start of the round; its dtype is kept.
     """
     total = np.zeros(global_parameter.shape, dtype=np.float64)
     for array, weight in zip(arrays, weights, strict=True):
@@ -51,7 +51,7 @@ def median(
 ) -> Array:
     """Return the median over the sites of each number (Yin et al. 2018).
 
-    Weights say only who takes part: sites with weight zero do not.
+    Sites with weight zero are excluded; other weights do not matter.
     """
     return _order_statistic(
         arrays, weights, global_parameter, lambda x: np.asarray(np.median(x, axis=0))
@@ -66,8 +66,8 @@ def trimmed_mean(
 ) -> Array:
     """Return the mean over the sites after cutting off a share at either end.
 
-    The share is rounded down to whole sites (Yin et al. 2018, definition 2). Weights
-    say only who takes part.
+    The number of sites cut off is rounded down (Yin et al. 2018, definition 2). Sites
+    with weight zero are excluded; other weights do not matter.
     """
     return _order_statistic(
         arrays,
@@ -83,13 +83,13 @@ def _order_statistic(
     global_parameter: Array,
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
 ) -> Array:
-    """Apply a statistic over sites, to groups of rows that the same sites measured."""
+    """Apply a statistic over sites, grouping rows by the sites that measured them."""
     stacked = np.stack([array.astype(np.float64) for array in arrays])  # (S, ...)
-    takes_part = np.stack(weights) > 0  # (S,) or (S, V)
-    if takes_part.ndim == 1:
-        return statistic(stacked[takes_part]).astype(global_parameter.dtype)
+    eligible = np.stack(weights) > 0  # (S,) or (S, V)
+    if eligible.ndim == 1:
+        return statistic(stacked[eligible]).astype(global_parameter.dtype)
     result = global_parameter.copy()
-    patterns, rows_of = np.unique(takes_part, axis=1, return_inverse=True)
+    patterns, rows_of = np.unique(eligible, axis=1, return_inverse=True)
     for i, sites in enumerate(patterns.T):
         if sites.any():
             rows = rows_of == i

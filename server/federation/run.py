@@ -1,12 +1,10 @@
-"""One study from the first message to the last checkpoint.
+"""Conduct a study from the first message to the last checkpoint.
 
-    initialization (server/federation/initialization.py) -> rounds of each phase ->
-    judgement
+    initialization -> rounds of each phase -> evaluation
 
-After every round the model is judged on the hold-out and a checkpoint written, with the
-receipt of who contributed. A run that was killed goes on from its last checkpoint and
-ends in the same bits, because sites and server derive every seed from the names of
-study, site, phase and round.
+Each round ends with an evaluation on the hold-out, a checkpoint and a receipt. A killed
+run resumes from its last checkpoint with the same bits, because sites and server derive
+every seed from the names of study, site, phase and round.
 """
 
 from __future__ import annotations
@@ -68,17 +66,16 @@ Combined = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
 
 
 def conduct(grid: Grid, settings: ServerSettings, participants: Participants) -> None:
-    """Begin a run, or go on with it, and bring it to its end.
+    """Start or resume a run, and conduct it to its end.
 
     Raises
     ------
     FederationError
-        If too few sites come, a round misses its quorum, or another process conducts
-        the run.
+        If a step lacks its quorum, or another process conducts the run.
     CheckpointError
-        If the run's folder belongs to another study, or its receipts do not hold.
+        If the run's folder belongs to another study, or a receipt is invalid.
     ConfigError, TrustError
-        If the settings, or the public cohort that the study wants, cannot be used.
+        If the settings, or the study's public cohort, cannot be used.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     busy = "another process conducts this run; wait for it, or stop it."
@@ -95,7 +92,7 @@ def conduct(grid: Grid, settings: ServerSettings, participants: Participants) ->
 
 
 class _Run:
-    """The state that the steps of a run share."""
+    """State shared by the steps of a run."""
 
     def __init__(self, channel: Channel, settings: ServerSettings) -> None:
         self.channel, self.settings = channel, settings
@@ -158,14 +155,14 @@ class _Run:
         )
 
     def _begins_on_public(self, last: Checkpoint) -> bool:
-        """Return whether a phase is yet to begin on the public cohort."""
+        """Return whether a later phase begins with training on the public cohort."""
         order = list(self.study.phases)
         n_started = order.index(last.phase) + (last.round > 0)
         to_come = set(order[n_started:]) - {PRETRAINING}
         return self.study.public.epochs > 0 and bool(to_come)
 
     def _reopened(self, last: Checkpoint) -> Checkpoint:
-        """Return the checkpoint to go on from, once it is known to be of this run."""
+        """Verify that a checkpoint belongs to this run, and return it."""
         if last.study.hash != self.study.hash:
             raise CheckpointError(
                 f"{self.checkpoints} belongs to study {last.study.hash[:12]}, this is "
@@ -179,7 +176,7 @@ class _Run:
     def _round(
         self, sites: list[Site], last: Checkpoint, phase: str, number: int
     ) -> Checkpoint:
-        """Run one round, judge its model, and write the checkpoint and the journal."""
+        """Run one round, evaluate its model, and write checkpoint and journal."""
         failpoints.reach("server.before_round")
         started, study = time.monotonic(), self.study
         known = self.public if number == 1 else None
@@ -208,7 +205,7 @@ class _Run:
     def _plain(
         self, sites: list[Site], request: Request, global_parameters: Parameters
     ) -> tuple[RoundOutcome, Aggregate]:
-        """Have the sites train, and combine the update of each."""
+        """Request training, and aggregate the sites' updates."""
         outcome = rounds.train_round(
             self.channel,
             sites,
@@ -231,7 +228,7 @@ class _Run:
     def _secure(
         self, sites: list[Site], request: Request, global_parameters: Parameters
     ) -> tuple[RoundOutcome, Aggregate]:
-        """Have the sites train, and see nothing but the sum of their updates."""
+        """Request training, and aggregate from the securely summed updates."""
         outcome, mean = secure_rounds.train_round(
             self.channel,
             sites,
@@ -256,7 +253,7 @@ class _Run:
         outcome: RoundOutcome,
         started: float,
     ) -> Checkpoint:
-        """Judge the new model, and put it on the disk together with its receipt."""
+        """Evaluate the new model, and store it with its receipt."""
         holdout: dict[str, Any] = {}
         if self.holdout is not None:
             holdout = evaluation.evaluate_round(
@@ -288,7 +285,7 @@ class _Run:
         return new
 
     def _catch_up(self, last: Checkpoint) -> None:
-        """Write the last round's line if the run was killed between the two."""
+        """Write the last round's journal line, if the run was killed before it."""
         written = [e for e in read(self.journal.path) if e["event"] == "round"]
         at = {(e["phase"], e["round"]) for e in written}
         if last.round and (last.phase, last.round) not in at:
@@ -297,7 +294,7 @@ class _Run:
             )
 
     def _evaluate(self, last: Checkpoint, holdout: Patients) -> None:
-        """Judge the finished model and the linear references on the hold-out."""
+        """Evaluate the finished model and the linear references on the hold-out."""
         study, n_genes = self.study, len(last.vocabulary)
         path = self.settings.run_dir / "covariance.safetensors"
         covariance = load_file(path)["covariance"] if path.exists() else None
@@ -339,8 +336,7 @@ def _name(study: Study, at: Checkpoint) -> str:
 def _mean(sites: Outcomes, name: str) -> float | None:
     """Return the mean of a number over the sites that contributed and reported it.
 
-    By patients, or plain if one of them withholds how many it has; None if no site
-    reported it.
+    Weighted by patients, unless a site withholds their number; None without a report.
     """
     reported = [
         (value, each.metrics.num_examples)

@@ -1,4 +1,4 @@
-"""Aggregation of a round's accepted updates into the next global parameters.
+"""Aggregate a round's accepted updates into the next global parameters.
 
 A rule is a class that follows `Strategy`, its entry in `STRATEGIES`, and its name in
 `study.MEANS` or `study.ORDER_STATISTICS`. Arrays are streamed from disk, in order of
@@ -26,13 +26,13 @@ from fedgex.server.federation.aggregation import Array, Weight
 from fedgex.server.federation.central_noise import noised
 
 Parameters = Mapping[str, Array]
-"""Exactly the parameters that travel, by name."""
+"""Parameters that are exchanged, by name."""
 Aggregated = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
 """The next parameters, and the state for the next round; empty for most rules."""
 
 
 class Spooled(Mapping[str, Array]):
-    """The arrays of a spooled update, each read when it is asked for."""
+    """The arrays of a spooled update, read on access."""
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -40,7 +40,7 @@ class Spooled(Mapping[str, Array]):
         Raises
         ------
         UpdateError
-            If it does not hold arrays in safetensors' format.
+            If the file is not in the safetensors format.
         """
         self.path = path
         try:
@@ -69,12 +69,12 @@ class Spooled(Mapping[str, Array]):
         return iter(self._names)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of arrays."""
         return len(self._names)
 
 
 class Strategy(Protocol):
-    """An aggregation rule."""
+    """Interface of an aggregation rule."""
 
     def aggregate(
         self,
@@ -94,8 +94,8 @@ class Strategy(Protocol):
         server_round
             Number of the round in its phase, from 1.
         state
-            What the round before returned beside its parameters; empty at first. It is
-            kept in the checkpoint, and begins anew with each phase.
+            State that the previous round returned, from the checkpoint; empty at the
+            start of each phase.
         """
         ...
 
@@ -109,7 +109,7 @@ class FedAvg:
 
     rule: StrategyRule
     site_privacy: SitePrivacy | None = None
-    """Adds noise to the mean, before a server optimiser sees it."""
+    """Noise on the mean, before the server optimiser; None for none."""
 
     def aggregate(
         self,
@@ -222,7 +222,7 @@ ROBUST: dict[str, Callable[[StrategyRule], Strategy]] = {
     "trimmed-mean": TrimmedMean,
     "median": Median,
 }
-"""The rules by name; `study` lists the same names."""
+"""Rules by name; `study` lists the same names."""
 
 
 def combine(
@@ -260,7 +260,7 @@ def step(
     state: Arrays,
     site_privacy: SitePrivacy | None,
 ) -> Aggregated:
-    """Do what `combine` does, given the mean over `n_sites` sites."""
+    """Continue `combine` from the mean over `n_sites` sites."""
     strategy = MEANS[rule.name](rule, site_privacy)
     return strategy.from_mean(global_parameters, mean, n_sites, server_round, state)
 

@@ -128,7 +128,7 @@ def model_verify(
 def release(
     consortium: Consortium, run: str, key: pki.Key, audit: Path | None = None
 ) -> dict[str, Any]:
-    """Order the release of a run's last model, and return how far that is.
+    """Order the release of a run's last model, and return its state.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""`fedgex-admin run`: launch, watch, stop and resume runs; see who took part."""
+"""`fedgex-admin run`: launch, watch, stop and resume runs; list contributors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fedgex.server.consortium.store import Consortium
 run = typer.Typer(no_args_is_help=True, help="Launch, watch, stop and resume runs.")
 
 ABSENT_S = 60.0
-"""The server may be away for so long, as it is while it starts again."""
+"""Longest absence of the server while a run is watched, seconds."""
 Name = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
 
@@ -48,7 +48,7 @@ def run_status(
     ] = None,
     form: Format = "text",
 ) -> None:
-    """Say how far a run is, and who did not contribute to its last round and why."""
+    """Show the progress of a run, and the sites that missed its last round."""
     with refusals():
         if not run.exists() and state is not None:
             run = runs.load(state, str(run)).folder
@@ -203,7 +203,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def receipts(consortium: Consortium, folder: Path) -> list[dict[str, Any]]:
-    """Return what a run's receipts say, once their chain is verified.
+    """Verify a run's chain of receipts, and return their content.
 
     Raises
     ------
@@ -222,7 +222,7 @@ def receipts(consortium: Consortium, folder: Path) -> list[dict[str, Any]]:
 
 
 def _follow(found: Consortium, watched: runs.Run, form: str) -> str:
-    """Show the run until it is no longer under way; return how it stands then."""
+    """Show the run until it ends; return its state."""
     last_served = -math.inf  # a server that is away from the start is not waited for
     standing = watched.state
 
@@ -244,7 +244,7 @@ def _follow(found: Consortium, watched: runs.Run, form: str) -> str:
 
 
 def _order(state: Path, kind: commands.Kind, run: str, key: Path, form: str) -> None:
-    """Leave an order about a run that exists or was ordered."""
+    """Submit an order about a run that exists or was ordered."""
     with refusals():
         found = Consortium(state)
         begun = run in {each.name for each in runs.every(found.folder)}

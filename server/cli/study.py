@@ -132,10 +132,8 @@ def study_list(state: State, form: Format = "text") -> None:
         found = Consortium(state)
         rows = []
         for each in contracts.published(found):
-            verdicts = [
-                a.decision for a in contracts.answers(found, each.hash).values()
-            ]
-            contract = each.contract
+            contract, answers = each.contract, contracts.answers(found, each.hash)
+            approved = [a.decision for a in answers.values()].count("approved")
             rows.append(
                 {
                     "hash": each.hash if form == "json" else each.hash[:12],
@@ -143,7 +141,7 @@ def study_list(state: State, form: Format = "text") -> None:
                     "state": _state(each),
                     "expires": contract.expires,
                     "signed_by": ", ".join(each.signers),
-                    "approved": f"{verdicts.count('approved')} of {len(contract.sites)}",
+                    "approved": f"{approved} of {len(contract.sites)}",
                 }
             )
     show_rows(rows, form, "no contract yet; see fedgex-admin study publish")

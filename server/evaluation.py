@@ -1,4 +1,4 @@
-"""The global model on the public hold-out: imputation, cancer type, survival.
+"""Evaluate the global model on the public hold-out: imputation, class, survival.
 
 N hold-out patients, V genes.
 """
@@ -37,10 +37,10 @@ from fedgex.common.study import (
 )
 
 Scores = dict[str, dict[str, RestorationScore]]
-"""Pattern, then key (the rate as "0.1", or the number of measured genes), to score."""
+"""Scores by pattern and key (the rate as "0.1", or the number of measured genes)."""
 PPCA_RANK = 128
 MIN_EVENTS = 5
-"""Fewer deaths than this and a C-index is not estimated."""
+"""Fewest deaths for which a C-index is estimated."""
 
 
 def hidden_cells(
@@ -48,8 +48,8 @@ def hidden_cells(
 ) -> Iterator[tuple[Pattern, str, Tensor]]:
     """Yield every setting of the evaluation: pattern, key, hidden cells (N, V).
 
-    The cells depend on the seed, the setting and the patients alone, so that every
-    method is judged on the same ones. Panels that leave nothing to restore are skipped.
+    The cells depend only on seed, setting and patients, so that every method is
+    evaluated on the same ones. Panels that leave nothing to restore are skipped.
     """
     measured = patients.measured
     n_genes = int(measured.any(dim=0).sum())
@@ -76,7 +76,7 @@ def evaluate_imputer(
     seed: int,
     patterns: tuple[Pattern, ...] = ("mcar", "panel", "mnar"),
 ) -> Scores:
-    """Judge an imputer at every setting of the evaluation."""
+    """Evaluate an imputer at every setting of the evaluation."""
     scores: Scores = {}
     true = patients.values.numpy()
     for pattern, key, hidden in hidden_cells(patients, rule, seed, patterns):
@@ -89,12 +89,12 @@ def evaluate_imputer(
 def linear_references(
     covariance: NDArray[np.float64] | None, n_genes: int
 ) -> dict[str, Imputer]:
-    """Return the imputers that federated statistics suffice for.
+    """Return the imputers that need federated statistics only.
 
     Parameters
     ----------
     covariance
-        Of standardised genes, shape (V, V); None where sites kept cross-products.
+        Covariance of standardised genes, shape (V, V); None without cross-products.
     """
     references: dict[str, Imputer] = {"mean": MeanImputer()}
     if covariance is not None:

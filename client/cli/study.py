@@ -257,7 +257,7 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
         cost = facts["cost"]
         at = f"at delta {cost['delta']:g}"
         yield (
-            "for each patient, made here: all rounds of the study cost epsilon "
+            "for each patient, made here: the study costs epsilon "
             f"{cost['epsilon']:.3g} {at}"
         )
         yield (

@@ -169,7 +169,7 @@ class Deployment:
         """Verify and return the site's signed part; None if the reply needs none.
 
         Refusals and replies to a release need none; for a contract the signed decision
-        is stored instead. All others are signed under the site's registered certificate.
+        is stored instead. All else is signed under the site's registered certificate.
 
         Raises
         ------

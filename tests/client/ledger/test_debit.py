@@ -479,7 +479,7 @@ def test_study_show_says_what_the_study_would_cost(north: Hospital) -> None:
     tight = site("study show", north, north.contract.hash).stdout
 
     assert (
-        "privacy      for each patient, made here: all rounds of the study cost epsilon "
+        "privacy      for each patient, made here: the study costs epsilon "
         f"{after(5):.3g} at delta 1e-05\n"
         f"privacy      budget of a patient: epsilon 0 spent, {after(5):.3g} after this "
         "study, 8 permitted\n"

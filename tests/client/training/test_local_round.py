@@ -90,7 +90,7 @@ def test_patients_take_part_by_cancer_type_and_known_follow_up(phase, rows):
     assert taken.cancer_type == tuple(patients().cancer_type[i] for i in rows)
 
 
-@pytest.mark.parametrize(("phase", "floor"), [(CLASSIFICATION, 7), (SURVIVAL, 4)])
+@pytest.mark.parametrize(("phase", "min_cell_count"), [(CLASSIFICATION, 7), (SURVIVAL, 4)])
 def test_too_few_patients_are_a_finding_that_tells_the_floor_and_no_count(
     tmp_path, phase, min_cell_count
 ):
@@ -105,7 +105,9 @@ def test_too_few_patients_are_a_finding_that_tells_the_floor_and_no_count(
 
 
 def test_as_many_patients_as_the_floor_are_enough(tmp_path):
-    assert trained(study(), SURVIVAL, tmp_path, min_cell_count=3).report.num_examples == 3
+    assert (
+        trained(study(), SURVIVAL, tmp_path, min_cell_count=3).report.num_examples == 3
+    )
 
 
 @pytest.mark.parametrize("phase", FINE_TUNING)

@@ -8,25 +8,25 @@ import typer
 
 from fedgex.common.system.lazy_commands import lazy_group
 
-_SERVER = "fedgex.server."
+_SERVER = "fedgex.server.cli."
 COMMANDS = {
     name: (_SERVER + place, line)
     for name, place, line in (
         (
             "consortium",
-            "consortium_cli:consortium",
+            "consortium:consortium",
             "Found a consortium; see how it is.",
         ),
         (
             "administrator",
-            "consortium_cli:administrator",
+            "consortium:administrator",
             "Who signs contracts and orders.",
         ),
-        ("site", "consortium_cli:site", "Hospitals: admit, renew, rotate, revoke."),
-        ("server", "server_cli:server", "The service: SuperLink and runs."),
-        ("study", "study_cli:study", "Contracts: draft, sign, publish, read."),
-        ("run", "run_cli:run", "Launch, watch, stop and resume runs."),
-        ("model", "model_cli:model", "Look at models and release them."),
+        ("site", "consortium:site", "Hospitals: admit, renew, rotate, revoke."),
+        ("server", "server:server", "The service: SuperLink and runs."),
+        ("study", "study:study", "Contracts: draft, sign, publish, read."),
+        ("run", "run:run", "Launch, watch, stop and resume runs."),
+        ("model", "model:model", "Look at models and release them."),
     )
 }
 """Where each group of commands is, and its line of help."""

@@ -1,8 +1,7 @@
 """Flower ClientApp of one hospital: decode, call, encode.
 
-A site answers the requests of common/messages (docs/messages.md); what it computes is
-in client/training/answers.py and client/training/secure_round.py. Whatever goes wrong
-leaves the hospital as a code, never as text.
+It routes the requests of common/messages (docs/messages.md) to the handlers in
+client/training. Errors leave the hospital as a code, never as text.
 """
 
 from __future__ import annotations
@@ -39,16 +38,15 @@ from fedgex.common.system.files import disk_full
 logger = logging.getLogger(__name__)
 
 SITES_VARIABLE = "FEDGEX_SITES"
-"""Environment variable that names the folder of simulated sites; a simulated node is
-the site at its partition's position in order of name. A hospital's node is configured
-with `site-toml` instead."""
+"""Environment variable with the folder of simulated sites, in order of their partition
+numbers. A hospital's node is configured with `site-toml` instead."""
 
 app = ClientApp()
 Handler = Callable[[Any, SiteSettings], Reply]
 
 
 def answer(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Return what Flower calls: read settings and request, check the study, guard."""
+    """Wrap a handler for Flower: read and check the request, turn errors into codes."""
 
     @wraps(handler)
     def reply(message: Message, context: Context) -> Message:
@@ -72,7 +70,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
         except (LedgerError, ExchangeError) as error:
             logger.error("refused: %s", error)
             reply = Refusal.of(error.code)
-        except Exception as error:  # its text could name a patient: it stays here
+        except Exception as error:  # its text could name a patient and must not leave
             logger.exception("failed")
             reply = Refusal.of(_failure(error))
         return Message(reply.to_records(), reply_to=message)
@@ -91,7 +89,7 @@ app.query("secagg_unmask")(answer(secure_round.unmask))
 
 
 def _site_toml(context: Context) -> Path:
-    """Return the settings file of the site that this node is."""
+    """Return the settings file of this node's site."""
     named = context.node_config.get("site-toml")
     if named is not None:
         return Path(str(named))
@@ -118,7 +116,7 @@ def _refuse_other_version(server: Server | None) -> None:
 
 
 def _refuse_unpermitted(request: StudyRequest, policy: Policy) -> None:
-    """Refuse what the policy refuses of a study, and of the phase that is to train."""
+    """Refuse a study, or a phase of it, that the policy does not permit."""
     phases: tuple[str, ...] = ()
     if isinstance(request, TrainRequest | SecureRequest):
         phases = (request.round.phase,)
@@ -127,7 +125,7 @@ def _refuse_unpermitted(request: StudyRequest, policy: Policy) -> None:
 
 
 def _failure(error: Exception) -> Code:
-    """Return the code of something unforeseen."""
+    """Return the code of an unforeseen error."""
     # On a CPU, torch reports exhausted memory only in the text.
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:

@@ -1,8 +1,8 @@
-"""Who this hospital is in its consortium: its two keys, its certificate and its kit.
+"""The hospital's identity in its consortium: two private keys, certificate and kit.
 
-Both private keys are made here and never leave. What leaves is `request.json`: the
-public node key and a certificate request. What comes back is the kit: the consortium's
-authority and the hospital's certificate.
+The private keys are made here and never leave. `request.json` carries the public node
+key and a certificate request to the administrator, who returns the kit: the
+consortium's authority and the hospital's certificate.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Identity:
 
     @classmethod
     def load(cls, state_dir: Path) -> Self:
-        """Read the identity that `join` completed; expiry is not looked at.
+        """Read the identity that `join` completed; expiry is not checked.
 
         Raises
         ------
@@ -152,7 +152,7 @@ def create(settings: SiteSettings) -> Path:
 
 
 def join(settings: SiteSettings, kit: Path) -> Identity:
-    """Take the kit that came back for our request; may be repeated with a newer one.
+    """Install the kit for our request; can be repeated with a newer one.
 
     Raises
     ------
@@ -216,7 +216,7 @@ def _belongs(certificate: x509.Certificate, key: pki.Key) -> None:
 
 
 def _same_authority(folder: Path, authority: x509.Certificate) -> None:
-    """Refuse a consortium that changed under the hospital's feet."""
+    """Refuse a kit of another authority than before."""
     if not (folder / "authority.crt").exists():
         return
     before = pki.from_pem((folder / "authority.crt").read_text())

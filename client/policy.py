@@ -1,4 +1,4 @@
-"""What a hospital permits, in its `policy.toml`: nothing else happens or leaves."""
+"""A hospital's `policy.toml`: the studies, numbers and hours that it permits."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Policy(Settings):
     """One hospital's `policy.toml`. No key has a default."""
 
     minimum_cohort: int = Field(ge=1)
-    """Smallest number of patients with which the site participates, and the smallest
-    count that it reports."""
+    """Small-cell threshold: fewest patients to participate with, and smallest count
+    that is reported."""
     tasks: tuple[Task, ...] = Field(min_length=1)
     """Tasks that the hospital permits."""
     demand_privacy: bool
@@ -84,8 +84,8 @@ class Policy(Settings):
         Raises
         ------
         ConfigError
-            If any key is unknown, missing, or holds a value that cannot be used; says
-            what `fedgex-site init` would write for those that are missing.
+            If any key is unknown, missing or unusable, with the line that `fedgex-site
+            init` would write for each missing one.
         """
         missing = {k: v for k, v in _proposal().items() if k not in values}
         problems = [

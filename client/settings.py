@@ -1,4 +1,4 @@
-"""Where a hospital's data lie, and how it reaches the server; reads its policy too."""
+"""Settings of a hospital: its data files, its server and its policy."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SiteSettings(Settings):
     policy: Policy
     """What the hospital permits, from `policy.toml`; no key of site.toml."""
     state_dir: Path = Path("state")
-    """Where the site keeps what it must remember between rounds."""
+    """Folder of keys, approvals, cached replies and logs."""
     server: str | None = Field(default=None, pattern=SERVER_PATTERN)
     """host:port of the consortium's server; a kit must name the same. None: the kit's
     is taken as it comes."""
@@ -105,7 +105,7 @@ class SiteSettings(Settings):
         if misplaced:
             problems.append(
                 f"{path.name}: {', '.join(misplaced)} cannot be set here; what the "
-                f"hospital permits stands in the {policies.FILE} beside it. Move it."
+                f"hospital permits stands in its folder's {policies.FILE}. Move it."
             )
         policy = Policy.proposed()  # stands in, to find what else is wrong
         try:

@@ -1,4 +1,4 @@
-"""Flower ServerApp: read the settings, do the job that they name; no maths."""
+"""Flower ServerApp: read the settings and run the job that they name."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Do the job of the file that the run config names, or of the environment."""
+    """Run the job of the run config's settings file, or of the environment."""
     named = context.run_config.get("settings")
     settings = ServerSettings.load(Path(str(named)) if named else None)
     jobs = {

@@ -1,4 +1,4 @@
-"""The global model on the public hold-out: imputation, cancer type, survival.
+"""Evaluate the global model on the public hold-out: imputation, class, survival.
 
 N hold-out patients, V genes.
 """
@@ -37,10 +37,10 @@ from fedgex.common.study import (
 )
 
 Scores = dict[str, dict[str, RestorationScore]]
-"""Pattern, then key (the rate as "0.1", or the number of measured genes), to score."""
+"""Scores by pattern and key (the rate as "0.1", or the number of measured genes)."""
 PPCA_RANK = 128
 MIN_EVENTS = 5
-"""Fewer deaths than this and a C-index is not estimated."""
+"""Fewest deaths for which a C-index is estimated."""
 
 
 def hidden_cells(
@@ -48,8 +48,8 @@ def hidden_cells(
 ) -> Iterator[tuple[Pattern, str, Tensor]]:
     """Yield every setting of the evaluation: pattern, key, hidden cells (N, V).
 
-    The cells depend on the seed, the setting and the patients alone, so that every
-    method is judged on the same ones. Panels that leave nothing to restore are skipped.
+    The cells depend only on seed, setting and patients, so that every method is
+    evaluated on the same ones. Panels that leave nothing to restore are skipped.
     """
     measured = patients.measured
     n_genes = int(measured.any(dim=0).sum())
@@ -69,14 +69,14 @@ def hidden_cells(
             yield pattern, f"{rate:g}", hidden
 
 
-def judge_imputer(
+def evaluate_imputer(
     imputer: Imputer,
     patients: Patients,
     rule: Evaluation,
     seed: int,
     patterns: tuple[Pattern, ...] = ("mcar", "panel", "mnar"),
 ) -> Scores:
-    """Judge an imputer at every setting of the evaluation."""
+    """Evaluate an imputer at every setting of the evaluation."""
     scores: Scores = {}
     true = patients.values.numpy()
     for pattern, key, hidden in hidden_cells(patients, rule, seed, patterns):
@@ -89,12 +89,12 @@ def judge_imputer(
 def linear_references(
     covariance: NDArray[np.float64] | None, n_genes: int
 ) -> dict[str, Imputer]:
-    """Return the imputers that federated statistics suffice for.
+    """Return the imputers that need federated statistics only.
 
     Parameters
     ----------
     covariance
-        Of standardised genes, shape (V, V); None where sites kept cross-products.
+        Covariance of standardised genes, shape (V, V); None without cross-products.
     """
     references: dict[str, Imputer] = {"mean": MeanImputer()}
     if covariance is not None:
@@ -103,8 +103,8 @@ def linear_references(
     return references
 
 
-def judge_round(
-    study: Study, phase: str, whole: Parameters, patients: Patients
+def evaluate_round(
+    study: Study, phase: str, state_dict: Parameters, patients: Patients
 ) -> dict[str, Any]:
     """Judge the model after a round, by what the phase is about.
 
@@ -115,8 +115,8 @@ def judge_round(
     if phase == PRETRAINING:
         chosen = torch.randperm(len(patients), generator=generator(study.seed, "judge"))
         some = patients.take(chosen[: study.evaluation.patients_per_round])
-        scores = judge_imputer(
-            model_imputer(study, whole, patients.values.shape[1]),
+        scores = evaluate_imputer(
+            model_imputer(study, state_dict, patients.values.shape[1]),
             some,
             study.evaluation,
             study.seed,
@@ -125,18 +125,20 @@ def judge_round(
         return as_numbers(scores)
     if phase == CLASSIFICATION:
         everything = torch.ones(patients.values.shape[1], dtype=torch.bool)
-        return {"accuracy": judge_classes(study, whole, patients, everything)[0]}
-    return judge_survival(study, whole, patients)
+        return {
+            "accuracy": evaluate_classes(study, state_dict, patients, everything)[0]
+        }
+    return evaluate_survival(study, state_dict, patients)
 
 
-def model_imputer(study: Study, whole: Parameters, n_genes: int) -> ModelImputer:
+def model_imputer(study: Study, state_dict: Parameters, n_genes: int) -> ModelImputer:
     """Return the model's backbone as an imputer."""
-    return ModelImputer(tasks.load_backbone(study, n_genes, whole))
+    return ModelImputer(tasks.load_backbone(study, n_genes, state_dict))
 
 
 @torch.no_grad()
-def judge_classes(
-    study: Study, whole: Parameters, patients: Patients, panel: Tensor
+def evaluate_classes(
+    study: Study, state_dict: Parameters, patients: Patients, panel: Tensor
 ) -> tuple[float, float]:
     """Return accuracy and macro-F1 of the cancer type from a panel's genes.
 
@@ -151,7 +153,7 @@ def judge_classes(
     if len(known) == 0:
         return math.nan, math.nan
     some, target = patients.take(known), target[known]
-    model = tasks.load_classifier(study, patients.values.shape[1], whole)
+    model = tasks.load_classifier(study, patients.values.shape[1], state_dict)
     predicted = torch.cat(
         [
             model.head(embed(model.encoder, values, ~values.isnan() & panel)).argmax(
@@ -172,24 +174,25 @@ def class_scores(
 
 
 def predict_risk(
-    study: Study, whole: Parameters, patients: Patients
+    study: Study, state_dict: Parameters, patients: Patients
 ) -> NDArray[np.float32]:
     """Return each patient's log-hazard, shape (N,); NaN for types not in the study."""
-    model = tasks.load_survival(study, patients.values.shape[1], whole)
+    model = tasks.load_survival(study, patients.values.shape[1], state_dict)
     return predict.log_hazard(study, model, patients).numpy()
 
 
-def judge_survival(
-    study: Study, whole: Parameters, patients: Patients
+def evaluate_survival(
+    study: Study, state_dict: Parameters, patients: Patients
 ) -> dict[str, dict[str, Any]]:
     """Return the C-index within each cancer type of the study."""
-    risk = predict_risk(study, whole, patients)
+    risk = predict_risk(study, state_dict, patients)
     return {
-        name: judge_risk(patients, name, risk) for name in study.survival.cancer_types
+        name: evaluate_risk(patients, name, risk)
+        for name in study.survival.cancer_types
     }
 
 
-def judge_risk(
+def evaluate_risk(
     patients: Patients, cancer_type: str, risk: NDArray[np.floating]
 ) -> dict[str, Any]:
     """Return the C-index of a risk within one cancer type, with its standard error.

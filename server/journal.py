@@ -1,4 +1,4 @@
-"""The journal of a run: what happened, one JSON line an event, only ever added to.
+"""Append-only journal of a run, one JSON event per line.
 
 The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
 
@@ -7,20 +7,20 @@ The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
 - `not-answered`: site, state, reason (before the first round)
 - `asked-again`: site, group, state, reason (why, each time that it changes)
 - `duplicate`: site, group (a second answer, dropped)
-- `exchange-repeated`: group, attempt, without (secure aggregation begins a round's
-  exchange anew, without these sites: the others alone would show rare genes)
+- `exchange-repeated`: group, attempt, without (secure aggregation repeats a round's
+  exchange without these sites, because the sum would reveal rare genes)
 - `phase-started`: phase, rounds
 - `round`: phase, round, rounds, seconds, train_loss, judged_loss, sites (name → state,
   reason, num_examples, num_loss_terms, train_loss, judged_loss, seconds; null for what
-  the site withholds), holdout (empty where the round was not judged centrally),
+  the site withholds), holdout (empty without a hold-out),
   bytes_up, bytes_down, seconds_sites, epsilon (spent so far: "patient", as planned for
   a site that missed no round, and "site"; null without differential privacy)
 - `phase-finished`: phase
 - `run-finished`: checkpoint, peak_rss_mb
 - `run-failed`: reason
 
-A line counts once its newline is on the disk. Whatever follows the last newline was
-torn off by a crash: readers drop it, and the next writer cuts it away.
+A line without a newline was cut off by a crash: readers drop it, and the next writer
+removes it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from fedgex.common.system import failpoints, files
 logger = logging.getLogger(__name__)
 
 ENDINGS = ("run-finished", "run-failed")
-"""Events after which a run is not under way."""
+"""Events that end a run."""
 
 
 class Journal:
-    """The writing end of a journal; one writer at a time."""
+    """Writer of a journal; one at a time."""
 
     def __init__(self, path: Path) -> None:
         """Continue the journal at `path`, or begin it with the first event."""
@@ -53,12 +53,12 @@ class Journal:
     def write(self, event: str, **fields: Any) -> None:
         """Add one event and return once it is on the disk.
 
-        NaN and infinity, for which JSON has no word, become null.
+        NaN and infinity become null.
 
         Raises
         ------
         FedgexError
-            If the event cannot be written; then none of it is there.
+            If the event cannot be written; the journal is then unchanged.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps(
@@ -70,7 +70,7 @@ class Journal:
 
     @contextmanager
     def failures(self) -> Iterator[None]:
-        """Note the failure of a run with its reason, and let it go on its way."""
+        """Log the failure of a run with its reason, and re-raise it."""
         try:
             yield
         except Exception as error:
@@ -98,7 +98,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def tail(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Return the events after byte `offset`, and the offset to go on from.
+    """Return the events after byte `offset`, and the next offset.
 
     Begin with offset 0. A journal that does not exist yet has no events; a line that is
     still being written waits for the next call.

@@ -47,9 +47,9 @@ class RunState:
     sites: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Latest state and reason of each hospital."""
     epsilon: dict[str, float] | None = None
-    """Spent so far, of each guarantee; None without any."""
+    """Epsilon spent so far, by guarantee; None without any."""
     ending: dict[str, Any] | None = None
-    """Event that ended the run; None while it is under way."""
+    """Event that ended the run; None while it runs."""
 
     def apply(self, event: Mapping[str, Any]) -> None:
         """Update the state by one event; unknown events change nothing."""
@@ -81,7 +81,7 @@ class RunState:
 
     @property
     def planned(self) -> int:
-        """Rounds of all phases together."""
+        """Number of rounds over all phases."""
         return sum(self.plan.values())
 
     @property
@@ -188,7 +188,7 @@ def line(state: RunState) -> str:
 
 
 def epsilon(spent: Mapping[str, float] | None) -> str:
-    """Return epsilon so far in a few words, such as `patient:3.21,site:1.50`."""
+    """Format epsilon so far, such as `patient:3.21,site:1.50`."""
     if not spent:
         return NO_PRIVACY
     return ",".join(f"{unit}:{value:.2f}" for unit, value in spent.items())
@@ -197,7 +197,7 @@ def epsilon(spent: Mapping[str, float] | None) -> str:
 def display(
     state: RunState, now: datetime, title: str = "", *, ascii_only: bool = False
 ) -> RenderableType:
-    """Return the display as it stands at `now`.
+    """Render the display at time `now`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Where the server finds its study and keeps its state."""
+"""Settings of the server: its study, its state and its job."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ PREFIX = "FEDGEX_SERVER_"
 class ServerSettings(BaseSettings):
     """Settings of the server: environment variables FEDGEX_SERVER_*, or a JSON file.
 
-    Between hospitals, `state_dir`, `contract` and `run` are enough: they say where all
-    else lies.
+    Between hospitals, `state_dir`, `contract` and `run` determine the other paths.
     """
 
     model_config = SettingsConfigDict(
@@ -44,7 +43,7 @@ class ServerSettings(BaseSettings):
     """Seconds to wait for them; after that the run starts with those that came, if
     they make the quorum."""
     poll_s: float = Field(default=1.0, gt=0)
-    """Seconds between two looks for replies."""
+    """Polling interval, seconds."""
     state_dir: Path | None = None
     """The consortium's state directory, of a run between hospitals."""
     contract: str = ""
@@ -89,14 +88,14 @@ class ServerSettings(BaseSettings):
         Raises
         ------
         ConfigError
-            With everything that is missing or unusable.
+            With every missing or unusable setting.
         """
         values = {} if path is None else _read_json(path)
         try:
             return cls(**values)
         except ValidationError as error:
             lines = [
-                f"{_told(path, '_'.join(map(str, e['loc'])))}: {e['msg']}"
+                f"{_setting_name(path, '_'.join(map(str, e['loc'])))}: {e['msg']}"
                 for e in error.errors()
             ]
             raise ConfigError("\n".join(lines)) from error
@@ -107,7 +106,7 @@ class ServerSettings(BaseSettings):
         Raises
         ------
         ConfigError
-            If it cannot be read, or holds anything wrong.
+            If it cannot be read, or is invalid.
         """
         try:
             text = self.study.read_text()
@@ -131,8 +130,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _told(path: Path | None, name: str) -> str:
-    """Return where a setting stands, as its reader knows it."""
+def _setting_name(path: Path | None, name: str) -> str:
+    """Return the environment variable, or the file and key, of a setting."""
     if path is None:
         return f"{PREFIX}{name.upper()}"
     return f"{path}: {name or 'settings'}"

@@ -236,7 +236,7 @@ def _updates(
                 patients,
                 sent,
                 site=name,
-                floor=least,
+                min_cell_count=least,
                 state_dir=folder / name,
                 evaluate=False,
             )

@@ -1,9 +1,9 @@
 """A hospital's decisions about study contracts, and the contracts that they admit.
 
-No contract is admitted by default. A contract counts once its signatures were verified
-and that was logged; a decision counts while the file that this hospital signed and the
-last line of the audit log about the contract agree, and a withdrawal counts from either
-of them. A file that was restored, changed or put there by hand admits nothing.
+No contract is admitted by default. A contract counts once its verification is logged. A
+decision counts while the signed file and the last line of the audit log about the
+contract agree; a withdrawal counts in either. So a file that was restored, changed or
+written by hand admits nothing.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ class Refusal(FedgexError):  # noqa: N818, the word that hospitals read
 
 
 class Decision(Settings):
-    """One decision about one contract, as the site signs it."""
+    """A person's decision about a contract, as the site signs it."""
 
     contract: str = Field(pattern=rf"^{HASH_PATTERN.pattern}$")
     """Hash of the contract's text."""
     decision: Verdict
     by: str = Field(min_length=1, pattern=r"\S")
-    """The person, as they name themselves."""
+    """Name of the person."""
     at: datetime
-    """UTC."""
+    """Time of the decision, UTC."""
     expires: date | None
     """Last day of an approval, UTC; null for the others."""
     reason: str = ""
-    """Why it was rejected or withdrawn. Only approvals leave, and they have none."""
+    """Reason of a rejection or withdrawal; never leaves the hospital."""
 
     @model_validator(mode="after")
     def _what_each_needs(self) -> Self:
@@ -78,17 +78,17 @@ class Decision(Settings):
 
 @dataclass(frozen=True)
 class Received:
-    """A contract that reached this hospital and whose signatures hold."""
+    """A received contract with valid signatures."""
 
     hash: str
     text: str
-    """TOML, as it was signed."""
+    """Signed TOML."""
     contract: Contract
     signers: tuple[str, ...]
-    """Administrators of the consortium."""
+    """Names of the administrators who signed."""
 
 
-class Desk:
+class ApprovalStore:
     """Store of received contracts and of the hospital's decisions about them."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Desk:
 
     @classmethod
     def of(cls, settings: SiteSettings) -> Self:
-        """Return the desk of a hospital that has joined.
+        """Open the store of a hospital that has joined.
 
         Raises
         ------
@@ -198,10 +198,10 @@ class Desk:
         expires: date | None = None,
         reason: str = "",
     ) -> Decision:
-        """Sign, log and store what a person decided.
+        """Sign, log and store a person's decision.
 
-        It is logged first and takes effect as its file is replaced, so a call that was
-        cut off admits nothing and can be repeated.
+        The log is written first and the decision takes effect with its file, so an
+        interrupted call admits nothing and can be repeated.
 
         Raises
         ------
@@ -252,7 +252,7 @@ class Desk:
         return made
 
     def decision(self, hash: str) -> Decision | None:
-        """Return what counts as decided about a contract, None if nothing does.
+        """Return the valid decision about a contract, None without one.
 
         File and audit log must agree; where they do not, only a withdrawal counts.
         """
@@ -275,7 +275,7 @@ class Desk:
         Raises
         ------
         Refusal
-            With the code of what is missing, and why.
+            With a code and the reason.
         """
         contract = self.contract(hash).contract
         decision = self.decision(hash)

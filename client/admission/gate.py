@@ -1,9 +1,8 @@
-"""The gate of a hospital: what comes in, what goes out, and the record of both.
+"""Admission control around the hospital's app (`client.app`), between hospitals.
 
-It stands around the app (`client.app`) that also runs in the simulator. A message
-passes if a person approved its contract here, the message is what the contract says,
-and the policy lets the site answer now. What was answered is signed, stored and logged
-before it leaves, and sent again, byte for byte, to whoever asks the same again.
+A message reaches the app if a person approved its contract here, its content follows
+the contract, and the policy is open now. Each reply is signed, stored and logged before
+it leaves; a repeated request gets the stored bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
-from fedgex.client.admission.approvals import Desk, Refusal
+from fedgex.client.admission.approvals import ApprovalStore, Refusal
 from fedgex.client.admission.reply_cache import AnotherRequestError, Replies
 from fedgex.client.identity import Identity
 from fedgex.client.ledger import debit
@@ -64,23 +63,23 @@ logger = logging.getLogger(__name__)
 App = Callable[[Message, Context], Message]
 
 STORED = (keys.STATISTICS, keys.CROSS_PRODUCTS, keys.TRAIN, *keys.SECURE)
-"""Answered once. `prepare` says what is so now, and may say it again."""
+"""Message types whose reply is cached and replayed; `prepare` is recomputed."""
 
 KEPT = "kept"
-"""Event: a reply under differential privacy is stored, and may leave from now on."""
+"""Logged once a reply under differential privacy is stored and may leave."""
 
 WORKING = "working.json"
-"""Says what is computed now, for the daemon and for who comes after a death."""
+"""File that names the computation under way, read by the daemon and after a crash."""
 
 MAX_DEATHS = 3
-"""A request during which the process died this often is refused."""
+"""A request that killed the process this often is refused."""
 
 
 class Gate:
-    """What the executor calls for every message."""
+    """Handler of every message that reaches this hospital."""
 
     def __init__(self, site_toml: Path, app: App) -> None:
-        """Open the gate of the hospital of a site.toml.
+        """Load identity and audit log of the hospital of a site.toml.
 
         Raises
         ------
@@ -97,7 +96,7 @@ class Gate:
         audit_log.verify(self.audit.path)
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Answer a message; whatever goes wrong leaves as a code."""
+        """Answer a message; errors leave the hospital as a code."""
         try:
             settings = SiteSettings.load(self.site_toml)
             reply = self._answer(message, context, settings)
@@ -114,7 +113,7 @@ class Gate:
         self, message: Message, context: Context, settings: SiteSettings
     ) -> RecordDict:
         kind = message.metadata.message_type
-        desk = Desk.of(settings)
+        approvals = ApprovalStore.of(settings)
         try:
             request = read_request(kind, message.content)
         except MessageError as error:
@@ -133,8 +132,8 @@ class Gate:
             "request": request.digest,
         }
         if isinstance(request, ContractRequest):
-            return self._logged(self._contract(request, desk).to_records(), about)
-        contract = desk.admitted(run.contract)
+            return self._logged(self._contract(request, approvals).to_records(), about)
+        contract = approvals.admitted(run.contract)
         self._keep_receipt(request.receipt, run)
         if isinstance(request, ReleaseRequest):
             return self._logged(self._release(request, run).to_records(), about)
@@ -161,7 +160,7 @@ class Gate:
         failpoints.reach("site.before_train")
         reply: RecordDict = self.app(message, context).content
         failpoints.reach("site.after_train")
-        desk.admitted(run.contract)  # withdrawn meanwhile: nothing leaves
+        approvals.admitted(run.contract)  # withdrawn meanwhile: nothing leaves
         reply = self._logged(reply, about)
         if kind in STORED and keys.REFUSAL not in reply:
             replies.store(question, request.digest, reply)
@@ -172,7 +171,7 @@ class Gate:
         return reply
 
     def _nothing_left(self, about: dict[str, object]) -> None:
-        """Refuse to compute anew what was stored and may have left, under one debit."""
+        """Refuse to recompute, under one debit, a reply that may have left."""
         for line in audit_log.read(self.audit.path):
             if line["event"] == KEPT and about.items() <= line.items():
                 raise Refusal(
@@ -199,21 +198,23 @@ class Gate:
         replies.store(question, str(about["request"]), stored)
         return stored
 
-    def _contract(self, request: ContractRequest, desk: Desk) -> ContractReply:
-        """Take a contract in, and answer with the approval, if there is one."""
+    def _contract(
+        self, request: ContractRequest, approvals: ApprovalStore
+    ) -> ContractReply:
+        """Store a contract; reply with the approval, if there is one."""
         try:
             signed = Signed.from_json(request.contract.json_, "the contract sent")
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
-        received = desk.receive(signed)
-        desk.admitted(received.hash)  # so what is sent now is an approval
+        received = approvals.receive(signed)
+        approvals.admitted(received.hash)  # so what is sent now is an approval
         decision = self.state_dir / "decisions" / f"{received.hash}.json"
         return ContractReply(
             site=Decision(name=self.identity.name, decision=decision.read_text())
         )
 
     def _release(self, request: ReleaseRequest, run: Run) -> ReleaseReply:
-        """Keep a released model for predictions, once all of it is verified."""
+        """Verify a released model and store it for predictions."""
         name = f"{run.run}{bundle.SUFFIX}"
         try:
             sent = to_arrays(request.bundle)[keys.BUNDLE].tobytes()
@@ -234,7 +235,7 @@ class Gate:
         return ReleaseReply(site=Hospital(name=self.identity.name))
 
     def _same_log(self, last: LastReceipt | None) -> None:
-        """Compare our log with its last line that the server holds our signature of."""
+        """Check that our log still holds the last line that the server has signed."""
         known = None if last is None else last.known
         if known is not None and not self.audit.contains(known):
             raise Refusal(
@@ -245,7 +246,7 @@ class Gate:
             )
 
     def _keep_receipt(self, last: LastReceipt | None, run: Run) -> None:
-        """Keep the coordinator's receipt of the round before, once verified."""
+        """Verify and store the coordinator's receipt of the previous round."""
         if last is None or not last.json_:
             return
         sent = last.json_
@@ -268,7 +269,7 @@ class Gate:
             raise Refusal(
                 Code.UNTRUSTED,
                 f"the coordinator signed two different receipts {receipt.index} of "
-                f"{run.run}: it told hospitals different things. Keep {path} and the "
+                f"{run.run}: hospitals received different ones. Keep {path} and the "
                 "log.",
             )
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -286,7 +287,7 @@ class Gate:
             )
 
     def _logged(self, reply: RecordDict, about: dict[str, object]) -> RecordDict:
-        """Write down that this goes out, and sign it with the log's head beside it."""
+        """Log a reply, then sign its digest together with the log's head."""
         refused = keys.REFUSAL in reply
         code = RefusalReply.from_records(reply).refusal.code if refused else None
         head = self.audit.append(
@@ -326,10 +327,10 @@ class Gate:
         )
         return RefusalReply.of(refusal.code).to_records()
 
-    # ---- what the daemon needs to know of a computation ----
+    # ---- the computation under way, read by the daemon ----
 
     def _begin(self, request: str) -> None:
-        """Note what is computed, unless it has killed this process too often."""
+        """Record the request under way, unless it killed the process too often."""
         path = self.state_dir / WORKING
         before = read_working(self.state_dir)
         deaths = 0
@@ -356,14 +357,14 @@ class Gate:
 
 
 def code(error: Exception) -> Code:
-    """Return the code of something unforeseen, which says nothing of its text."""
+    """Return the code of an unforeseen error; its text stays here."""
     return Code.DISK_FULL if disk_full(error) else Code.FAILED
 
 
 def read_working(state_dir: Path) -> dict[str, object] | None:
-    """Return what the site computes now: request, deaths, pid, since (monotonic, s).
+    """Return the computation under way: request, deaths, pid, since (monotonic, s).
 
-    The process may be dead; then it is what it died over.
+    If that process is dead, it died during this computation.
     """
     try:
         found: dict[str, object] = json.loads((state_dir / WORKING).read_text())
@@ -373,7 +374,7 @@ def read_working(state_dir: Path) -> dict[str, object] | None:
 
 
 def stop_working(state_dir: Path, code: Code) -> None:
-    """Have the present request refused with a code when it is asked again."""
+    """Have the request under way refused with a code when it is repeated."""
     found = read_working(state_dir)
     if found is not None:
         content = json.dumps(found | {"code": code}).encode()
@@ -423,7 +424,7 @@ def _same(kind: str, request: StudyRequest, contract: Contract) -> None:
 
 
 def _place(request: StudyRequest) -> str:
-    """Return phase, number and attempt of what is asked, for a file's name."""
+    """Return phase, number and attempt of a request, for a file's name."""
     if not isinstance(request, TrainRequest | SecureRequest):
         return "-00000"
     order, attempt = request.round, request.attempt

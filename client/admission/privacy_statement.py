@@ -11,13 +11,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from fedgex.client.admission.approvals import Desk
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.ledger.budget import Account, Use
 from fedgex.client.settings import SiteSettings
 
 
 def statement(settings: SiteSettings) -> str:
-    """Return what holds at this hospital today, as Markdown.
+    """Return the privacy guarantee at this hospital today, as Markdown.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def _table(uses: list[Use]) -> str:
         return "None yet."
     head = (
         "| Contract | Run | Phase | Rounds | Mechanism | Noise multiplier | Sampling "
-        "rate | Steps | Epsilon alone |\n|---|---|---|---|---|---|---|---|---|\n"
+        "rate | Steps | Own epsilon |\n|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(
         f"| {use.contract[:16] or 'none'} | {use.run or 'none'} | {use.phase} | "
@@ -58,11 +58,11 @@ def _table(uses: list[Use]) -> str:
 
 
 def _unprotected(settings: SiteSettings) -> str:
-    """Name the studies that a person here approved and that bound nothing."""
-    desk = Desk.of(settings)
+    """List the approved studies without patient-level privacy."""
+    approvals = ApprovalStore.of(settings)
     named = []
-    for received in desk.contracts():
-        decision = desk.decision(received.hash)
+    for received in approvals.contracts():
+        decision = approvals.decision(received.hash)
         approved = decision is not None and decision.decision != "rejected"
         if approved and received.contract.study.privacy.patient is None:
             named.append(f"{received.contract.study.name} ({received.hash[:16]})")
@@ -91,7 +91,7 @@ A round that would bring any patient above the budget is declined before it is c
 
 {uses}
 
-Epsilon does not add up over the table: the whole is composed from all rows, {spent}.
+Epsilon does not add up over the table: all rows compose to {spent}.
 
 ## Mechanism
 
@@ -104,28 +104,28 @@ Epsilon does not add up over the table: the whole is composed from all rows, {sp
 ## Sampling
 
 Poisson, and secret: nobody outside learns who took part in a step. The accounting relies on that. The number of steps, the
-rate and the divisor of the sum are public and the same whoever is in the data.
+rate and the divisor of the sum are public and do not depend on the data.
 
 ## Accounting
 
 PRV accountant (Gopi, Lee, Wutschitz 2021), an upper bound; RDP (Mironov 2017) where that is tighter or epsilon is above 100.
 Composition is adaptive and sequential, over all rounds, phases, runs and studies of the ledger: {rows} rows, head
 `{head}`. A patient's epsilon is that of the rows that the patient is in; who left the data stays in the ledger. A round that
-was computed again before its first answer left is charged once. Settings that make the whole plan meet a target stand
-in each contract.
+was computed again before its first answer left is charged once. Each contract holds settings under which all planned
+rounds meet a target.
 
 ## What is not covered
 
 - Studies without patient-level privacy. {unprotected}
 - What left this hospital by any other way than fedgex, and what fedgex sent before the ledger began.
-- Which genes the hospital measures, that it takes part, when it answers and how long it takes, and the codes with which it
+- Which genes the hospital measures, that it participates, when it answers and after how long, and the codes with which it
   refuses: a hospital that declines because a budget is exhausted or a cohort is too small says so.
-- Relatives. Who shares genes with a patient is told of as far as the patient's data tell of them; a family of k is protected
+- Relatives. A patient's data reveal something about those who share genes with the patient; a family of k is protected
   as a group, at about k times epsilon.
 - Patients under more than one identifier: each identifier is a unit.
 - What is learnt about a patient from what holds of people at large; the model is for that.
 - Predictions that the hospital itself makes with a model and passes on.
-- Reading of memory, timing or power on the hospital's own machine, and whoever has access to its data.
+- Reading of memory, timing or power on the hospital's own machine, and people with access to its data.
 
 ## Tuning
 

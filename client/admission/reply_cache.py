@@ -1,7 +1,7 @@
-"""Replies that a site has given, kept so that the same question has one answer.
+"""Cache of a site's replies, by request digest.
 
-A reply is on the disk before it is sent. Asked again, the site sends the same bytes and
-computes nothing: no round is trained twice, and nothing random is drawn twice.
+A reply is stored before it is sent, and a repeated request gets the stored bytes: no
+round is trained twice, and no noise is drawn twice.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fedgex.common.system.files import write_atomic
 from fedgex.common.transport.flower import from_bytes, to_bytes
 
 KEPT_ROUNDS = 2
-"""A server that lost its last checkpoint asks for the round before, no earlier one."""
+"""Rounds whose replies are kept; a server without its last checkpoint repeats one."""
 
 
 class AnotherRequestError(FedgexError):
-    """The round was answered already, and that answer cannot be given again."""
+    """The question was answered for another request, or its reply was dropped."""
 
 
 class Replies:
-    """The stored replies of one run."""
+    """Stored replies of one run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Replies:
         question
             Type, phase and round.
         request
-            Digest of what is asked.
+            Digest of the request.
 
         Raises
         ------
@@ -57,7 +57,7 @@ class Replies:
         return from_bytes(content)
 
     def store(self, question: str, request: str, reply: RecordDict) -> None:
-        """Put a reply on the disk; of earlier rounds, only what was asked stays."""
+        """Store a reply; of replies older than `KEPT_ROUNDS`, keep the digest only."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._path(question)
         write_atomic(path, request.encode() + b"\n" + to_bytes(reply), point="reply")

@@ -1,4 +1,4 @@
-"""`fedgex-site ledger`: what each patient was exposed to, and the budget."""
+"""`fedgex-site ledger`: epsilon spent per patient, and the budget."""
 
 from __future__ import annotations
 

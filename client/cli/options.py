@@ -1,4 +1,4 @@
-"""Options, output formats and the one way to refuse that the commands share."""
+"""Options, output formats and error handling that the commands share."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class _Options:
         Path,
         typer.Option(
             help="Table, one row a sample: .csv, .tsv (or .gz), .parquet. Its card is "
-            "written beside it.",
+            "written to the same folder.",
             callback=_has_format,
         ),
     ]
@@ -163,7 +163,7 @@ def impute(options: _Options, genes: Genes = None) -> None:
 
 @_command
 def spread(options: _Options, genes: Genes = None) -> None:
-    """Write by how much each value that impute fills may be off, one SD."""
+    """Write the predictive standard deviation of every imputed value."""
     from fedgex.client.prediction import inference
 
     with _restoring(options, genes) as (job, wanted):

@@ -31,7 +31,7 @@ from fedgex.common.trust.audit_log import Chain
 
 TEMPLATE = """\
 # The hospital's own settings. Relative paths start at the folder of this file.
-# What studies may do here stands in policy.toml beside it.
+# What studies may do here stands in policy.toml, in the same folder.
 name = "{name}"                       # this hospital, as the consortium calls it
 server = "{server}"     # host:port of the consortium; the one place that we connect to
 state_dir = "state"                  # keys, approvals, replies, audit log; back it up
@@ -96,7 +96,7 @@ def init(
     with refusing():
         site_toml, request = set_up(site_dir, name, server)
     typer.echo(
-        f"Settings are in {site_toml} and {policy.FILE} beside it: read both.\n"
+        f"Settings are in {site_toml} and {policy.FILE} of its folder: read both.\n"
         f"Send {request} to the administrator, and read this fingerprint out to them "
         "by telephone:",
         err=True,
@@ -176,7 +176,7 @@ def resume(
 
 
 def set_up(site_dir: Path, name: str, server: str) -> tuple[Path, Path]:
-    """Write what a new hospital needs; files and keys that exist are kept.
+    """Write settings, policy, keys and request; existing ones are kept.
 
     Returns
     -------
@@ -211,7 +211,7 @@ def set_up(site_dir: Path, name: str, server: str) -> tuple[Path, Path]:
 
 
 def connection_check(settings: SiteSettings) -> Check:
-    """Return the check of the way from a hospital to its server."""
+    """Return the connection check of a hospital."""
     joined = (settings.state_dir / "identity" / "kit.json").exists()
     found = Identity.load(settings.state_dir) if joined else None
     server = settings.server if found is None else found.server

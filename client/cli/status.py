@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from fedgex.client.admission.approvals import Desk, Received
+from fedgex.client.admission.approvals import ApprovalStore, Received
 from fedgex.client.cli.options import (
     NOT_RUNNING,
     Form,
@@ -70,7 +70,7 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
     if not joined:
         warnings.append("this hospital has not joined a consortium: fedgex-site join")
         return facts
-    desk, own = Desk.of(settings), Identity.load(state_dir)
+    approvals, own = ApprovalStore.of(settings), Identity.load(state_dir)
     until = own.certificate.not_valid_after_utc
     days = (until - datetime.now(UTC)).days
     if days < WARN_DAYS:
@@ -79,8 +79,8 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
             f"this hospital's certificate {when} ({until:%Y-%m-%d}): ask the "
             "administrator for a new kit, then fedgex-site join"
         )
-    readable = desk.contracts()
-    unreadable = len(desk.find("")) - len(readable)
+    readable = approvals.contracts()
+    unreadable = len(approvals.find("")) - len(readable)
     if unreadable:
         warnings.append(
             f"{unreadable} contract(s) cannot be trusted: fedgex-site study show says "
@@ -92,7 +92,7 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
         "consortium": own.consortium,
         "server": own.server,
         "certificate_expires": until.isoformat(),
-        "contracts": [_contract(desk, received, account) for received in readable],
+        "contracts": [_contract(approvals, received, account) for received in readable],
     }
 
 
@@ -115,9 +115,9 @@ def _spending(account: Account) -> dict[str, float]:
 
 
 def _contract(
-    desk: Desk, received: Received, account: Account | None
+    approvals: ApprovalStore, received: Received, account: Account | None
 ) -> dict[str, Any]:
-    decision = desk.decision(received.hash)
+    decision = approvals.decision(received.hash)
     study = received.contract.study
     facts: dict[str, Any] = {
         "hash": received.hash,

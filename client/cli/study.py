@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedgex.client.admission.approvals import Decision, Desk, Received
+from fedgex.client.admission.approvals import ApprovalStore, Decision, Received
 from fedgex.client.cli.options import (
     Form,
     Format,
@@ -46,8 +46,8 @@ Reason = Annotated[str, typer.Option(help="Why; stands in the log, does not leav
 def list_contracts(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
     """List every contract that reached this hospital and what was decided about it."""
     with refusing():
-        _, desk = _open(site_toml)
-        rows = [_summary(desk, received) for received in desk.contracts()]
+        _, approvals = _open(site_toml)
+        rows = [_summary(approvals, received) for received in approvals.contracts()]
     if form == Format.JSON:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -61,9 +61,9 @@ def list_contracts(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
 def show(site_toml: SiteToml, hash: Prefix, form: Form = Format.TEXT) -> None:
     """Print a contract: for what, with whom, its text, and what our policy refuses."""
     with refusing():
-        settings, desk = _open(site_toml)
-        received = desk.contract(_find(desk, hash))
-        facts = _facts(desk, received, settings)
+        settings, approvals = _open(site_toml)
+        received = approvals.contract(_find(approvals, hash))
+        facts = _facts(approvals, received, settings)
     if form == Format.JSON:
         text = {"text": received.text}
         typer.echo(json.dumps(facts | text, indent=2, ensure_ascii=False))
@@ -86,10 +86,10 @@ def approve(
 ) -> None:
     """Let a study run here until a day, within the policy."""
     with refusing():
-        settings, desk = _open(site_toml)
-        full = _find(desk, hash)
-        made = desk.decide(full, "approved", by=by, expires=expires.date())
-        against = settings.policy.objections(desk.contract(full).contract.study)
+        settings, approvals = _open(site_toml)
+        full = _find(approvals, hash)
+        made = approvals.decide(full, "approved", by=by, expires=expires.date())
+        against = settings.policy.objections(approvals.contract(full).contract.study)
     typer.echo(f"approved {full} until {made.expires} by {made.by}")
     for each in against:
         typer.echo(f"Warning: it will be refused all the same: {each}", err=True)
@@ -99,9 +99,9 @@ def approve(
 def reject(site_toml: SiteToml, hash: Prefix, by: By, reason: Reason) -> None:
     """Decline a contract; it can still be approved later."""
     with refusing():
-        _, desk = _open(site_toml)
-        full = _find(desk, hash)
-        made = desk.decide(full, "rejected", by=by, reason=reason)
+        _, approvals = _open(site_toml)
+        full = _find(approvals, hash)
+        made = approvals.decide(full, "rejected", by=by, reason=reason)
     typer.echo(f"rejected {full} by {made.by}")
 
 
@@ -115,8 +115,8 @@ def withdraw(
 ) -> None:
     """Take an approval back for good: this contract never runs here again."""
     with refusing():
-        _, desk = _open(site_toml)
-        full = _find(desk, hash)
+        _, approvals = _open(site_toml)
+        full = _find(approvals, hash)
         if not yes:
             typer.confirm(
                 f"Contract {full[:16]} will never run here again. What has left the "
@@ -124,7 +124,7 @@ def withdraw(
                 abort=True,
                 err=True,
             )
-        made = desk.decide(full, "withdrawn", by=by, reason=reason)
+        made = approvals.decide(full, "withdrawn", by=by, reason=reason)
     typer.echo(f"withdrew {full} by {made.by}")
 
 
@@ -144,15 +144,15 @@ def state_of(received: Received, decision: Decision | None) -> str:
     return f"approved until {decision.expires}"
 
 
-def _open(site_toml: Path) -> tuple[SiteSettings, Desk]:
+def _open(site_toml: Path) -> tuple[SiteSettings, ApprovalStore]:
 
     settings = load(site_toml)
-    return settings, Desk.of(settings)
+    return settings, ApprovalStore.of(settings)
 
 
-def _find(desk: Desk, prefix: str) -> str:
+def _find(approvals: ApprovalStore, prefix: str) -> str:
     """Return the one hash that begins so, or leave: 3 for none, 1 for several."""
-    found = desk.find(prefix)
+    found = approvals.find(prefix)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -165,8 +165,8 @@ def _find(desk: Desk, prefix: str) -> str:
     )
 
 
-def _summary(desk: Desk, received: Received) -> dict[str, Any]:
-    decision = desk.decision(received.hash)
+def _summary(approvals: ApprovalStore, received: Received) -> dict[str, Any]:
+    decision = approvals.decision(received.hash)
     return {
         "hash": received.hash,
         "state": state_of(received, decision),
@@ -175,10 +175,12 @@ def _summary(desk: Desk, received: Received) -> dict[str, Any]:
     }
 
 
-def _facts(desk: Desk, received: Received, settings: SiteSettings) -> dict[str, Any]:
+def _facts(
+    approvals: ApprovalStore, received: Received, settings: SiteSettings
+) -> dict[str, Any]:
 
     policy = settings.policy
-    contract, decision = received.contract, desk.decision(received.hash)
+    contract, decision = received.contract, approvals.decision(received.hash)
     refused = policy.objections(contract.study)
     if not contract.supports(version("fedgex")):
         refused.append(
@@ -186,7 +188,7 @@ def _facts(desk: Desk, received: Received, settings: SiteSettings) -> dict[str, 
             f"{version('fedgex')} is installed."
         )
     decided = None if decision is None else decision.model_dump(mode="json")
-    return _summary(desk, received) | {
+    return _summary(approvals, received) | {
         "sites": list(contract.sites),
         "signed_by": list(received.signers),
         "code_version": contract.code_version,
@@ -249,13 +251,13 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
         yield (
             "no differential privacy; updates leave as they are"
             if site is None and not facts["secure_aggregation"]
-            else "none for patients; what leaves tells of them whatever it tells"
+            else "none for patients: nothing bounds what leaves reveals of them"
         )
     else:
         cost = facts["cost"]
         at = f"at delta {cost['delta']:g}"
         yield (
-            "for each patient, made here: the whole study costs epsilon "
+            "for each patient, made here: the study costs epsilon "
             f"{cost['epsilon']:.3g} {at}"
         )
         yield (
@@ -269,7 +271,7 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
             )
     if site is not None:
         yield (
-            "for this hospital as a whole, if the server is trusted to add noise "
+            "for this hospital's contribution, if the server is trusted to add noise "
             f"{site['noise_multiplier']:g} on updates of norm {site['clip']:g}"
         )
     if facts["secure_aggregation"]:

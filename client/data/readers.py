@@ -155,7 +155,7 @@ def _read_opt_outs(path: Path) -> frozenset[str]:
             Code.FILE_UNREADABLE,
             path,
             expected="UTF-8 text, one patient identifier a line",
-            action="Write the file again; until then nobody's data are used.",
+            action="Write the file again; until then no patient's data are used.",
         )
     identifiers = (re.split(r"(?:^|\s)#", line)[0].strip() for line in lines)
     return frozenset(filter(None, identifiers))

@@ -1,1 +1,1 @@
-"""Patients' privacy ledger: what was invoked on them, charged before it is computed."""
+"""Privacy ledger of a hospital's patients, debited before each computation."""

@@ -1,8 +1,8 @@
 """The rows of a privacy ledger, and the epsilon that each patient has spent.
 
-A row is about a cohort: the set of patients' HMACs. A patient's spend is the
-composition of all rows whose cohort the patient is in; that of several patients is the
-largest of theirs. So a new patient, a new file or another study resets no spend.
+A row holds one mechanism on one cohort, a set of patients' HMACs. A patient's epsilon
+composes all rows whose cohorts contain the patient; for several patients, the maximum
+counts. So a new patient, file or study resets no epsilon.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedgex.common.trust.audit_log import Head
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Debit:
-    """A computation on patients: the request that a site answers."""
+    """Identity of a debited computation: the request that it answers."""
 
     contract: str
     """Hash; empty in the simulator."""
@@ -32,12 +32,12 @@ class Debit:
     phase: str
     round: int
     request: str
-    """Digest of what is asked, see `receipt.request_digest`."""
+    """Digest of the request, see `receipt.request_digest`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """Limit of each patient's exposure, over all studies together."""
+    """Limit of each patient's epsilon, composed over all studies."""
 
     epsilon: float
     delta: float
@@ -50,7 +50,7 @@ class Row:
     n: int
     """From 1."""
     time: str
-    """UTC, for people; nothing depends on it."""
+    """UTC; not used in accounting."""
     about: Debit
     invocation: Invocation
     cohort: str
@@ -60,7 +60,7 @@ class Row:
     hash: str
 
     def content(self) -> dict[str, str | int | float]:
-        """Return everything that the hash covers."""
+        """Return the hashed content."""
         return {
             "n": self.n,
             "time": self.time,
@@ -75,10 +75,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Book:
-    """Content of a ledger at one moment, verified."""
+    """Verified content of a ledger."""
 
     origin: str
-    """Hash that the first row names: of this ledger and no other."""
+    """Hash that identifies the ledger; `previous` of its first row."""
     rows: tuple[Row, ...]
     cohorts: dict[str, frozenset[bytes]]
     """HMACs of the patients of each cohort, by its digest."""
@@ -89,7 +89,7 @@ class Book:
         return Head(len(self.rows), self.rows[-1].hash if self.rows else self.origin)
 
     def contains(self, head: Head) -> bool:
-        """Whether the ledger once had that head, and so goes on from it."""
+        """Return whether the ledger extends that head."""
         if head.index == 0:
             return head.hash == self.origin
         rows = self.rows
@@ -101,7 +101,7 @@ class Book:
         return cls(origin, (), {})
 
     def only(self, rows: Iterable[Row]) -> Book:
-        """Return a ledger of these rows and no others."""
+        """Return a ledger of these rows only."""
         kept = tuple(rows)
         named = {row.cohort for row in kept}
         cohorts = {d: found for d, found in self.cohorts.items() if d in named}
@@ -134,10 +134,10 @@ class Book:
         return self._maximal(frozenset().union(*self.cohorts.values()))
 
     def _maximal(self, patients: Collection[bytes]) -> set[frozenset[str]]:
-        """Return the sets of cohorts that patients are in, but for those within others.
+        """Return each patient's set of cohorts, without subsets of others' sets.
 
-        Patients of the same cohorts have the same spend, and who is in more of them has
-        spent no less: so few sets stand for thousands of patients.
+        Epsilon is monotone in the set of cohorts, so these few sets give the maximum
+        over thousands of patients.
         """
         members = self.cohorts.items()
         found = {frozenset(d for d, all in members if p in all) for p in patients}
@@ -145,7 +145,7 @@ class Book:
 
 
 def row_of(by_name: dict[str, Any]) -> Row:
-    """Return a row by the names of its columns."""
+    """Build a row from its columns by name."""
     of_debit = {field.name: by_name.pop(field.name) for field in fields(Debit)}
     of_mechanism = {field.name: by_name.pop(field.name) for field in fields(Invocation)}
     return Row(
@@ -156,6 +156,6 @@ def row_of(by_name: dict[str, Any]) -> Row:
 
 
 def content_hash(content: dict[str, str | int | float]) -> str:
-    """Return the SHA-256 of a content as canonical JSON."""
+    """Return the SHA-256 of canonical JSON."""
     text = canonical_json(content, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

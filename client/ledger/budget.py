@@ -1,6 +1,6 @@
 """A hospital's privacy budget: spent, left, and the cost of a study.
 
-Exact numbers, for people of this hospital: none of them leaves.
+The numbers are exact, and none of them leaves the hospital.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedgex.common.study import Study
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """What one run invoked in one phase, with one setting."""
+    """Mechanism that one run invoked in one phase, with one setting."""
 
     contract: str
     run: str
@@ -30,11 +30,11 @@ class Use:
     sample_rate: float
     rounds: int
     steps: int
-    """Of all rounds."""
+    """Steps of all rounds."""
     patients: int
     """Distinct patients of all rounds."""
     epsilon: float
-    """Of these rows only; the largest of any patient."""
+    """Largest epsilon of any patient, from these rows only."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Account:
         return max(0.0, self.budget.epsilon - self.spent)
 
     def uses(self) -> list[Use]:
-        """Return what the ledger holds, by contract, run, phase and setting."""
+        """Group the ledger's rows by contract, run, phase and setting."""
         found: dict[tuple[str, str, str, float, float], list[Row]] = {}
         for row in self.book.rows:
             about, done = row.about, row.invocation
@@ -88,13 +88,13 @@ class Account:
         return accounting.epsilon(accounting.planned(study), self.budget.delta)
 
     def after(self, contract: str, study: Study) -> float:
-        """Return what the ledger will have spent once the study's plan is done."""
+        """Return the epsilon spent once the study's planned rounds are done."""
         return self._with(list(self._planned(contract, study)))
 
     def rounds_left(self, contract: str, study: Study) -> tuple[int, int]:
         """Return how many more rounds the budget permits, and how many are planned.
 
-        Planned are those that the last run of the contract has not begun.
+        Rounds that the contract's last run has begun are not counted.
         """
         rounds = list(self._planned(contract, study))
         least, most = 0, len(rounds)
@@ -111,7 +111,7 @@ class Account:
         return self.book.spent(self.budget.delta, adding=adding)
 
     def _planned(self, contract: str, study: Study) -> Iterator[list[Invocation]]:
-        """Yield what each round that is not begun will invoke."""
+        """Yield the invocations of each round that has not begun."""
         ours = [row.about for row in self.book.rows if row.about.contract == contract]
         begun = {(one.phase, one.round) for one in ours if one.run == ours[-1].run}
         for phase, training in study.phases.items():

@@ -1,9 +1,8 @@
-"""Debits of the privacy ledger, and how they are tied to the audit log.
+"""Debit the privacy ledger, and record each debit in the audit log.
 
-Each debit's head is written into the audit log, whose head leaves with every answer
-and comes back in the coordinator's receipts. So a ledger that was put back from a
-backup lacks a head that the log holds, and a log that was put back lacks a line that
-the server holds a signature over.
+The log holds the ledger's head after each debit; the log's own head leaves with every
+reply and returns in the coordinator's receipts. So restoring an old ledger or an old
+log is detected.
 """
 
 from __future__ import annotations
@@ -28,18 +27,16 @@ if TYPE_CHECKING:  # imports torch, which takes seconds
     from fedgex.common.messages.requests import TrainRequest
 
 CREATED, DEBITED = "ledger-created", "debited"
-"""Events of the audit log; `ledger` holds the ledger's head."""
+"""Events of the audit log, with the ledger's head in `ledger`."""
 
 LOCK = "ledger.lock"
-"""File that is locked while the ledger is made."""
+"""Lock file, held while the ledger is created."""
 
 
 def charge(
     request: TrainRequest, settings: SiteSettings, patients: Sequence[str]
 ) -> None:
-    """Debit a round before anything of it is computed on patients.
-
-    Does nothing for a study without patient-level privacy.
+    """Debit a round before its computation; studies without patient privacy are free.
 
     Parameters
     ----------
@@ -76,12 +73,12 @@ def charge(
 
 
 def budget(policy: Policy) -> Budget:
-    """Return the budget, which is set in `policy.toml` and nowhere else."""
+    """Return the budget of `policy.toml`."""
     return Budget(epsilon=policy.privacy_epsilon, delta=policy.privacy_delta)
 
 
 def ready(state_dir: Path) -> Ledger:
-    """Return the ledger, made now if the audit log knows of none.
+    """Return the ledger, creating it if the audit log records none.
 
     Raises
     ------
@@ -102,14 +99,14 @@ def ready(state_dir: Path) -> Ledger:
 
 
 def existing(state_dir: Path) -> Ledger | None:
-    """Return the ledger, verified and no older than the audit log; None if none was.
+    """Return the verified ledger, None if the audit log records none.
 
     Raises
     ------
     LedgerError
-        If it is missing or cannot be used, or lacks a head that the log holds: then it
-        was restored from a backup. The ledger may be ahead of the log, by what was
-        debited as the process died.
+        If it is missing or unusable, or lacks a head that the log holds, as after a
+        restore from a backup. It may be ahead of the log by the debit of a process
+        that died.
     """
     known = heads(state_dir)
     if not known:
@@ -141,7 +138,7 @@ def _not_without_log(state_dir: Path) -> None:
     """Refuse a ledger with rows of which the audit log has none."""
     if (state_dir / FILE).exists() and Ledger.open(state_dir).head.index:
         raise LedgerError(
-            f"{state_dir / FILE} holds debits, and the audit log beside it has never "
-            "heard of it; expected both from one hospital and one time. Put the newest "
+            f"{state_dir / FILE} holds debits, and the audit log records "
+            "none; expected both from one hospital and one time. Put the newest "
             f"{AUDIT} back, see docs/hospital-operation.md."
         )

@@ -1,11 +1,10 @@
-"""Privacy ledger: what each patient's data were used for under differential privacy.
+"""Privacy ledger: every use of a patient's data under differential privacy.
 
-SQLite in the hospital's state directory. One row for each invocation of a mechanism,
-over all studies and runs, written before anything is computed, and never removed. Rows
-are chained by hashes over all their content. The HMACs of the patients are under a key
-that never leaves. Time has no effect.
+An SQLite file in the hospital's state directory, with one row for each invocation of
+a mechanism, over all studies and runs. Rows are written before the computation, chained
+by hash, and never removed; patients are stored as HMACs under a key that never leaves.
 
-Nothing is repaired: what cannot be read in full and verified in full is refused.
+A ledger that cannot be read and verified completely is refused, never repaired.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ FILE, KEY = "ledger.sqlite", "ledger.key"
 
 FORMAT = 1
 WAIT_S = 60.0
-"""How long a process waits for another one's debit."""
+"""Longest wait for another process's debit."""
 
 _SCHEMA = """
 CREATE TABLE ledger (format INTEGER NOT NULL, key_check TEXT NOT NULL);
@@ -87,7 +86,7 @@ class Ledger:
 
     @classmethod
     def create(cls, state_dir: Path) -> Self:
-        """Make an empty ledger and its key; the caller keeps other processes out.
+        """Create an empty ledger and its key; the caller holds the lock.
 
         Raises
         ------
@@ -153,20 +152,20 @@ class Ledger:
         *,
         budget: Budget,
     ) -> Head:
-        """Charge what is about to be computed; it is on the disk when this returns.
+        """Charge a computation before it runs; the debit is on disk on return.
 
-        Asked again about the same, patients who were charged are not charged again,
-        even where the budget was lowered since: what was debited may be computed.
+        A repeated debit charges only patients who are new to it, even if the budget was
+        lowered since.
 
         Parameters
         ----------
         patients
-            Identifiers; of a patient with several samples, once or more.
+            Identifiers; duplicates count once.
 
         Returns
         -------
         Head
-            Of the ledger, which holds the debit.
+            Head of the ledger that holds the debit.
 
         Raises
         ------
@@ -182,7 +181,7 @@ class Ledger:
             raise DeltaError(
                 f"privacy_delta in policy.toml is {budget.delta:g}, and there are 1 / "
                 "privacy_delta patients or more; expected it far below 1 / patients, "
-                "or some patient may be given away whole. Set a smaller one."
+                "or a patient's data could be revealed completely. Set a smaller one."
             )
         with self._exclusive() as connection:
             book = self._read(connection)
@@ -292,10 +291,9 @@ class Ledger:
 
 
 def _normal(patient: str) -> str:
-    """Return an identifier without what spreadsheets and exports change.
+    """Normalise an identifier against changes by spreadsheets and exports.
 
-    Two patients whose identifiers differ in nothing else share one spend, which is at
-    least each one's own.
+    Patients whose identifiers collide share one epsilon, an upper bound for each.
     """
     return unicodedata.normalize("NFKC", patient).strip().casefold()
 
@@ -339,11 +337,10 @@ def _key_check(key: bytes) -> str:
 
 @contextmanager
 def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open an SQLite file that exists, and turn what goes wrong into a LedgerError.
+    """Open an existing SQLite file; raise its errors as LedgerError.
 
-    A rollback journal, not a write-ahead log: at rest, one file is the ledger. EXTRA
-    also makes the journal's end survive a power cut, so that no debit is undone that
-    the audit log knows of.
+    With a rollback journal, not a write-ahead log, the ledger is one file. EXTRA
+    also syncs the journal's removal, so that a power cut undoes no logged debit.
     """
     address = f"{path.absolute().as_uri()}?mode=rw"
     try:

@@ -28,9 +28,9 @@ from fedgex.common.study import CLASSIFICATION, PRETRAINING
 
 NOTES = (
     "members are the patients that site.toml names now; one who came after the "
-    "training, or who opted out after it, stands on the wrong side and hides leakage",
+    "training, or who opted out after it, is misclassified and hides leakage",
     "members and non-members may differ by more than the training, such as by year or "
-    "cancer type; that alone moves the AUC away from 0.5, either way",
+    "cancer type; such a difference moves the AUC away from 0.5, either way",
 )
 
 

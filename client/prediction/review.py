@@ -1,4 +1,4 @@
-"""Whether a model can predict what is asked, for the samples that are given.
+"""Check that a model can make a prediction for the given samples.
 
 N samples, G genes of the frame, V genes of the vocabulary, C classes.
 """
@@ -92,7 +92,7 @@ def possible_types(
         which = f"; not known: {', '.join(unknown)}" if unknown else ""
         raise ConfigError(
             f"{len(set(among))} cancer types are named as possible{which}; expected "
-            f"two or more of {', '.join(classes)}, which this model tells apart."
+            f"two or more of {', '.join(classes)}, the classes of this model."
         )
     return np.isin(classes, list(among))
 

@@ -1,8 +1,7 @@
-"""Checks, step by step, what lies between this hospital and the consortium's server.
+"""Diagnose the connection from this hospital to the consortium's server.
 
-Each step needs the one before it: name, connection, TLS, server, clock, version, key.
-After a failure the others are skipped, so that there is one thing to mend at a time.
-Nothing at the server changes by it.
+The steps name, connection, TLS, server, clock, version and key each need the previous
+one, so the first failure ends the check. Nothing changes at the server.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from fedgex.common.trust import pki
 
 TIMEOUT_S = 10.0
 MAX_CLOCK_DIFFERENCE_S = 60.0
-"""Flower's signed timestamps bear a few seconds ahead and five minutes behind."""
+"""Flower accepts timestamps a few seconds ahead to five minutes behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How one step went."""
+    """Result of one step of the check."""
 
     name: str
     state: Literal["ok", "failed", "skipped"]
@@ -64,7 +63,7 @@ class _FailedError(FedgexError):
 
 @dataclass
 class Check:
-    """The way to one server."""
+    """Check of the connection to one server."""
 
     server: str
     """host:port."""
@@ -76,7 +75,7 @@ class Check:
     """PEM of the hospital's own authority, where its proxy opens TLS."""
 
     def steps(self) -> Iterator[Step]:
-        """Take the steps one by one."""
+        """Run the steps in order."""
         steps: dict[str, Callable[[], str]] = {
             "name": self._name,
             "connection": self._connection,
@@ -123,7 +122,7 @@ class Check:
 
     @property
     def _first(self) -> tuple[str, int]:
-        """Return where the connection goes at first: the proxy, or the server."""
+        """Return the address to connect to: the proxy's, or the server's."""
         if self.proxy is None:
             return self._server
         url = urlsplit(self.proxy)
@@ -185,7 +184,7 @@ class Check:
             yield connection
 
     def _ask_proxy(self, connection: socket.socket) -> None:
-        """Have the proxy connect us to the server."""
+        """Open a tunnel to the server through the proxy."""
         target = self.server.encode("ascii")
         try:
             connection.sendall(
@@ -251,7 +250,7 @@ class Check:
         return context
 
     def _distrusted(self, error: ssl.SSLCertVerificationError) -> _FailedError:
-        """Say what is wrong with the certificate that the server showed."""
+        """Explain why the server's certificate was refused."""
         host, shown = self._server[0], self._shown()
         here = f"this machine's clock says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         if error.verify_code in (_HOST_MISMATCH, _IP_MISMATCH):
@@ -295,7 +294,7 @@ class Check:
         )
 
     def _shown(self) -> x509.Certificate:
-        """Return the certificate that the server shows, whatever it is worth."""
+        """Return the server's certificate, unverified."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         with (
@@ -344,7 +343,7 @@ class Check:
             theirs = parsedate_to_datetime(response.headers["date"])
         except (KeyError, ValueError) as error:
             raise _FailedError(
-                "the server tells no time",
+                "the server sent no time",
                 "a Date header",
                 "A proxy on the way removes it; ask your network's administrators.",
             ) from error

@@ -1,8 +1,7 @@
 """`fedgex-site start`: SuperNode and worker of a hospital, kept alive.
 
-One dies while the worker computes, both are started again: the SuperNode signs its node
-off, the server hears at once that the message failed, asks again, and the stored reply
-is sent.
+If one dies during a computation, both are restarted: the SuperNode deactivates its old
+node, so the server learns at once that the message failed and sends it again.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 LOOK_S = 0.5
 STATUS_S = 5.0
 LOCK = "daemon.lock"
-"""File that is locked while a daemon serves; it holds the daemon's process number."""
+"""Lock file of the running daemon; holds its PID."""
 
 
 def run(site_toml: Path) -> None:
@@ -72,7 +71,7 @@ def run(site_toml: Path) -> None:
 
 
 def daemon_pid(state_dir: Path) -> int | None:
-    """Return the process number of the running daemon, None if there is none."""
+    """Return the PID of the running daemon, None without one."""
     return lock_holder(state_dir / LOCK) or None
 
 
@@ -83,8 +82,8 @@ class _Daemon:
         self.started = datetime.now(UTC)
         port, secret = _free_port(), secrets.token_hex(32)
         environment = {supernode.SECRET_VARIABLE: secret}
-        told = json.dumps({"site_toml": str(site_toml), "port": port})
-        self.node = Child("fedgex.client.service.supernode", [told], environment)
+        arguments = json.dumps({"site_toml": str(site_toml), "port": port})
+        self.node = Child("fedgex.client.service.supernode", [arguments], environment)
         self.worker = Child(
             "fedgex.client.service.worker",
             [str(site_toml), str(port)],
@@ -94,30 +93,30 @@ class _Daemon:
     def serve(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        told = 0.0
+        written = 0.0
         try:
             while not self.stopping:
                 self._enforce_limit()
                 self._end_bereaved()
                 self.node.keep()
                 self.worker.keep()
-                if time.monotonic() - told > STATUS_S:
-                    told = time.monotonic()
-                    self._tell()
+                if time.monotonic() - written > STATUS_S:
+                    written = time.monotonic()
+                    self._write_status()
                 time.sleep(LOOK_S)
         finally:
             self.node.stop()
             self.worker.stop()
-            self._tell()
+            self._write_status()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
 
     def _end_bereaved(self) -> None:
-        """End the process that lost its partner, except a worker that waits.
+        """Stop a process whose partner died, except an idle worker.
 
-        While the server is away, the node dies and is started again and again; a worker
-        that waits keeps torch, data and model warm meanwhile.
+        While the server is unreachable the node restarts repeatedly; an idle worker
+        keeps torch, data and model loaded.
         """
         if self.worker.starts and not self.worker.alive and self.node.alive:
             self.node.stop()
@@ -125,14 +124,14 @@ class _Daemon:
             self.worker.stop(grace_s=0)
 
     def _computing(self) -> dict[str, object] | None:
-        """Return what the worker computes, None if it waits or is dead."""
+        """Return the worker's computation, None if it is idle or dead."""
         working = read_working(self.settings.state_dir)
         if working is None or working.get("code"):
             return None
         return working if working["pid"] == self.worker.pid else None
 
     def _enforce_limit(self) -> None:
-        """End a computation that takes longer than the policy permits."""
+        """Stop a computation that exceeds the policy's time limit."""
         working = self._computing()
         if working is None:
             return
@@ -144,15 +143,15 @@ class _Daemon:
                 stop_working(self.settings.state_dir, Code.TIME_LIMIT)
 
     def _limit_s(self) -> float:
-        """Return the policy's limit as it is now, or as it was if it cannot be read."""
+        """Return the policy's current limit, or the last readable one."""
         try:
             self.settings = SiteSettings.load(self.site_toml)
         except ConfigError as error:
             logger.error("the settings cannot be used, so nothing changes: %s", error)
         return self.settings.policy.message_limit_s
 
-    def _tell(self) -> None:
-        told = {
+    def _write_status(self) -> None:
+        status = {
             "pid": os.getpid(),
             "started": self.started.isoformat(),
             "supernode": self.node.alive,
@@ -162,12 +161,12 @@ class _Daemon:
         }
         path = self.settings.state_dir / "status.json"
         with _going_on():
-            write_atomic(path, json.dumps(told).encode())
+            write_atomic(path, json.dumps(status).encode())
 
 
 @contextmanager
 def _going_on() -> Iterator[None]:
-    """Log what cannot be written: a full disk must not end the service."""
+    """Log an error of writing: a full disk must not end the service."""
     try:
         yield
     except FedgexError as error:

@@ -39,18 +39,17 @@ ACTIVATE_PATH = "/v1/fleet/activate-node"
 OTHER_RELEASE = ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE
 WRONG_INTERVAL = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
 NOT_ACTIVATED = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
-"""What Flower may refuse a probe with."""
+"""Flower's error codes of a refused probe."""
 
 IDLE_S = 3.0
-"""What Flower's node sleeps where there is no message."""
+"""Flower's polling interval, seconds."""
 
 
 def probe(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, dict[str, str]]:
-    """Return body and headers of a signed request that the server cannot carry out.
+    """Return body and headers of a signed request that changes nothing at the server.
 
-    It asks to activate the node with a heartbeat every zero seconds: Flower checks
-    version, signature and key, in this order, then refuses the interval, so that
-    nothing comes of it.
+    It activates the node with a heartbeat interval of zero: Flower checks version,
+    signature and key, in this order, then refuses the interval.
     """
     public = public_key_to_bytes(key.public_key())
     timestamp = now().isoformat()
@@ -90,7 +89,7 @@ def run_node(
     on_message: Callable[[], None],
     pause: Callable[[], None],
 ) -> None:
-    """Run Flower's SuperNode until it gives the connection up.
+    """Run Flower's SuperNode until it drops the connection.
 
     Parameters
     ----------
@@ -103,7 +102,7 @@ def run_node(
     health_port
         Of Flower's gRPC health service; 0 leaves it out.
     secret
-        Wanted of whoever acquires tasks.
+        Secret that a process must present to acquire tasks.
     on_number
         Called with Flower's number of the node once it is known.
     on_message
@@ -115,7 +114,7 @@ def run_node(
     from flwr.supernode import start_client_internal
     from flwr.supernode.nodestate import NodeStateFactory
 
-    # Not to be had by an import, which finds the function of that name first.
+    # An import statement would find the function of the same name.
     flower_supernode = import_module("flwr.supernode.cli.flower_supernode")
     config = flower_supernode.SuperNodeLifespanConfig(
         server_address=server,
@@ -160,11 +159,10 @@ def run_node(
 
 
 def note_messages(on_message: Callable[[], None]) -> None:
-    """Have Flower call back for a message, and forget one whose run ended meanwhile.
+    """Patch Flower to call back for a message, and to drop one whose run has ended.
 
-    Flower raises `RunNotRunningException` past its own clearing up then, and leaves a
-    task whose objects never come: our worker would wait for them for ever, and the
-    hospital would answer nobody any more.
+    Otherwise `RunNotRunningException` skips Flower's own clean-up and leaves a task
+    whose objects never arrive, for which our worker would wait for ever.
     """
     from flwr.supernode import start_client_internal
 
@@ -182,7 +180,7 @@ def note_messages(on_message: Callable[[], None]) -> None:
 
 
 def _failing_plainly(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a call that raises an exception which Flower clears up after."""
+    """Wrap a call so that it raises an exception after which Flower cleans up."""
 
     def failing(*given: Any) -> Any:
         try:
@@ -194,7 +192,7 @@ def _failing_plainly(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def note_number(on_number: Callable[[int | None], None]) -> None:
-    """Have Flower call back with the node's number as soon as it is known."""
+    """Patch Flower to call back with the node's number once it is known."""
     from flwr.supernode.nodestate import InMemoryNodeState
 
     set_node_id = InMemoryNodeState.set_node_id
@@ -209,7 +207,7 @@ def note_number(on_number: Callable[[int | None], None]) -> None:
 def deactivate_node(
     server: str, roots: bytes, key: ec.EllipticCurvePrivateKey, node: int
 ) -> None:
-    """Sign a node off; a server out of reach, or that does not know it, is passed."""
+    """Deactivate a node; ignore a server that is unreachable or does not know it."""
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -238,7 +236,7 @@ class SiteTask:
     @classmethod
     @contextmanager
     def held(cls, port: int, token: str) -> Iterator[Callable[[], SiteTask]]:
-        """Keep a task alive at the SuperNode, and yield what fetches it."""
+        """Keep a task alive at the SuperNode; yield the function that fetches it."""
         from flwr.supercore.heartbeat import (
             HeartbeatSender,
             make_task_heartbeat_fn_http,
@@ -260,7 +258,7 @@ class SiteTask:
             client.close()
 
     def failure(self, code: str) -> Message:
-        """Return the reply of an app that failed, with our code of it alone."""
+        """Return an error reply that holds our code only."""
         failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, code)
         return Message(failed, reply_to=self.message)
 

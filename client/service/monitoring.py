@@ -1,7 +1,7 @@
 """Metrics of a hospital's daemon for Prometheus, on its own machine.
 
-Whether it runs, is paused and has a certificate, what it was asked and how it answered.
-No number of patients, and nothing about a study but how many are approved.
+They cover running, paused, certificate, requests and replies; no number of patients,
+and of studies only how many are approved.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Flower's SuperNode, as this hospital runs it.
+"""Process that runs Flower's SuperNode for this hospital.
 
-What we change: the node that a crash left behind is signed off first, so that a restart
-takes seconds and not a minute; while a study runs it looks for messages more often than
-every three seconds; our worker need not ask it all the time; and it forgets a message
-whose run ended while it was being fetched. Everything else is Flower's.
+Changes to Flower's behaviour: the node of a crashed process is deactivated first, so
+that a restart needs seconds, not a minute; messages are polled more often while a study
+runs; arrivals are signalled to the worker by a file; and a message whose run ended
+during its transfer is dropped.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from fedgex.common.trust import pki
 logger = logging.getLogger(__name__)
 
 POLL_S, IDLE_POLL_S = 0.5, 3.0
-"""Between two looks for a message: while a study runs, and while none does."""
+"""Polling intervals, seconds: while a study runs, and otherwise."""
 SECRET_VARIABLE = "FEDGEX_SUPERNODE_SECRET"
 NODE_FILE = "node.json"
-"""In the state directory: Flower's number of this node."""
+"""File in the state directory with Flower's number of this node."""
 ARRIVED_FILE = "arrived"
-"""In the state directory: touched whenever a message is here for our worker."""
+"""File in the state directory that is touched when a message arrives."""
 
 
 class SuperNodeSettings(Settings):
-    """What the daemon tells the process."""
+    """Settings that the daemon passes to the process."""
 
     site_toml: Path
     port: int
@@ -49,9 +49,9 @@ class SuperNodeSettings(Settings):
 
 
 def trusted(settings: SiteSettings, identity: Identity) -> bytes:
-    """Return what may sign the server's certificate, PEM.
+    """Return the authorities that may sign the server's certificate, PEM.
 
-    The consortium's authority, and the hospital's own where a proxy intercepts TLS.
+    They are the consortium's, and the hospital's own where a proxy intercepts TLS.
     """
     texts = [pki.to_pem(identity.authority)]
     if settings.server_authority is not None:
@@ -59,9 +59,9 @@ def trusted(settings: SiteSettings, identity: Identity) -> bytes:
     return "\n".join(texts).encode()
 
 
-def main(told: SuperNodeSettings, secret: str) -> None:
-    """Run until the daemon ends us, or the server no longer knows this node."""
-    settings = SiteSettings.load(told.site_toml)
+def main(process: SuperNodeSettings, secret: str) -> None:
+    """Run until the daemon stops this process, or the server drops the node."""
+    settings = SiteSettings.load(process.site_toml)
     identity = Identity.load(settings.state_dir)
     if settings.proxy is not None:
         os.environ["HTTPS_PROXY"] = settings.proxy
@@ -80,8 +80,8 @@ def main(told: SuperNodeSettings, secret: str) -> None:
         server=identity.server,
         roots=roots,
         key=key,
-        site_toml=told.site_toml,
-        port=told.port,
+        site_toml=process.site_toml,
+        port=process.port,
         health_port=settings.health_port,
         secret=secret,
         on_number=partial(write_number, settings.state_dir),
@@ -97,7 +97,7 @@ def main(told: SuperNodeSettings, secret: str) -> None:
 def _sign_off(
     state_dir: Path, server: str, roots: bytes, key: ec.EllipticCurvePrivateKey
 ) -> None:
-    """Deactivate the node of the process before, which may have been killed."""
+    """Deactivate the node of the previous process, which may have been killed."""
     try:
         node = int(json.loads((state_dir / NODE_FILE).read_text())["node"])
     except (FileNotFoundError, ValueError):  # none, or cut off by a full disk
@@ -106,10 +106,10 @@ def _sign_off(
 
 
 def write_number(state_dir: Path, node: int | None) -> None:
-    """Write the node's number for the next start to sign off."""
-    told = {"node": node, "since": time.time()}
+    """Store the node's number, so that the next start can deactivate it."""
+    document = {"node": node, "since": time.time()}
     try:
-        write_atomic(state_dir / NODE_FILE, json.dumps(told).encode())
+        write_atomic(state_dir / NODE_FILE, json.dumps(document).encode())
     except FedgexError as error:  # the next start takes a minute longer, no more
         logger.error("%s", error)
 

@@ -1,8 +1,7 @@
-"""The long-lived process that answers messages, from the installed package alone.
+"""The long-lived process that answers messages with the installed package.
 
-It takes client tasks, one at a time, keeps torch, data and model warm between them, and
-never looks into the bundle that came with a run: its hash goes to the audit log, its
-content nowhere.
+It runs one client task at a time and keeps torch, data and model loaded between them.
+The bundle of a run is never unpacked; its hash goes to the audit log.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from fedgex.common.transport.records import let_go
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-"""Between two looks whether a message arrived."""
+"""Interval between checks for an arrival, seconds."""
 ASK_S = 10.0
-"""Between two questions to the SuperNode, where no arrival was noted."""
+"""Interval between requests to the SuperNode without an arrival, seconds."""
 
 
 def work(site_toml: Path, port: int, secret: str) -> None:
-    """Answer messages until the daemon ends us."""
+    """Answer messages until the daemon stops this process."""
     settings = SiteSettings.load(site_toml)
     if settings.policy.memory_mb:
         limit = settings.policy.memory_mb * 2**20
@@ -59,7 +58,7 @@ def work(site_toml: Path, port: int, secret: str) -> None:
 
 
 def _changed(arrived: Path) -> int | None:
-    """Return when the SuperNode last noted an arrival, None if never."""
+    """Return the time of the last arrival, ns; None if never."""
     try:
         return arrived.stat().st_mtime_ns
     except FileNotFoundError:
@@ -67,14 +66,14 @@ def _changed(arrived: Path) -> int | None:
 
 
 def _wait(arrived: Path, seen: int | None) -> None:
-    """Wait for the next arrival, or for the next question to the SuperNode anyway."""
+    """Wait for the next arrival, `ASK_S` at most."""
     end = time.monotonic() + ASK_S
     while _changed(arrived) == seen and time.monotonic() < end:
         time.sleep(POLL_S)
 
 
 def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
-    """Take one message from the SuperNode, and hand it the reply."""
+    """Fetch one message from the SuperNode, and return the reply to it."""
     try:
         with SiteTask.held(port, token) as fetch:
             try:

@@ -1,7 +1,7 @@
-"""What a site computes for each request of a study, and what it keeps back.
+"""Compute a site's reply to each request of a study, within its policy.
 
-The floor is the stricter of the study's and the site's `minimum_cohort`; a number that
-the policy does not permit is None in the reply, which names it as withheld.
+Small cells are suppressed below the stricter `minimum_cohort` of study and site. A
+number that the policy does not permit is None in the reply and listed as withheld.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ GOVERNED_BY = {
     keys.NUM_EXAMPLES: keys.NUM_PATIENTS,
     keys.NUM_LOSS_TERMS: keys.NUM_PATIENTS,
 }
-"""Numbers that a metric of the policy with another name covers."""
+"""The policy's metric for numbers that have none of their own name."""
 OPTIONAL = (keys.NUM_PATIENTS, *TrainingMetrics.keys())
-"""Numbers that a policy may keep back."""
+"""Numbers that a policy may withhold."""
 
 Numbers = TypeVar("Numbers", bound=Fields)
 
@@ -59,12 +59,11 @@ Numbers = TypeVar("Numbers", bound=Fields)
 def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
     """Report name, panel and number of patients.
 
-    A gene known of fewer samples than the floor, or than the study's share of them,
-    counts as not measured. Under patient-level privacy, the columns of the file on the
-    study's genes count as measured, whatever is in them, and nobody is counted.
+    A gene observed in fewer samples than the small-cell threshold, or than the study's
+    share of them, counts as not measured. Under patient-level privacy every column of
+    the study's genes counts as measured, and patients are not counted.
 
-    A run asks again after its server was started again; then the panel is still the
-    one that the run began with.
+    When a restarted server asks again, the panel must be that of the run's start.
     """
     study = request.study
     cohort = _cohort(settings, study)
@@ -76,7 +75,7 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
     if study.privacy.patient is None:
         reported = federation.observed_genes(
             cohort,
-            min_count=_floor(settings, study),
+            min_count=_min_cell_count(settings, study),
             min_share=study.vocabulary.min_patient_share,
         )
         panel = site_panel.Panel(scale, cohort.genes, reported, run)
@@ -98,13 +97,13 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
 def moments(request: StatisticsRequest, settings: SiteSettings) -> StatisticsReply:
     """Return count, sum and sum of squares of each gene of the vocabulary.
 
-    A gene measured in fewer patients than the floor is suppressed.
+    A gene measured in fewer patients than the small-cell threshold is suppressed.
     """
     study = request.study
     _refuse_sums(study)
     cohort = _cohort(settings, study)
-    floor = _floor(settings, study)
-    sums = federation.gene_moments(cohort, request.vocabulary, floor)
+    min_cell_count = _min_cell_count(settings, study)
+    sums = federation.gene_moments(cohort, request.vocabulary, min_cell_count)
     size = CohortSize(num_patients=sums.n_patients)
     return StatisticsReply(sums=sums, metrics=_permitted(size, settings, study))
 
@@ -112,9 +111,12 @@ def moments(request: StatisticsRequest, settings: SiteSettings) -> StatisticsRep
 def cross_products(
     request: CrossProductsRequest, settings: SiteSettings
 ) -> CrossProductsReply:
-    """Return cross-products of each cancer type's patients, if the policy permits it.
+    """Return cross-products by cancer type of the study, other types pooled.
 
-    Of the types that the study names, and of all other patients together.
+    Raises
+    ------
+    ConfigError
+        If the policy does not permit them.
     """
     study = request.study
     _refuse_sums(study)
@@ -125,16 +127,16 @@ def cross_products(
         )
     cohort = _cohort(settings, study)
     patients = to_patients(cohort, request.vocabulary, request.standardisation)
-    floor = _floor(settings, study)
+    min_cell_count = _min_cell_count(settings, study)
     return CrossProductsReply(
-        products=federation.cross_products(study, patients, floor)
+        products=federation.cross_products(study, patients, min_cell_count)
     )
 
 
 def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
-    """Evaluate the incoming model on the site's patients, and train it for one round.
+    """Evaluate the global model on the site's patients, and train it for one round.
 
-    Under patient-level privacy the round is debited before anything is computed.
+    Under patient-level privacy the round is debited before it is computed.
     """
     started, study, order = time.monotonic(), request.study, request.round
     cohort = _unchanged_cohort(settings, study)
@@ -147,7 +149,7 @@ def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
         to_patients(cohort, request.vocabulary, request.standardisation),
         floats(to_arrays(request.model)),
         site=settings.name,
-        floor=_floor(settings, study),
+        min_cell_count=_min_cell_count(settings, study),
         state_dir=_state_dir(settings, study),
     )
     report = result.report
@@ -164,7 +166,7 @@ def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
 
 
 def reported_genes(request: KeysRequest, settings: SiteSettings) -> NDArray[np.bool_]:
-    """Return which genes of the vocabulary the site reported, shape (V,).
+    """Return the mask of vocabulary genes that the site reported, shape (V,).
 
     Raises
     ------
@@ -175,16 +177,15 @@ def reported_genes(request: KeysRequest, settings: SiteSettings) -> NDArray[np.b
     cohort = _unchanged_cohort(settings, study)
     unit = Standardisation.identity(len(vocabulary))
     patients = to_patients(cohort, vocabulary, unit)
-    local_round.enough(study, request.round.phase, patients, _floor(settings, study))
+    local_round.require_min_patients(
+        study, request.round.phase, patients, _min_cell_count(settings, study)
+    )
     panel = site_panel.read_panel(_state_dir(settings, study))
-    return np.isin(vocabulary.genes, () if panel is None else panel.told)
+    return np.isin(vocabulary.genes, () if panel is None else panel.reported)
 
 
 def _permitted(numbers: Numbers, settings: SiteSettings, study: Study) -> Numbers:
-    """Return the numbers without those that the policy keeps back.
-
-    None may leave under patient-level privacy.
-    """
+    """Withhold what the policy does not permit; all numbers under patient privacy."""
     metrics = () if study.privacy.patient is not None else settings.policy.metrics
     withheld = [key for key in OPTIONAL if GOVERNED_BY.get(key, key) not in metrics]
     values = {k: v for k, v in numbers.encode().items() if k not in withheld}
@@ -192,7 +193,7 @@ def _permitted(numbers: Numbers, settings: SiteSettings, study: Study) -> Number
 
 
 def _refuse_sums(study: Study) -> None:
-    """Refuse sums over patients under patient-level privacy: they have no noise."""
+    """Refuse sums over patients under patient-level privacy: they carry no noise."""
     if study.privacy.patient is not None:
         raise ConfigError(
             "the study promises patient-level privacy, and sums over patients were "
@@ -201,11 +202,11 @@ def _refuse_sums(study: Study) -> None:
 
 
 def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
-    """Refuse data that are no longer what `introduce` reported."""
+    """Refuse data that differ from what `introduce` reported."""
     panel = site_panel.read_panel(_state_dir(settings, study))
     genes = set(cohort.genes)
     if panel is not None and study.privacy.patient is not None:
-        genes |= set(panel.told)  # whether they have values depends on patients
+        genes |= set(panel.reported)  # whether they have values depends on patients
     if panel is None or panel.holds(settings.data.scale.value, genes):
         return
     raise DataError(
@@ -220,8 +221,8 @@ def _refuse_drift(settings: SiteSettings, study: Study, cohort: Cohort) -> None:
     )
 
 
-def _floor(settings: SiteSettings, study: Study) -> int:
-    """Return the smallest count that may leave: the stricter of site and study."""
+def _min_cell_count(settings: SiteSettings, study: Study) -> int:
+    """Return the small-cell threshold: the stricter of site and study."""
     return max(settings.policy.minimum_cohort, study.minimum_cohort)
 
 
@@ -250,5 +251,5 @@ def _read(
     tasks: tuple[str, ...],
     changed: tuple[int, ...],
 ) -> Cohort:
-    """Read and check a site's files; kept warm between rounds until they change."""
+    """Read and check a site's files; cached until they change."""
     return load_cohort(settings, scale, tasks)[0]

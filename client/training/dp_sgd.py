@@ -1,14 +1,12 @@
-"""Train so that no patient can be told from the result: DP-SGD (Abadi et al. 2016).
+"""Patient-level DP-SGD (Abadi et al. 2016).
 
-Opacus makes each patient's gradient, scales it down to `clip` and adds them up; who is
-in a step and the noise that hides any one of them are drawn in secret. Nothing else
-here depends on the patients: the number of steps, the divisor and the noise are the
-study's. What is drawn for a step (who, and what of them is hidden) comes from
-`SecretRandom`, and all that patients of a step share is drawn once for the step, so
-that a patient who is left out changes nothing for the others.
+Opacus computes and clips per-patient gradients; Poisson sampling, masking and Gaussian
+noise use a CSPRNG (`SecretRandom`). The number of steps, the divisor and the noise
+scale are the study's and do not depend on the patients. Draws that a step's patients
+share are made once per step, so that removing a patient changes nothing for the others.
 
-Opacus' expanded weights are the cheapest of its ways to a patient's gradient
-(docs/benchmarks.md). They take no mixed precision, so that all of it is in float32.
+Opacus' expanded weights are its cheapest per-patient gradients (docs/benchmarks.md).
+They do not support mixed precision: everything is float32.
 
 N rows (one per patient), B rows drawn for a step, V genes.
 """
@@ -47,19 +45,19 @@ from fedgex.common.study import (
 from fedgex.common.system import files
 
 COUNTS = "class-counts.json"
-"""File with the noised numbers of patients of each class."""
+"""File of the noised number of patients of each class."""
 
 
 class PatientLoss(Protocol):
-    """A module that maps patients to one loss each, which depends on no other patient.
+    """A module that returns one loss per patient, independent of the other patients.
 
-    What it trains are those of its parameters that require a gradient.
+    Its parameters that require a gradient are trained.
     """
 
     def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
-        """Draw which cells (B, V) of the patients at these rows a step hides or shows.
+        """Draw the cells (B, V) that a step hides or shows, for the patients at `rows`.
 
-        What patients share is drawn without regard to who they are and how many.
+        Draws that patients share do not depend on who or how many they are.
         """
 
     def __call__(self, rows: Tensor, drawn: Tensor) -> Tensor:
@@ -78,12 +76,12 @@ class RestorationLoss(nn.Module):
         self._masking = phase.masking
 
     def draw(self, rows: Tensor, rng: torch.Generator) -> Tensor:
-        """Draw the hidden cells; pattern and rate are the step's."""
+        """Draw the hidden cells; all patients share pattern and rate."""
         values = self._patients.values[rows]
         return draw_hidden(values, self._measured[rows], self._masking, rng)
 
     def forward(self, rows: Tensor, drawn: Tensor) -> Tensor:
-        """Return one loss a patient; 0 for whom nothing is hidden."""
+        """Return one loss per patient; 0 without hidden cells."""
         device = _device(self)
         values, measured, hidden = (
             t.to(device)
@@ -97,8 +95,7 @@ class RestorationLoss(nn.Module):
 class ClassificationLoss(nn.Module):
     """Each patient's cross-entropy, from a panel that the step's patients share.
 
-    Logits are shifted as in `losses.classification_loss`, by shares that are known
-    with noise only.
+    Logits are adjusted as in `losses.classification_loss`, by noised class shares.
     """
 
     def __init__(
@@ -126,7 +123,7 @@ class ClassificationLoss(nn.Module):
         embedding = embed(self.encoder, self._patients.values[rows], drawn)
         logits = self.head(embedding) + self._log_share.to(device)
         target = self._target[rows].to(device)
-        # A class that the noise made absent would cost its patients infinitely much.
+        # A class that is absent by its noised count would have infinite loss.
         known = self._log_share.to(device)[target].isfinite()
         loss = F.cross_entropy(
             torch.where(known[:, None], logits, 0.0), target, reduction="none"
@@ -181,14 +178,14 @@ def phase_loss(
     *,
     state_dir: Path,
 ) -> PatientLoss:
-    """Return the loss of a phase for patients that take part in it.
+    """Return the per-patient loss of a phase.
 
     Parameters
     ----------
     number
         Of the round in its phase, from 1.
     state_dir
-        Where the noised class counts are kept between rounds.
+        Folder of the noised class counts between rounds.
     """
     if isinstance(model, GexBert):
         return RestorationLoss(model, patients, study.pretraining)
@@ -210,12 +207,12 @@ def fit_privately(
     learning_rate: float,
     proximal_mu: float = 0.0,
 ) -> None:
-    """Train in place for the steps of one round; what comes out is private.
+    """Train in place for the steps of one round, with patient-level privacy.
 
-    A step sums the clipped gradients of the patients drawn, adds noise of standard
-    deviation `noise_multiplier * rule.clip` to each number, and divides by the batch
-    size, whoever was drawn; nobody is a step of pure noise. Nothing is reported, since
-    it would need noise too.
+    A step sums the clipped gradients of the sampled patients, adds noise of standard
+    deviation `noise_multiplier * rule.clip` to each number, and divides by the expected
+    batch size; an empty sample is a step of pure noise. No loss is reported, since it
+    would need noise too.
 
     Parameters
     ----------
@@ -226,7 +223,7 @@ def fit_privately(
     learning_rate
         Of this round, see `training.round_learning_rate`.
     proximal_mu
-        As for `training.fit`; the pull knows no patient, and needs no noise.
+        As for `training.fit`; the proximal term uses no patient, so it needs no noise.
 
     References
     ----------
@@ -260,11 +257,11 @@ def fit_privately(
 
 
 class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
-    """Opacus' optimiser, with noise that nobody can predict.
+    """Opacus' optimiser with noise from a CSPRNG.
 
-    A patient whose gradient is not finite counts as nobody. The sum is divided by the
-    expected batch size here: Opacus' own way takes time quadratic in the number of
-    parameters' tensors.
+    A patient with a non-finite gradient is dropped from the step. The sum is divided by
+    the expected batch size here: Opacus' own division is quadratic in the number of
+    parameter tensors.
     """
 
     def __init__(
@@ -274,7 +271,7 @@ class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         self._secret = secret
 
     def clip_and_accumulate(self) -> None:
-        """Scale each patient's gradient down and add them to the step's sum."""
+        """Clip per-patient gradients and add them to the step's sum."""
         samples = self.grad_samples
         sums = torch.stack([g.flatten(1).sum(1) for g in samples])
         bad = ~sums.isfinite().all(0)  # (B,)
@@ -284,7 +281,7 @@ class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         super().clip_and_accumulate()
 
     def add_noise(self) -> None:
-        """Add Gaussian noise to each number of the step's sum, and make it a mean."""
+        """Add Gaussian noise to the step's sum; divide by the expected batch size."""
         std = self.noise_multiplier * self.max_grad_norm
         sizes = [p.numel() for p in self.params]
         noise = self._secret.normal((sum(sizes),), std).split(sizes)
@@ -299,12 +296,12 @@ def take_step(
     rows: Tensor,
     drawn: Tensor,
 ) -> None:
-    """Take one private step with patients, a batch of them at a time.
+    """Take one private step, accumulating over batches of patients.
 
     Parameters
     ----------
     each
-        The losses (`PatientLoss`) of which Opacus notes each patient's gradient.
+        The `PatientLoss` whose per-patient gradients Opacus collects.
     rows, drawn
         Of the step, shape (B,) and (B, V); B may be 0.
     """
@@ -328,11 +325,11 @@ def noised_log_share(
     state_dir: Path,
     number: int,
 ) -> Tensor:
-    """Return the log share of each class at this site, shape (classes,), with noise.
+    """Return the log of each class's noised share at this site, shape (classes,).
 
-    Patients are counted in the first round, once, which is charged with it. A class of
-    at most one patient by its noised count is absent, minus infinity, unless all are;
-    who was not there in the first round takes all classes as equally common.
+    Patients are counted once, in the first round, whose debit includes the count. A
+    class with a noised count of at most one is absent (minus infinity), unless all are.
+    A site that missed the first round uses equal shares.
 
     Parameters
     ----------

@@ -1,7 +1,4 @@
-"""One round at one hospital: load the phase's model, and train it as the study says.
-
-The ClientApp calls it, and the loop over patients in memory that simulations train.
-"""
+"""One round of local training, used by the ClientApp and by simulations."""
 
 from __future__ import annotations
 
@@ -29,39 +26,39 @@ def train_round(
     phase: str,
     number: int,
     patients: Patients,
-    incoming: Parameters,
+    global_parameters: Parameters,
     *,
     site: str,
-    floor: int,
+    min_cell_count: int,
     state_dir: Path,
     evaluate: bool = True,
 ) -> RoundResult:
-    """Evaluate and train a phase's model for one round, privately if the study says so.
+    """Evaluate and train a phase's model for one round, by DP-SGD if the study asks.
 
     Parameters
     ----------
     number
         Number of the round in its phase, from 1.
-    incoming
-        Parameters sent by the server, see `tasks.download_state`.
-    floor
-        Fewest patients that may take part in anything that leaves the site.
+    global_parameters
+        Parameters that the round begins with.
+    min_cell_count
+        Small-cell threshold: fewest patients behind any number that leaves.
     state_dir
-        Where noised class counts are kept between rounds.
+        Folder of the noised class counts between rounds.
     evaluate
-        Whether the incoming model is evaluated on the patients first.
+        Whether the global model is evaluated before training.
 
     Raises
     ------
     DataError
-        If fewer patients than the floor can take part; with the Cox loss, fewer deaths.
+        If fewer patients than `min_cell_count` are eligible; with the Cox loss, deaths.
     UpdateError
-        If the incoming parameters do not fit the study's model.
+        If the parameters do not fit the study's model.
     """
     malloc.keep_freed()
-    fitting = enough(study, phase, patients, floor)
+    fitting = require_min_patients(study, phase, patients, min_cell_count)
     model = tasks.build(study, patients.values.shape[1], phase)
-    load_parameters(tasks.named(phase, model), incoming)
+    load_parameters(tasks.named(phase, model), global_parameters)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     fit = None
@@ -73,7 +70,7 @@ def train_round(
         number,
         model,
         fitting,
-        incoming,
+        global_parameters,
         site=site,
         fit=fit,
         evaluate=evaluate,
@@ -81,7 +78,7 @@ def train_round(
 
 
 def refuse_large_delta(study: Study, n_patients: int) -> None:
-    """Refuse a study whose delta could give one of so many patients away whole.
+    """Refuse a study whose delta permits revealing one of its patients completely.
 
     Raises
     ------
@@ -94,23 +91,25 @@ def refuse_large_delta(study: Study, n_patients: int) -> None:
     finding = Code.DELTA_TOO_LARGE.finding(
         where="privacy.patient.delta",
         found=f"delta = {rule.delta:g}, and 1 / delta patients or more",
-        expected="a delta below 1 / patients, or some patient may be given away whole",
+        expected="a delta below 1 / patients; else one patient could be revealed",
         action="Ask for a study with a smaller delta.",
     )
     raise DataError([finding])
 
 
-def enough(study: Study, phase: str, patients: Patients, floor: int) -> Patients:
-    """Return the patients that a phase can learn from, see `eligible`.
+def require_min_patients(
+    study: Study, phase: str, patients: Patients, min_cell_count: int
+) -> Patients:
+    """Return the patients eligible for a phase.
 
     Raises
     ------
     DataError
-        If they are fewer than the floor; with the Cox loss, their deaths.
+        If they are fewer than `min_cell_count`; with the Cox loss, their deaths.
     """
     fitting = eligible(study, phase, patients)
-    if _unit_count(study, phase, fitting) < floor:
-        raise DataError([_too_few(phase, floor)])
+    if _unit_count(study, phase, fitting) < min_cell_count:
+        raise DataError([_too_few(phase, min_cell_count)])
     return fitting
 
 
@@ -122,7 +121,7 @@ def _train_privately(
     patients: Patients,
     state_dir: Path,
 ) -> None:
-    # Imports Opacus, which takes seconds and hundreds of MB that others need not pay.
+    # Opacus needs seconds and hundreds of MB: import it only here.
     from fedgex.client.training import dp_sgd
 
     rule, settings = study.privacy.patient, study.phases[phase]
@@ -142,16 +141,16 @@ def _train_privately(
 
 
 def _unit_count(study: Study, phase: str, patients: Patients) -> int:
-    """Return what the phase's loss is a mean over, a number that leaves the site."""
+    """Return the number of terms in the phase's loss: deaths for Cox, else patients."""
     if phase == SURVIVAL and study.survival.loss == "cox":
         return int(patients.event.sum())
     return len(patients)
 
 
-def _too_few(phase: str, floor: int) -> Finding:
+def _too_few(phase: str, least: int) -> Finding:
     return Code.TOO_FEW_FOR_PHASE.finding(
         where=phase,
-        found=f"fewer than {floor} patients (with the Cox loss: deaths) to learn from",
-        expected=f"{floor} or more, with the cancer types and follow-up of the study",
+        found=f"fewer than {least} patients (with the Cox loss: deaths) to learn from",
+        expected=f"{least} or more, with the cancer types and follow-up of the study",
         action="The site takes no part in this phase; nothing is to be done.",
     )

@@ -1,4 +1,4 @@
-"""The panel of genes that a site measured when its run began, kept between rounds."""
+"""The gene panel of a site at the start of its run, stored between rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from fedgex.common.system import files
 
 PANEL = "panel.json"
-"""File with the panel that a run began with."""
+"""File of the panel."""
 
 
 @dataclass(frozen=True)
@@ -19,37 +19,41 @@ class Panel:
 
     scale: str
     genes: tuple[str, ...]
-    told: tuple[str, ...]
-    """Those of enough patients."""
+    reported: tuple[str, ...]
+    """Genes observed in enough patients."""
     run: str
     """Name of the run; empty in a simulation, which has none."""
 
     def holds(self, scale: str, genes: Collection[str]) -> bool:
-        """Return whether the data still are what the site reported.
+        """Return whether the data still match the panel.
 
-        A gene of few patients may go: its last one may have opted out.
+        Unreported genes may disappear: their last patient may have opted out.
         """
-        return scale == self.scale and set(self.told) <= set(genes) <= set(self.genes)
+        return scale == self.scale and set(self.reported) <= set(genes) <= set(
+            self.genes
+        )
 
 
 def remember_panel(state_dir: Path, panel: Panel) -> None:
-    """Note what is measured as a run begins, see `read_panel`.
+    """Store the panel of a run that begins.
 
     Raises
     ------
     FedgexError
-        If it cannot be written; then the panel is the one noted before.
+        If it cannot be written; then the previous panel stays.
     """
     path = state_dir / PANEL
     with files.explained(path):
         state_dir.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, json.dumps(asdict(panel)).encode())
+    content = asdict(panel)
+    content["told"] = content.pop("reported")  # its name since the first release
+    files.write_atomic(path, json.dumps(content).encode())
 
 
 def read_panel(state_dir: Path) -> Panel | None:
-    """Return what was measured when the run began; None if it has not."""
+    """Return the stored panel, None before the first run."""
     path = state_dir / PANEL
     if not path.exists():
         return None
-    told = json.loads(path.read_text())
-    return Panel(told["scale"], tuple(told["genes"]), tuple(told["told"]), told["run"])
+    kept = json.loads(path.read_text())
+    return Panel(kept["scale"], tuple(kept["genes"]), tuple(kept["told"]), kept["run"])

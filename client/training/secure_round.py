@@ -1,10 +1,9 @@
-"""A hospital's part in secure aggregation: what it answers, and what it never does.
+"""A hospital's side of secure aggregation.
 
-One file for each run, `secagg/RUN/exchange.json`, holds the present round's private
-keys, the shares of others, and every list that the coordinator committed itself to;
-the same folder holds the round's own update. Both are replaced when the next round's
-keys are made. With them a site answers the same when it is asked the same, after a
-restart too, and refuses, with `Code.EXCHANGE_REFUSED`,
+The file `secagg/RUN/exchange.json` holds the round's private keys, the received shares,
+and every list that the coordinator committed to; the same folder holds the round's own
+update. Both are replaced with the next round's keys. So a site gives the same reply to
+the same request, after a restart too, and refuses, with `Code.EXCHANGE_REFUSED`,
 
 - keys that their owners have not signed, and a list without its own keys unchanged,
 - fewer than three participants, or than the quorum,
@@ -13,7 +12,7 @@ restart too, and refuses, with `Code.EXCHANGE_REFUSED`,
 - a round that is over, and another attempt of one in which it gave out shares: of two
   sums that differ in one site, the difference is that site's update.
 
-So for each peer it gives out one kind of share, once.
+So for each peer it gives out only one kind of share.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ Request = SecureRequest | TrainRequest
 
 
 class ExchangeError(FedgexError):
-    """The coordinator asks for what secure aggregation never gives."""
+    """The coordinator's request would break secure aggregation."""
 
     code = Code.EXCHANGE_REFUSED
 
@@ -79,7 +78,7 @@ class ExchangeError(FedgexError):
 def advertise(
     measured: Measured,
 ) -> Callable[[KeysRequest, SiteSettings], KeysReply]:
-    """Make the keys of a round's attempt, or return those made before.
+    """Return a handler that makes the keys of an attempt, or returns its existing ones.
 
     Parameters
     ----------
@@ -122,7 +121,7 @@ def share(request: SharesRequest, settings: SiteSettings) -> SharesReply:
     Raises
     ------
     ExchangeError
-        If the list of participants cannot be trusted, or differs from one before.
+        If the list of participants cannot be trusted, or differs from an earlier one.
     """
     with _guarded():
         study, (state, folder) = request.study, _open(request, settings)
@@ -157,10 +156,10 @@ def share(request: SharesRequest, settings: SiteSettings) -> SharesReply:
 
 
 def masked(train: Train) -> Train:
-    """Have a training's update leave under masks, if the study says so.
+    """Wrap a training handler so that its update is masked, if the study asks.
 
-    A round is trained once: its plain answer stays here until the next round, and
-    another attempt masks it anew.
+    A round is trained once: the plain update stays here until the next round, and each
+    attempt masks it anew.
     """
 
     @wraps(train)
@@ -187,7 +186,7 @@ def confirm(request: ConfirmRequest, settings: SiteSettings) -> ConfirmReply:
     Raises
     ------
     ExchangeError
-        If it is too short, unsafe, or differs from one before.
+        If it is too short, unsafe, or differs from an earlier one.
     """
     with _guarded():
         state, folder = _open(request, settings)
@@ -205,7 +204,7 @@ def confirm(request: ConfirmRequest, settings: SiteSettings) -> ConfirmReply:
 
 
 def unmask(request: UnmaskRequest, settings: SiteSettings) -> UnmaskReply:
-    """Give out a share of each survivor's seed, and of each other's mask key.
+    """Reveal a share of each survivor's seed, and of each dropped site's mask key.
 
     Raises
     ------
@@ -236,7 +235,7 @@ def unmask(request: UnmaskRequest, settings: SiteSettings) -> UnmaskReply:
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    """Give what does not fit the code under which it leaves."""
+    """Raise protocol errors as ExchangeError, whose code leaves the hospital."""
     try:
         yield
     except (TrustError, UpdateError) as error:
@@ -245,12 +244,14 @@ def _guarded() -> Iterator[None]:
 
 def _rule(study: Study) -> SecureAggregation:
     if study.secure_aggregation is None:
-        raise ConfigError("the study knows no secure aggregation, and was asked for it")
+        raise ConfigError(
+            "the study does not use secure aggregation, and was asked for it"
+        )
     return study.secure_aggregation
 
 
 def _context(request: Request) -> Context:
-    """Return what a request is about; between hospitals the gate has checked it."""
+    """Return a request's context; between hospitals the gate has checked it."""
     attempt, run = request.attempt, request.run
     if attempt is None:
         raise UpdateError("the request is of no attempt")
@@ -272,7 +273,7 @@ def _folder(settings: SiteSettings, context: Context) -> Path:
 
 
 def _open(request: Request, settings: SiteSettings) -> tuple[AttemptState, Path]:
-    """Return the state of the attempt that a request is about."""
+    """Return the state and folder of a request's attempt."""
     _rule(request.study)
     context = _context(request)
     folder = _folder(settings, context)
@@ -302,14 +303,14 @@ def _require_new(before: AttemptState, context: Context, study: Study) -> None:
     raise TrustError(
         f"{context.phase} {context.round}, attempt {context.attempt}, is over: this "
         f"site has answered {before.context.phase} {before.context.round}, attempt "
-        f"{before.context.attempt}. Another sum over this round would tell of one site."
+        f"{before.context.attempt}. A second sum could reveal one site's update."
     )
 
 
 def _require_signed(
     name: str, participant: Participant, context: Context, authority: x509.Certificate
 ) -> None:
-    """Refuse keys that are not their owner's answer to this very attempt."""
+    """Refuse keys that their owner has not signed for this attempt."""
     part = verify_part(
         participant.json_ or "",
         participant.signature or "",
@@ -334,7 +335,7 @@ def _require_signed(
 def _receive(
     request: TrainRequest, settings: SiteSettings, state: AttemptState
 ) -> None:
-    """Open the shares of everybody who gave some, and commit to who they are."""
+    """Decrypt the received shares, and commit to the list of sharers."""
     assert request.attempt is not None
     assert request.boxes is not None
     sharers, boxes = _distinct(request.attempt.sharers), request.boxes
@@ -354,7 +355,7 @@ def _receive(
 def _trained(
     request: TrainRequest, settings: SiteSettings, train: Train, folder: Path
 ) -> TrainReply:
-    """Return the round's plain answer, computed once."""
+    """Return the round's plain update, trained once."""
     order = request.round
     question = f"update-{order.phase}-{order.number:05d}"
     asked = TrainRequest(
@@ -382,7 +383,7 @@ def _trained(
 def _mask(
     plain: TrainReply, settings: SiteSettings, study: Study, state: AttemptState
 ) -> vectors.Words:
-    """Return our weighted change, clipped, in fixed point and under masks."""
+    """Return our clipped, weighted change in fixed point, masked."""
     group, rule = state.group, _rule(study)
     kept = None
     if study.strategy.per_gene:
@@ -399,7 +400,7 @@ def _mask(
 def _lists(
     request: ConfirmRequest, settings: SiteSettings, state: AttemptState
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return sharers and survivors of a request, once they are safe to act upon."""
+    """Return sharers and survivors of a request, verified as safe."""
     sharers = _distinct(request.attempt.sharers)
     survivors = _distinct(request.attempt.survivors)
     if not state.sent or sharers != state.sharers:

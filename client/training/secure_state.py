@@ -1,4 +1,4 @@
-"""What a site keeps of one attempt at secure aggregation, on its disk."""
+"""A site's stored state of one attempt at secure aggregation."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ FILE = "exchange.json"
 
 @dataclass
 class AttemptState:
-    """State of one attempt; each step adds to it, none takes back."""
+    """State of one attempt; each step only adds to it."""
 
     context: Context
     private: PrivateKeys
     measured: NDArray[np.bool_]
     """Genes that this site measures, shape (V,)."""
     keys: dict[str, PublicKeys] = field(default_factory=dict)
-    """Of all participants; empty until they are known."""
+    """Public keys of all participants; empty until known."""
     boxes: dict[str, bytes] = field(default_factory=dict)
     """Encrypted shares for each other participant."""
     shares: dict[str, Shares] = field(default_factory=dict)
     """Our shares of everybody's secrets, by owner."""
     sharers: tuple[str, ...] = ()
-    """Those with whom our vector is masked; empty until they are known."""
+    """Sites whose masks our vector carries; empty until known."""
     sent: bool = False
     """Whether our vector was masked, and may have left."""
     survivors: tuple[str, ...] = ()
-    """Those whose vectors the server says it has; empty until it says so."""
+    """Sites whose vectors the server reports to have; empty until then."""
     revealed: bool = False
     """Whether shares may have left."""
 

@@ -41,5 +41,5 @@ app = typer.Typer(
 
 @app.callback()
 def main() -> None:
-    """Lead a consortium: who belongs, what is studied, what runs, what is released."""
+    """Administer a consortium: members, contracts, runs and releases."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")

@@ -1,4 +1,4 @@
-"""What the commands of `fedgex-admin` share: options, output, and how they refuse.
+"""Options, output and error handling that the commands of `fedgex-admin` share.
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 not found, 4 not running.
 """
@@ -55,7 +55,7 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 def note(message: str) -> None:
-    """Tell the reader something that is no data."""
+    """Print a remark to stderr."""
     typer.echo(message, err=True)
 
 
@@ -85,7 +85,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]], form: str, nothing: str) -> Non
 
 
 def write_out(path: Path, content: Mapping[str, Any] | str) -> None:
-    """Write what a command hands over; it holds nothing secret.
+    """Write an output file that holds no secret.
 
     Raises
     ------

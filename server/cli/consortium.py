@@ -1,4 +1,4 @@
-"""`fedgex-admin consortium`, `administrator`, `site`: who belongs, with which keys."""
+"""`fedgex-admin consortium`, `administrator`, `site`: members and their keys."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def consortium_init(
 
 @consortium.command("status")
 def consortium_status(state: State, form: Format = "text") -> None:
-    """Say who belongs, and warn of certificates that end within 30 days."""
+    """List members, and warn of certificates that end within 30 days."""
     with refusals():
         found = Consortium(state)
         settings, sites = found.settings, found.sites().values()
@@ -101,7 +101,7 @@ def consortium_status(state: State, form: Format = "text") -> None:
 
 @consortium.command("renew")
 def consortium_renew(state: State, form: Format = "text") -> None:
-    """Issue new certificates of server and coordinator; nobody's kit changes."""
+    """Issue new certificates of server and coordinator; no kit changes."""
     with refusals():
         found = Consortium(state)
         found.renew()
@@ -173,7 +173,7 @@ def administrator_list(state: State, form: Format = "text") -> None:
 def administrator_revoke(
     name: Name, reason: Reason, state: State, form: Format = "text"
 ) -> None:
-    """Make an administrator's signatures count no more."""
+    """Revoke an administrator's certificate."""
     with refusals():
         members.revoke_administrator(Consortium(state), name, reason)
     show({"administrator": name, "state": "revoked"}, form)
@@ -249,7 +249,7 @@ def site_rotate(
 def site_revoke(
     name: Name, reason: Reason, state: State, form: Format = "text"
 ) -> None:
-    """Strike a hospital: neither its connection nor its signatures count any more."""
+    """Revoke a hospital: its connection and signatures are refused from now on."""
     with refusals():
         members.revoke_site(Consortium(state), name, reason)
     show({"site": name, "state": "revoked"}, form)

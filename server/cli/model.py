@@ -103,7 +103,7 @@ def model_export(
     """Copy a released model, with contract, receipts and orders, to one file."""
     with refusals():
         released = releases.export(Consortium(state), run, out)
-    show({"bundle": str(out), **_told(released)}, form)
+    show({"bundle": str(out), **_facts(released)}, form)
 
 
 @model.command("verify")
@@ -122,13 +122,13 @@ def model_verify(
     """Verify a bundle: every hash, signature and receipt, up to the authority."""
     with refusals():
         released = bundles.verify(bundle, _authority(authority, state))
-    show({"bundle": str(bundle), "verified": True, **_told(released)}, form)
+    show({"bundle": str(bundle), "verified": True, **_facts(released)}, form)
 
 
 def release(
     consortium: Consortium, run: str, key: pki.Key, audit: Path | None = None
 ) -> dict[str, Any]:
-    """Order the release of a run's last model, and return how far that is.
+    """Order the release of a run's last model, and return its state.
 
     Parameters
     ----------
@@ -183,7 +183,7 @@ def _authority(path: Path | None, state: Path | None) -> x509.Certificate:
     )
 
 
-def _told(released: bundles.Released) -> dict[str, Any]:
+def _facts(released: bundles.Released) -> dict[str, Any]:
     release = released.release
     return {
         "run": release.run,

@@ -1,4 +1,4 @@
-"""`fedgex-admin run`: launch, watch, stop and resume runs; see who took part."""
+"""`fedgex-admin run`: launch, watch, stop and resume runs; list contributors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fedgex.server.consortium.store import Consortium
 run = typer.Typer(no_args_is_help=True, help="Launch, watch, stop and resume runs.")
 
 ABSENT_S = 60.0
-"""The server may be away for so long, as it is while it starts again."""
+"""Longest absence of the server while a run is watched, seconds."""
 Name = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
 
@@ -48,7 +48,7 @@ def run_status(
     ] = None,
     form: Format = "text",
 ) -> None:
-    """Say how far a run is, and who did not contribute to its last round and why."""
+    """Show the progress of a run, and the sites that missed its last round."""
     with refusals():
         if not run.exists() and state is not None:
             run = runs.load(state, str(run)).folder
@@ -84,7 +84,7 @@ def run_launch(
             pki.load_key(key),
             token=submit_token,
         )
-        facts = {"run": order.run, "contract": order.subject, **_told(found, order)}
+        facts = {"run": order.run, "contract": order.subject, **_standing(found, order)}
     _ordered(found, facts, form)
 
 
@@ -203,7 +203,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def receipts(consortium: Consortium, folder: Path) -> list[dict[str, Any]]:
-    """Return what a run's receipts say, once their chain is verified.
+    """Verify a run's chain of receipts, and return their content.
 
     Raises
     ------
@@ -215,14 +215,14 @@ def receipts(consortium: Consortium, folder: Path) -> list[dict[str, Any]]:
     verify_chain(found, consortium.authority)
     rows = []
     for signed in found:
-        told = Receipt.read_signed(signed).model_dump(mode="json")
-        told["hash"] = signed.hash
-        rows.append(told)
+        reported = Receipt.read_signed(signed).model_dump(mode="json")
+        reported["hash"] = signed.hash
+        rows.append(reported)
     return rows
 
 
 def _follow(found: Consortium, watched: runs.Run, form: str) -> str:
-    """Show the run until it is no longer under way; return how it stands then."""
+    """Show the run until it ends; return its state."""
     last_served = -math.inf  # a server that is away from the start is not waited for
     standing = watched.state
 
@@ -244,14 +244,14 @@ def _follow(found: Consortium, watched: runs.Run, form: str) -> str:
 
 
 def _order(state: Path, kind: commands.Kind, run: str, key: Path, form: str) -> None:
-    """Leave an order about a run that exists or was ordered."""
+    """Submit an order about a run that exists or was ordered."""
     with refusals():
         found = Consortium(state)
         begun = run in {each.name for each in runs.every(found.folder)}
         if begun or run not in commands.launches(found):
             _refuse_finished(runs.load(found.folder, run), kind)
         order = commands.submit(found, kind, run, pki.load_key(key))
-        facts = {"run": run, "order": kind, **_told(found, order)}
+        facts = {"run": run, "order": kind, **_standing(found, order)}
     _ordered(found, facts, form)
 
 
@@ -263,7 +263,7 @@ def _refuse_finished(run: runs.Run, kind: str) -> None:
         )
 
 
-def _told(found: Consortium, order: commands.Order) -> dict[str, Any]:
+def _standing(found: Consortium, order: commands.Order) -> dict[str, Any]:
     known = commands.outcome(found, order.token)
     return {"token": order.token, "state": known.state if known else "pending"}
 

@@ -35,7 +35,7 @@ def server_start(state: State) -> None:
 
 @server.command("status")
 def server_status(state: State, form: Format = "text") -> None:
-    """Say whether the server is healthy, what runs, and what wants attention.
+    """Show whether the server is healthy, what runs, and what needs attention.
 
     Exit code 4 if it does not serve.
     """

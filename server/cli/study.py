@@ -133,8 +133,8 @@ def study_list(state: State, form: Format = "text") -> None:
         found = Consortium(state)
         rows = []
         for each in contracts.published(found):
-            told = [a.decision for a in contracts.answers(found, each.hash).values()]
-            contract = each.contract
+            contract, answers = each.contract, contracts.answers(found, each.hash)
+            approved = [a.decision for a in answers.values()].count("approved")
             rows.append(
                 {
                     "hash": each.hash if form == "json" else each.hash[:12],
@@ -142,7 +142,7 @@ def study_list(state: State, form: Format = "text") -> None:
                     "state": _state(each),
                     "expires": contract.expires,
                     "signed_by": ", ".join(each.signers),
-                    "approved": f"{told.count('approved')} of {len(contract.sites)}",
+                    "approved": f"{approved} of {len(contract.sites)}",
                 }
             )
     show_rows(rows, form, "no contract yet; see fedgex-admin study publish")
@@ -155,14 +155,16 @@ def study_show(contract: Which, state: State, form: Format = "text") -> None:
         found = Consortium(state)
         each = contracts.find(found, contract)
         answers = contracts.answers(found, each.hash)
-        told = {name: _told(answers.get(name), form) for name in each.contract.sites}
+        by_site = {
+            name: _answer(answers.get(name), form) for name in each.contract.sites
+        }
         protected = protections(each.contract.study)
     facts = {
         "hash": each.hash,
         "study": each.contract.study.name,
         "state": _state(each),
         "signed_by": list(each.signers),
-        "answers": told,
+        "answers": by_site,
     }
     if form == "json":
         text = {"contract": each.contract.model_dump(mode="json")}
@@ -170,7 +172,7 @@ def study_show(contract: Which, state: State, form: Format = "text") -> None:
         return
     show({name: value for name, value in facts.items() if name != "answers"}, form)
     _show_protections(protected)
-    for name, answer in told.items():
+    for name, answer in by_site.items():
         typer.echo(f"answer of {name}: {answer}")
     typer.echo(f"\n{each.signed.content}", nl=False)
 
@@ -201,7 +203,7 @@ def _state(each: contracts.Published) -> str:
     return "usable" if each.contract.supports(version("fedgex")) else "other version"
 
 
-def _told(answer: Answer | None, form: str) -> object:
+def _answer(answer: Answer | None, form: str) -> object:
     if form == "json":
         return None if answer is None else answer.model_dump(mode="json")
     if answer is None:

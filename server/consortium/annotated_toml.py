@@ -1,4 +1,4 @@
-"""Settings as TOML in which every key stands with its value and its explanation."""
+"""Write settings as TOML with each key's docstring as a comment."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ WIDTH = 88
 def render(settings: Settings) -> str:
     """Return the settings as TOML; each key's docstring stands above it.
 
-    All keys are written, defaults too, so that the text says everything and a later
-    default changes nothing. A key whose value is None is left out: TOML has no word
-    for it.
+    Defaults are written too, so that later defaults change nothing. Keys without a
+    value (None) are left out.
     """
     return "\n".join(_table(settings, ())).strip() + "\n"
 

@@ -1,10 +1,10 @@
-"""What administrators ordered: signed files, each carried out once by the supervisor.
+"""Administrators' orders: signed files, each executed once by the supervisor.
 
-    orders/pending/TOKEN.json   the signed order, waiting
-    orders/done/TOKEN.json      the same order, whether it was accepted, and why not
+    orders/pending/TOKEN.json   signed order
+    orders/done/TOKEN.json      executed or refused order, with its outcome
 
-The token makes an order idempotent: submitted again it is the same order, and a token
-that is done is never carried out again, even if its file is copied back.
+The token makes an order idempotent: a repeated order is the same order, and a finished
+token is never executed again, even if its file is copied back.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["publish", "launch", "stop", "resume", "release"]
 TOKEN_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,127}$"
-"""Tokens name files."""
+"""Pattern of tokens, which are file names."""
 
 
 class Order(Settings):
-    """What an administrator signs."""
+    """Content of an order, signed by an administrator."""
 
     kind: Kind
     token: str = Field(pattern=TOKEN_PATTERN)
-    """Names the order; the same token is the same order."""
+    """Identifier of the order."""
     subject: str
-    """Contract's hash for publish and launch, the run's name for all others."""
+    """Hash of the contract for publish and launch, else name of the run."""
     administrator: str = Field(pattern=NAME_PATTERN)
     at: datetime
-    """When it was made, UTC."""
+    """Time of the order, UTC."""
     run: str = Field(default="", pattern=rf"{NAME_PATTERN}|^$")
     """launch: name of the run."""
     model: str = ""
@@ -53,15 +53,15 @@ class Order(Settings):
 
 
 class Outcome(Settings):
-    """What became of an order."""
+    """Outcome of an order."""
 
     state: Literal["pending", "accepted", "refused"]
     reason: str = ""
-    """Why it was refused."""
+    """Reason of a refusal."""
     at: datetime | None = None
-    """When it was decided, UTC."""
+    """Time of the outcome, UTC."""
     signed: str
-    """The order as it came."""
+    """The signed order."""
 
 
 def submit(
@@ -75,22 +75,22 @@ def submit(
     model: str = "",
     audit: str = "",
 ) -> Order:
-    """Sign an order and leave it for the supervisor; return the one that stands.
+    """Sign an order and store it for the supervisor; return the valid one.
 
     Parameters
     ----------
     key
-        The administrator's.
+        Key of the administrator.
     token
-        If it was used before for the same, the earlier order is returned and nothing
-        is written; if absent, a new one is made.
+        A used token returns the earlier order of the same content; None makes a new
+        one.
 
     Raises
     ------
     TrustError
-        If the key is no registered administrator's.
+        If the key belongs to no registered administrator.
     ConfigError
-        If the token was used for something else, or its order was refused.
+        If the token was used for another order, or its order was refused.
     """
     name, certificate = consortium.administrator(key)
     values = {
@@ -129,7 +129,7 @@ def launch(
     contract
         Hash of a published contract.
     token
-        If absent, one that run and contract determine: the same launch twice is one.
+        None derives one from run and contract, so that a repeated launch is the same.
 
     Raises
     ------
@@ -149,10 +149,10 @@ def launch(
 
 
 def take(consortium: Consortium) -> Iterator[Order]:
-    """Yield each order that waits and can be trusted, oldest first.
+    """Yield each valid pending order, oldest first; refuse the invalid ones.
 
-    One that cannot is refused on the spot. The others come again until `finish` is
-    called for them, so that a crash between the two loses none.
+    An order is yielded again until `finish` is called for it, so that a crash loses
+    none.
     """
     waiting = []
     for path in sorted(_pending(consortium).glob("*.json")):
@@ -170,7 +170,7 @@ def take(consortium: Consortium) -> Iterator[Order]:
 
 
 def finish(consortium: Consortium, order: Order, *, refused: str | None = None) -> None:
-    """Note that an order was carried out, or why it was not; it never comes again."""
+    """Record that an order was executed, or the reason of its refusal."""
     path = _pending(consortium) / f"{order.token}.json"
     if not path.exists():
         return  # finished before
@@ -189,12 +189,12 @@ def finish(consortium: Consortium, order: Order, *, refused: str | None = None) 
 
 
 def outcome(consortium: Consortium, token: str) -> Outcome | None:
-    """Return what became of an order, None if the token was never used.
+    """Return the outcome of an order, None if the token was never used.
 
     Raises
     ------
     ConfigError
-        If the token cannot be one.
+        If the token is malformed.
     """
     if not re.fullmatch(TOKEN_PATTERN, token):
         raise ConfigError(
@@ -210,24 +210,20 @@ def outcome(consortium: Consortium, token: str) -> Outcome | None:
 
 
 def launches(consortium: Consortium) -> dict[str, Order]:
-    """Return the launch of each run by the run's name; refused ones are left out."""
+    """Return the launch orders by run name, without refused ones."""
     orders = (order for order in _standing(consortium) if order.kind == "launch")
     return {order.run: order for order in sorted(orders, key=lambda o: o.at)}
 
 
 def approvals(consortium: Consortium, run: str, model: str) -> tuple[str, ...]:
-    """Return the administrators who ordered the release of exactly this model.
-
-    See `consents`. Each name counts once.
-    """
+    """Return the distinct administrators who ordered the release of this model."""
     return tuple(sorted(consents(consortium, run, model)))
 
 
 def consents(consortium: Consortium, run: str, model: str) -> dict[str, Signed]:
-    """Return an order of each administrator to release exactly this model, as signed.
+    """Return each administrator's signed order to release this model.
 
-    Orders that wait count as well as those that were accepted, and only while their
-    administrator's certificate does.
+    Pending and accepted orders count while the administrator's certificate is valid.
     """
     found = {}
     for order in _standing(consortium):
@@ -239,7 +235,7 @@ def consents(consortium: Consortium, run: str, model: str) -> dict[str, Signed]:
 
 
 def _standing(consortium: Consortium) -> Iterator[Order]:
-    """Yield every order that was not refused and that can be trusted now."""
+    """Yield every order that was not refused and has a valid signature."""
     folders = (_pending(consortium), _done(consortium))
     tokens = {path.stem for folder in folders for path in folder.glob("*.json")}
     for token in sorted(tokens):
@@ -255,12 +251,12 @@ def _standing(consortium: Consortium) -> Iterator[Order]:
 
 
 def _trusted(consortium: Consortium, text: str, token: str) -> Order:
-    """Return an order once its signature is verified.
+    """Verify and return an order.
 
     Raises
     ------
     TrustError
-        If it is not what one registered administrator signed under this token.
+        If it is not signed by one registered administrator under this token.
     """
     signed = Signed.from_json(text, f"the order {token}")
     signers = consortium.signers(signed)
@@ -275,7 +271,7 @@ def _trusted(consortium: Consortium, text: str, token: str) -> Order:
         raise TrustError(
             f'the order {token} is of "{order.administrator}" and signed by '
             f"{', '.join(signers) or 'nobody'}; expected that administrator's "
-            "signature alone. Give the order again."
+            "signature only. Give the order again."
         )
     if order.token != token:
         raise TrustError(
@@ -318,7 +314,7 @@ def _close(
     state: Literal["accepted", "refused"],
     reason: str,
 ) -> None:
-    """Write what became of an order, then remove it from those that wait."""
+    """Store the outcome of an order, then remove the pending file."""
     closed = Outcome(state=state, reason=reason, at=datetime.now(UTC), signed=text)
     path = _done(consortium) / pending.name
     write_atomic(path, closed.model_dump_json(indent=1).encode(), point="order")

@@ -1,4 +1,4 @@
-"""Study contracts at the server: drafted, signed, published, and what sites answered.
+"""Study contracts at the server: drafts, signatures, publication and sites' decisions.
 
     contracts/HASH.json           the signed contract
     contracts/HASH.answers.json   the decision that each hospital signed about it
@@ -40,7 +40,7 @@ MIN_PREFIX = 6
 
 
 class Answer(Settings):
-    """What a hospital decided about a contract, as it signed it."""
+    """A hospital's signed decision about a contract."""
 
     contract: str
     decision: Literal["approved", "rejected", "withdrawn"]
@@ -75,7 +75,7 @@ def draft(
 ) -> str:
     """Return a contract around a study, as annotated TOML.
 
-    Every key stands in it, defaults too, so that what is signed is complete.
+    Defaults are written too, so that the signed text is complete.
 
     Parameters
     ----------
@@ -84,12 +84,12 @@ def draft(
     genes
         One gene symbol a line; blank lines and what follows a # do not count.
     administrators
-        How many must order the release.
+        Number of administrators who must order the release.
 
     Raises
     ------
     ConfigError
-        With everything in study, genes and terms that cannot be used.
+        With every error in study, genes and terms.
     """
     values = _toml(study_toml)
     study = values.get("study", values)
@@ -147,7 +147,7 @@ def sign(path: Path, key: pki.Key, certificate: x509.Certificate) -> Signed:
 
 
 def signatures_path(contract_toml: Path) -> Path:
-    """Return where a draft's signatures stand."""
+    """Return the path of a draft's signatures."""
     return contract_toml.with_name(f"{contract_toml.name}.signed.json")
 
 
@@ -155,9 +155,9 @@ def signatures_path(contract_toml: Path) -> Path:
 
 
 def publish(consortium: Consortium, contract_toml: Path, key: pki.Key) -> Order:
-    """Put a signed draft into the store and order that the sites receive it.
+    """Store a signed draft, and order its delivery to the sites.
 
-    Published again with more signatures, it keeps all of them.
+    Publishing again adds signatures.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def publish(consortium: Consortium, contract_toml: Path, key: pki.Key) -> Order:
         If the contract expired, is for another version, or names hospitals that are
         not in the consortium; all of it at once.
     TrustError
-        If it bears no administrator's signature, or any that cannot be trusted.
+        If it has no administrator's signature, or an untrusted one.
     """
     path = signatures_path(contract_toml)
     if not path.exists():
@@ -232,8 +232,8 @@ def find(consortium: Consortium, which: str) -> Published:
 def load(consortium: Consortium, hash: str) -> Published:
     """Return a contract of the store, its text and signatures verified.
 
-    Here a signature counts whose certificate expired or was revoked since: the contract
-    can be shown. Whether anything may run under it is for `usable`.
+    Signatures under expired or revoked certificates are accepted here, so that the
+    contract can be shown; see `usable` for running it.
 
     Raises
     ------
@@ -264,7 +264,7 @@ def load(consortium: Consortium, hash: str) -> Published:
 
 
 def usable(consortium: Consortium, found: Published) -> None:
-    """Refuse a contract under which nothing may run now.
+    """Refuse a contract under which no run may start now.
 
     Raises
     ------
@@ -288,7 +288,7 @@ def usable(consortium: Consortium, found: Published) -> None:
 
 
 def record_answer(consortium: Consortium, hash: str, signed: Signed) -> str:
-    """Keep what a hospital decided about a contract; return the hospital's name.
+    """Verify and store a hospital's decision; return the hospital's name.
 
     Raises
     ------
@@ -355,7 +355,7 @@ def _unpublishable(consortium: Consortium, contract: Contract) -> list[str]:
 
 
 def _merged(consortium: Consortium, before: Signed, new: Signed) -> Signed:
-    """Return the new signatures and those before that still hold."""
+    """Return the new signatures, and the earlier ones that are still valid."""
     kept = []
     for each in before.signatures:
         if each.name not in {other.name for other in new.signatures}:
@@ -413,7 +413,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    """Read a file byte for byte: what is hashed must not be touched."""
+    """Read a file byte for byte, since its text is hashed."""
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:

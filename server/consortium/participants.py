@@ -1,11 +1,9 @@
-"""What a run between hospitals has and a simulated one has not.
+"""The participants of a run between hospitals: certificates, nodes, signatures.
 
-A contract with its sites, their certificates and nodes, what the guard saw of them,
-and the coordinator's signature. All of it lies in the consortium's state directory, and
-what others write there is read anew each time:
+They are read from the consortium's state directory, anew at each use:
 
     contracts/HASH.json            the contract, signed by administrators
-    contracts/HASH.answers.json    what each site decided about it
+    contracts/HASH.answers.json    decision of each site about it
     (server/consortium/contracts.py) contracts/HASH/delivered.json  how far it came to
     each site nodes.json                     Flower's number of each site's node
     activity.json                  when each node last moved a byte, or was idle
@@ -57,13 +55,13 @@ from fedgex.server.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 PUBLISHED_ONCE: frozenset[str] = frozenset()
-"""When a contract is merely published, no refusal is waited for: nobody approves it
-while a message is under way."""
+"""While a contract is published, every refusal ends a site's request: no approval can
+arrive meanwhile."""
 
 
 @dataclass(kw_only=True)
 class Deployment:
-    """The hospitals of a contract, see `participants.Participants`."""
+    """The hospitals of a contract; implements `Participants`."""
 
     consortium: Consortium
     signed: Signed
@@ -71,7 +69,7 @@ class Deployment:
     run: str
     """Empty while a contract is published."""
     last_receipt: str = ""
-    """The run's last receipt, JSON; it travels with every message."""
+    """The run's last receipt, JSON, which is part of every message."""
 
     @classmethod
     def load(cls, settings: ServerSettings) -> Self:
@@ -83,7 +81,7 @@ class Deployment:
             If there is no such consortium or contract, or this fedgex is outside the
             contract's window.
         TrustError
-            If the contract is not what its name or its signatures say.
+            If the contract does not match its name or its signatures.
         FederationError
             If the contract expired.
         """
@@ -132,18 +130,18 @@ class Deployment:
         return self.contract.sites
 
     def admit(self, site: str, name: str) -> None:
-        """Refuse a site that introduces itself by another name than its node has."""
+        """Refuse a site that reports another name than that of its node."""
         if name != site:
             raise UpdateError(
                 f'it calls itself "{name}", and its node is that of "{site}"'
             )
 
     def nodes(self) -> Mapping[str, int]:
-        """Return Flower's number of each node, from nodes.json as it is now."""
+        """Return Flower's current number of each node, from nodes.json."""
         return _read(self.consortium.folder / "nodes.json")
 
     def activity(self) -> Mapping[int, Activity]:
-        """Return what the guard saw, from activity.json as it is now."""
+        """Return the current activity of the nodes, from activity.json."""
         seen = _read(self.consortium.folder / "activity.json")
         return {int(node): Activity(**each) for node, each in seen.items()}
 
@@ -157,7 +155,7 @@ class Deployment:
         )
 
     def envelope(self, site: str) -> Envelope:
-        """Name contract and run, and hand over the last receipt and the site's head."""
+        """Return contract, run, last receipt and the site's last known log head."""
         head = _read(self._head(site))
         known = f"{head['index']}:{head['hash']}" if head else ""
         return Envelope(
@@ -168,17 +166,16 @@ class Deployment:
     def verify(
         self, site: str, request: Request, asked: str, reply: RecordDict
     ) -> SignedReply | None:
-        """Return the site's signed part; None where none is due.
+        """Verify and return the site's signed part; None if the reply needs none.
 
-        None is due for a refusal, for a released model, and for a contract, where the
-        signed decision stands for it and is kept. All else must be signed under the
-        certificate that the consortium has of this site.
+        Refusals and replies to a release need none; for a contract the signed decision
+        is stored instead. All else is signed under the site's registered certificate.
 
         Raises
         ------
         TrustError, UpdateError
-            If it is missing, cannot be trusted, or is of another site, run, round,
-            question or reply.
+            If it is missing, untrusted, or of another site, run, round, request or
+            reply.
         """
         refused = refusal_code(reply) is not None
         if request.type == keys.CONTRACT:
@@ -227,13 +224,13 @@ class Deployment:
     # ---- receipts ----
 
     def sign(self, receipt: Receipt) -> Signed:
-        """Return the receipt with the coordinator's signature."""
+        """Sign the receipt with the coordinator's key."""
         return Signed(receipt.to_json()).signed_by(
             self.consortium.coordinator_key, self.consortium.coordinator
         )
 
     def committed(self, receipt: Signed, replies: Mapping[str, SignedReply]) -> None:
-        """Remember a receipt that is on the disk, and the sites' heads in it."""
+        """Record a stored receipt, and the sites' log heads in it."""
         self.last_receipt = receipt.to_json()
         for site, reply in replies.items():
             facts = {
@@ -247,7 +244,7 @@ class Deployment:
             write_atomic(path, json.dumps(facts).encode())
 
     def resume(self, receipts: Sequence[Signed]) -> None:
-        """Verify the receipts' chain, and hand on the last one from now on."""
+        """Verify the chain of receipts, and continue with the last one."""
         verify_chain(receipts, self.consortium.authority)
         self.last_receipt = receipts[-1].to_json() if receipts else ""
 
@@ -259,10 +256,7 @@ class Deployment:
         deadline_s: float,
         temporary: Collection[str] = codes.TEMPORARY,
     ) -> Outcomes:
-        """Take the contract to every site that it names; return how each answered.
-
-        What becomes of it is on the disk as it comes, for those who wait for approvals.
-        """
+        """Send the contract to its sites; store each reply as it arrives."""
         offer = ContractRequest(contract=SignedText(json_=self.signed.to_json()))
         request = Request(
             type=keys.CONTRACT, message=lambda: offer, group=keys.CONTRACT
@@ -278,12 +272,12 @@ class Deployment:
         )
 
     def _keep_decision(self, site: str, reply: RecordDict) -> None:
-        """Keep the approval with which a site answers a contract.
+        """Verify and store a site's approval of a contract.
 
         Raises
         ------
         TrustError, UpdateError
-            If there is none, or it is not this site's.
+            If it is missing, or of another site.
         """
         decision = ContractReply.from_records(reply).site.decision
         signed = Signed.from_json(decision, f"the decision of {site}")
@@ -296,7 +290,7 @@ class Deployment:
 
 
 def publish(grid: Grid, settings: ServerSettings) -> None:
-    """Take a signed contract to its sites, once; no approval is waited for.
+    """Send a signed contract to its sites, without waiting for approvals.
 
     Raises
     ------
@@ -314,7 +308,7 @@ def publish(grid: Grid, settings: ServerSettings) -> None:
 
 
 def deliver(grid: Grid, settings: ServerSettings) -> None:
-    """Take a released model to the sites of its contract, and note who has it.
+    """Send a released model to the sites of its contract, and record the deliveries.
 
     Raises
     ------
@@ -367,7 +361,7 @@ def _collect(
     deadline_s: float,
     temporary: Collection[str],
 ) -> Outcomes:
-    """Ask all sites and keep on the disk what each answered, from the first on."""
+    """Send a request to all sites, and store each outcome as it arrives."""
     outcomes: dict[str, SiteOutcome] = {}
 
     def keep() -> None:

@@ -1,6 +1,6 @@
-"""From candidate to released: a run's last model, once enough administrators order it.
+"""Release a run's last model, once enough administrators order it.
 
-releases/RUN.fedgex   the bundle (docs/bundle.md); a model is released once it is here
+releases/RUN.fedgex   the bundle (docs/bundle.md) of a released model
 audits/SHA256.json    the audit reports that orders name
 """
 
@@ -34,24 +34,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Released:
-    """How far the release of a run's last model is."""
+    """State of the release of a run's last model."""
 
     state: Literal["candidate", "released"]
     approvals: tuple[str, ...]
-    """Administrators who ordered it, of a released model those in its bundle."""
+    """Administrators who ordered it; for a released model, those in its bundle."""
     needed: int
-    """How many must, by the contract."""
+    """Number of orders that the contract requires."""
 
     @property
     def complete(self) -> bool:
-        """Whether as many as must have ordered it."""
+        """Whether enough administrators have ordered it."""
         return len(self.approvals) >= self.needed
 
 
 def approve(consortium: Consortium, order: Order) -> Released:
-    """Count an order to release a run's model; write the bundle once they are enough.
+    """Count an order to release a run's model; write the bundle once there are enough.
 
-    The same order again, or one more than needed, changes nothing.
+    Repeated and surplus orders change nothing.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def approve(consortium: Consortium, order: Order) -> Released:
         If the contract demands an audit report, and the order names none that permits
         the release.
     TrustError
-        If contract, receipts or model do not hold; then nothing is released.
+        If contract, receipts or model are invalid; nothing is released.
     """
     run = runs.load(consortium.folder, order.subject)
     if run.state != "finished":
@@ -91,14 +91,14 @@ def approve(consortium: Consortium, order: Order) -> Released:
 
 
 def keep_audit(consortium: Consortium, report: Path) -> str:
-    """Keep an audit report by its SHA-256, which is returned.
+    """Store an audit report, and return its SHA-256.
 
     Raises
     ------
     ConfigError
         If it is no audit report.
     FedgexError
-        If it cannot be kept.
+        If it cannot be stored.
     """
     AuditReport.load(report)
     text = report.read_bytes()
@@ -113,7 +113,7 @@ def keep_audit(consortium: Consortium, report: Path) -> str:
 def require_audit(
     consortium: Consortium, contract: Contract, model: str, audit: str
 ) -> None:
-    """Refuse a release that lacks the audit report that the contract demands.
+    """Refuse a release without the audit report that the contract demands.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def require_audit(
 
 
 def status(consortium: Consortium, run: str) -> Released:
-    """Return how far the release of a run's last model is.
+    """Return the state of the release of a run's last model.
 
     Raises
     ------
@@ -199,7 +199,7 @@ def export(consortium: Consortium, run: str, out: Path) -> bundle.Released:
 
 
 def path(consortium: Consortium, run: str) -> Path:
-    """Return where the bundle of a run stands once it is released."""
+    """Return the path of a released run's bundle."""
     return consortium.folder / "releases" / f"{run}{bundle.SUFFIX}"
 
 
@@ -254,7 +254,7 @@ def _write(
 def _is_audited(
     consortium: Consortium, contract: Contract, model: str, signed: Signed
 ) -> bool:
-    """Return whether an order, which may wait still, has the report it needs."""
+    """Return whether a pending or accepted order has the report that it needs."""
     try:
         require_audit(consortium, contract, model, _order(signed).audit)
     except ConfigError:

@@ -1,6 +1,6 @@
-"""Runs on the server's disk: what each is to do, and how far it came.
+"""Folders of the runs at the server.
 
-runs/RUN/settings.json   what the server app reads (server/settings.py)
+runs/RUN/settings.json   settings of the server app (server/settings.py)
 runs/RUN/study.json      the contract's study
 runs/RUN/state.json      running, stopped, failed or finished, and why
 runs/RUN/journal.jsonl, checkpoints/, judgement.json   the app's own
@@ -27,7 +27,7 @@ from fedgex.server.federation import public_cohort as public
 State = Literal["running", "stopped", "failed", "finished"]
 
 HOLDOUT = "holdout"
-"""Folder of the state directory with the public hold-out (common/data/cohort.py)."""
+"""Folder of the public hold-out in the state directory (common/data/cohort.py)."""
 
 
 @dataclass
@@ -38,23 +38,23 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name, which is the folder's."""
+        """Name of the run and its folder."""
         return self.folder.name
 
     @property
     def settings_path(self) -> Path:
-        """What the server app reads."""
+        """Path of the server app's settings."""
         return self.folder / "settings.json"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """State, reason, contract and when each came to be."""
+        """Content of state.json: state, reason, contract and times."""
         found: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
         return found
 
     @property
     def state(self) -> State:
-        """How it stands."""
+        """State of the run."""
         found = self.facts["state"]
         if found not in get_args(State):
             raise FedgexError(f'{self.folder}: the state "{found}" is unknown.')
@@ -62,7 +62,7 @@ class Run:
         return state
 
     def set(self, state: State, *, reason: str | None) -> None:
-        """Write how it stands from now on."""
+        """Write a new state."""
         self._write({**self.facts, "state": state, "reason": reason, "since": _now()})
 
     def _write(self, facts: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ def every(folder: Path) -> list[Run]:
 
 
 def unfinished(folder: Path) -> list[Run]:
-    """Return the runs that are to go on when the server starts."""
+    """Return the runs to resume when the server starts."""
     return [run for run in every(folder) if run.state == "running"]
 
 
@@ -106,12 +106,12 @@ def reason(folder: Path) -> str | None:
 
 
 def launch(consortium: Consortium, order: Order) -> Run:
-    """Write the folder of a run that was ordered; the same order again is the same run.
+    """Create the folder of an ordered run; a repeated order returns the same run.
 
     Raises
     ------
     FedgexError
-        If the contract was not published or has expired, or its study wants a public
+        If the contract was not published or has expired, or its study uses a public
         cohort and there is none.
     """
     contract = _contract(consortium, order.subject)
@@ -145,7 +145,7 @@ def launch(consortium: Consortium, order: Order) -> Run:
 
 
 def publishing(consortium: Consortium, order: Order) -> Path:
-    """Return the settings of a job that delivers a contract to the hospitals."""
+    """Write the settings of a job that sends a contract to the hospitals."""
     contract = _contract(consortium, order.subject)
     folder = consortium.folder / "contracts" / order.subject
     folder.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ def publishing(consortium: Consortium, order: Order) -> Path:
 
 
 def delivering(consortium: Consortium, run: str, bundle: Path) -> Path:
-    """Return the settings of a job that delivers a released model to the hospitals."""
+    """Write the settings of a job that sends a released model to the hospitals."""
     contract_hash = str(load(consortium.folder, run).facts["contract"])
     contract = _contract(consortium, contract_hash)
     folder = consortium.folder / "releases" / run
@@ -175,7 +175,7 @@ def _settings(
     write_atomic(folder / "study.json", contract.study.to_json().encode())
     holdout = consortium.folder / HOLDOUT
     public_cohort = consortium.folder / public.FOLDER
-    told = {
+    settings = {
         "job": job,
         "study": str(folder / "study.json"),
         "run_dir": str(folder),
@@ -189,7 +189,7 @@ def _settings(
         "bundle": None if bundle is None else str(bundle),
     }
     path = folder / "settings.json"
-    write_atomic(path, json.dumps(told, indent=1).encode())
+    write_atomic(path, json.dumps(settings, indent=1).encode())
     return path
 
 

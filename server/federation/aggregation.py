@@ -1,4 +1,4 @@
-"""How the sites' parameters become one: pure functions on NumPy arrays.
+"""Aggregation statistics over sites: pure functions on NumPy arrays.
 
 S sites, always in order of name, so that the order of arrival changes no bit; V genes.
 """
@@ -13,64 +13,66 @@ from scipy.stats import trim_mean
 
 Array = NDArray[np.floating]
 Weight = NDArray[np.float64]
-"""A site's weight: shape () for a whole array, or (V,) for an array of gene rows."""
+"""A site's weight: shape () for an array, or (V,) for the rows of genes."""
 
 
 def weighted_mean(
-    arrays: Iterable[Array], weights: Sequence[Weight], incoming: Array
+    arrays: Iterable[Array], weights: Sequence[Weight], global_parameter: Array
 ) -> Array:
     """Average one parameter over the sites, holding one site's array at a time.
 
     With weights of shape (V,), each gene's row is averaged over the sites whose weight
-    for it is above zero (those that measured the gene); a row that nobody measured
-    keeps its incoming value:
+    for it is above zero (those that measured the gene); a row that no site measured
+    keeps its global value:
 
         new[g] = sum_s w_s[g] x_s[g] / sum_s w_s[g]
 
     Parameters
     ----------
     arrays
-        The parameter at each site, S arrays of the shape of `incoming`.
+        The parameter at each site, S arrays of the shape of `global_parameter`.
     weights
         Weight of each site, in the same order, at least zero.
-    incoming
-        The parameter that the round began with; its dtype is kept.
+    global_parameter
+        The parameter at the start of the round; its dtype is kept.
     """
-    total = np.zeros(incoming.shape, dtype=np.float64)
+    total = np.zeros(global_parameter.shape, dtype=np.float64)
     for array, weight in zip(arrays, weights, strict=True):
-        total += _along_rows(weight, incoming) * array
-    sums = _along_rows(np.sum(np.stack(weights), axis=0), incoming)
-    mean = np.divide(total, sums, out=incoming.astype(np.float64), where=sums > 0)
-    return mean.astype(incoming.dtype)
+        total += _along_rows(weight, global_parameter) * array
+    sums = _along_rows(np.sum(np.stack(weights), axis=0), global_parameter)
+    mean = np.divide(
+        total, sums, out=global_parameter.astype(np.float64), where=sums > 0
+    )
+    return mean.astype(global_parameter.dtype)
 
 
 def median(
-    arrays: Iterable[Array], weights: Sequence[Weight], incoming: Array
+    arrays: Iterable[Array], weights: Sequence[Weight], global_parameter: Array
 ) -> Array:
     """Return the median over the sites of each number (Yin et al. 2018).
 
-    Weights say only who takes part: sites with weight zero do not.
+    Sites with weight zero are excluded; other weights do not matter.
     """
     return _order_statistic(
-        arrays, weights, incoming, lambda x: np.asarray(np.median(x, axis=0))
+        arrays, weights, global_parameter, lambda x: np.asarray(np.median(x, axis=0))
     )
 
 
 def trimmed_mean(
     arrays: Iterable[Array],
     weights: Sequence[Weight],
-    incoming: Array,
+    global_parameter: Array,
     trim_share: float,
 ) -> Array:
     """Return the mean over the sites after cutting off a share at either end.
 
-    The share is rounded down to whole sites (Yin et al. 2018, definition 2). Weights
-    say only who takes part.
+    The number of sites cut off is rounded down (Yin et al. 2018, definition 2). Sites
+    with weight zero are excluded; other weights do not matter.
     """
     return _order_statistic(
         arrays,
         weights,
-        incoming,
+        global_parameter,
         lambda x: np.asarray(trim_mean(x, trim_share, axis=0)),
     )
 
@@ -78,20 +80,22 @@ def trimmed_mean(
 def _order_statistic(
     arrays: Iterable[Array],
     weights: Sequence[Weight],
-    incoming: Array,
+    global_parameter: Array,
     statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
 ) -> Array:
-    """Apply a statistic over sites, to groups of rows that the same sites measured."""
+    """Apply a statistic over sites, grouping rows by the sites that measured them."""
     stacked = np.stack([array.astype(np.float64) for array in arrays])  # (S, ...)
-    takes_part = np.stack(weights) > 0  # (S,) or (S, V)
-    if takes_part.ndim == 1:
-        return statistic(stacked[takes_part]).astype(incoming.dtype)
-    result = incoming.copy()
-    patterns, rows_of = np.unique(takes_part, axis=1, return_inverse=True)
+    eligible = np.stack(weights) > 0  # (S,) or (S, V)
+    if eligible.ndim == 1:
+        return statistic(stacked[eligible]).astype(global_parameter.dtype)
+    result = global_parameter.copy()
+    patterns, rows_of = np.unique(eligible, axis=1, return_inverse=True)
     for i, sites in enumerate(patterns.T):
         if sites.any():
             rows = rows_of == i
-            result[rows] = statistic(stacked[sites][:, rows]).astype(incoming.dtype)
+            result[rows] = statistic(stacked[sites][:, rows]).astype(
+                global_parameter.dtype
+            )
     return result
 
 

@@ -1,6 +1,6 @@
-"""What the server does for privacy: noise on the sum of sites, and epsilon so far.
+"""Site-level noise of the server, and the epsilon spent so far.
 
-Patient-level noise is the sites' own; here it is only counted.
+Patient-level noise is added by the sites; here it is only accounted for.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from fedgex.common.study import SitePrivacy, Study
 from fedgex.server.federation.aggregation import Array
 
 ROUNDING = 1e-3
-"""Share by which a change may be longer than the clip: what float16 can add."""
+"""Tolerance on the clipping norm, for rounding to float16."""
 
 
 def longest(rule: SitePrivacy) -> float:
-    """Return the greatest norm of a site's change that is accepted."""
+    """Return the largest accepted norm of a site's change."""
     return rule.clip * (1 + ROUNDING)
 
 
 def noised(
     mean: Mapping[str, Array], rule: SitePrivacy, n_contributors: int
 ) -> dict[str, Array]:
-    """Return the mean of the sites' changes with the noise of site-level privacy.
+    """Add the noise of site-level privacy to the mean of the sites' changes.
 
-    To be called once for a round, on the equal-weight mean of changes no longer than
-    `longest`; whether the incoming parameters were added to it does not matter. The
-    noise cannot be repeated. A server that is killed and begins the round again draws
-    other noise, and only one of the two is ever seen: a round's parameters leave the
-    process with the checkpoint that commits them, and no earlier.
+    Call it once per round, on the equal-weight mean of changes no longer than
+    `longest`, with or without the global parameters added. A restarted server draws new
+    noise for a repeated round, but only one draw is ever visible: a round's parameters
+    leave the process with the checkpoint that commits them.
 
     Parameters
     ----------
     mean
-        Every number that the sites' changes were averaged to.
+        Mean of the sites' changes, by parameter.
     n_contributors
-        Sites that the mean is over; who contributed is no secret.
+        Number of sites in the mean; it is not secret.
 
     References
     ----------
@@ -56,18 +55,18 @@ def noised(
 
 
 def spent(study: Study, phase: str, number: int) -> dict[str, float] | None:
-    """Return epsilon once a round is done, of each guarantee that the study makes.
+    """Return the epsilon after a round, for each guarantee of the study.
 
     Parameters
     ----------
     number
-        Of the round in its phase, from 1; all rounds before it count.
+        Number of the round in its phase, from 1.
 
     Returns
     -------
     dict or None
-        "patient": what the study's rounds so far cost a patient, wherever; a site that
-        missed some has spent less. "site": what they cost a site. None without either.
+        "patient": epsilon of a patient whose site missed no round. "site": epsilon of a
+        site. None without either guarantee.
     """
     done = _rounds(study, phase, number)
     found = {}

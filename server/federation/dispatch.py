@@ -1,9 +1,8 @@
-"""Ask the sites something, ask again what got lost, and say how each one ended.
+"""Dispatch a request to the sites, with retries, and report an outcome for each.
 
-Flower carries the messages. What we add: one reply in memory at a time, who answered
-what under which message, a deadline that counts from the last movement, and a reason
-for everybody who did not answer. Asking twice is safe: a site computes an answer once
-and sends it again.
+Flower carries the messages. This module adds retries, a deadline that counts from the
+last activity, a reason for each site without a reply, and one reply in memory at once.
+Retries are safe: a site computes a reply once and replays it.
 """
 
 from __future__ import annotations
@@ -38,24 +37,24 @@ from fedgex.server.federation.participants import (
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 5.0
-"""Longest pause between two tries of one site."""
+"""Longest pause between retries of a site, seconds."""
 IDLE_S = 3.0
-"""A node that asks for work this long after its message was sent has lost it; Flower's
-nodes ask every three seconds."""
+"""A node that polls this long after its message was sent has lost it, seconds; Flower's
+nodes poll every three."""
 MAX_DEATHS = 5
-"""How often the death of a node or its app gives the site its full time anew. One that
-dies whenever it is asked would otherwise hold up the round for ever."""
+"""Crashes of a node or its app after which the deadline is no longer extended; else a
+site that crashes on each request would block the round for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """How asking one site ended; `content` is absent unless it did as asked."""
+    """A site's outcome, and its reply if it contributed."""
 
     site: str
     outcome: SiteOutcome
     content: RecordDict | None = None
     signed: SignedReply | None = None
-    """Its signature, of a run between hospitals."""
+    """Verified signature, in a run between hospitals."""
     bytes_up: int = 0
     bytes_down: int = 0
 
@@ -68,29 +67,28 @@ def request_all(
     deadline_s: float,
     temporary: Collection[str] = codes.TEMPORARY,
 ) -> Iterator[Answer]:
-    """Ask all sites the same and yield each one's answer as it comes, each once.
+    """Send a request to all sites and yield one answer per site, as replies arrive.
 
-    A site is asked again when its node or app failed, when it refuses for a reason that
-    passes, when its node is idle without having answered, and when its node is back. It
-    ends as late, or with what failed last, once nothing of it has moved for
-    `deadline_s`. An answer loses its arrays when the next is taken, so that those of
-    one reply are in memory at a time.
+    A request is repeated when the site's node or app failed, when it refuses
+    temporarily, when its node is idle without a reply, and when its node reconnects. A
+    site without activity for `deadline_s` ends as late, or with its last failure. The
+    arrays of an answer are freed when the next is taken.
 
     Parameters
     ----------
     temporary
-        Codes of refusals that pass.
+        Codes of temporary refusals.
     """
-    return _Asking(channel, sites, request, deadline_s, temporary).answers()
+    return _Dispatch(channel, sites, request, deadline_s, temporary).answers()
 
 
 def refusal_code(content: RecordDict) -> str | None:
-    """Return the code of a refusal, None if the reply is none.
+    """Return the code of a refusal, None for another reply.
 
     Raises
     ------
     MessageError
-        If it is a refusal that holds more, or no code.
+        If a refusal holds anything but a code.
     """
     if keys.REFUSAL not in content:
         return None
@@ -98,7 +96,7 @@ def refusal_code(content: RecordDict) -> str | None:
 
 
 def size_bytes(content: RecordDict) -> int:
-    """Return the bytes of arrays and texts in a message."""
+    """Return the size of the arrays and texts in a message."""
     size = 0
     for record in content.values():
         if isinstance(record, ArrayRecord):
@@ -110,33 +108,33 @@ def size_bytes(content: RecordDict) -> int:
 
 @dataclass(kw_only=True)
 class _Wait:
-    """Where one unanswered site stands; times are monotonic if not stated otherwise."""
+    """State of a site without a reply; times are monotonic unless stated otherwise."""
 
     progress: float
-    """When something of it last moved."""
+    """Time of the last activity."""
     due: float
-    """When to try next, if no message is under way."""
+    """Time of the next try, if no message is under way."""
     before: float = 0.0
-    """`progress` before the present try."""
+    """`progress` before the current try."""
     message: str | None = None
     """Identifier of the message under way."""
     node: int | None = None
-    """Node that it went to."""
+    """Node that received it."""
     sent_at: float = 0.0
-    """When, seconds since the epoch."""
+    """Time of sending, seconds since the epoch."""
     moved: float | None = None
-    """Last movement that the guard reported, seconds since the epoch."""
+    """Last activity that the guard reported, seconds since the epoch."""
     tries: int = 0
     deaths: int = 0
     bytes_down: int = 0
     ended: tuple[State, str] | None = None
-    """How the last try ended, unless something moved since."""
+    """Failure of the last try; None after new activity."""
     noted: tuple[State, str] | None = None
-    """What the journal says of it."""
+    """Last failure in the journal."""
 
 
 @dataclass
-class _Asking:
+class _Dispatch:
     channel: Channel
     sites: Iterable[str]
     request: Request
@@ -144,11 +142,11 @@ class _Asking:
     temporary: Collection[str]
     waiting: dict[str, _Wait] = field(default_factory=dict)
     under_way: dict[str, str] = field(default_factory=dict)
-    """Site of each message whose reply may come, superseded ones included."""
+    """Site of each message without a reply, superseded ones included."""
     asked: dict[str, str] = field(default_factory=dict)
-    """Digest of what each site is asked."""
+    """Digest of each site's request."""
     shared: str = ""
-    """The same, where all are asked the same."""
+    """Digest of a request that all sites share."""
 
     def answers(self) -> Iterator[Answer]:
         now = time.monotonic()
@@ -160,8 +158,8 @@ class _Asking:
             if first:
                 failpoints.reach("server.asked")
                 first = False
-            # Read before the replies: a site that was idle and has no reply even now
-            # has none on the way.
+            # Read before the replies: a site that was idle and still has no reply will
+            # not send one.
             activity = self.channel.participants.activity()
             came = False
             for message_id in list(self.under_way):
@@ -223,7 +221,7 @@ class _Asking:
         return pushed
 
     def _note_digest(self, site: str, sent: RecordDict, *, shared: bool) -> None:
-        """Compute the digest of a site's request, once for all where it is the same."""
+        """Compute the digest of a site's request; once, if all share it."""
         if site in self.asked:
             return
         digest = self.shared if shared else ""
@@ -282,7 +280,7 @@ class _Asking:
         )
 
     def _look(self, activity: Mapping[int, Activity]) -> None:
-        """Note what moved, and find messages that their node no longer has."""
+        """Record activity, and find messages that their node has lost."""
         nodes = self.channel.participants.nodes()
         for site, wait in self.waiting.items():
             if wait.message is None or wait.node is None:
@@ -294,7 +292,7 @@ class _Asking:
             if seen is None:
                 continue
             if seen.moved is not None and seen.moved != wait.moved:
-                # That it changed, not when: clocks jump.
+                # Compare, do not order: clocks jump.
                 wait.moved, wait.progress = seen.moved, time.monotonic()
                 wait.ended = None
             if seen.idle is not None and seen.idle - wait.sent_at > IDLE_S:
@@ -309,7 +307,7 @@ class _Asking:
                 yield self._end(site, *(wait.ended or silent))
 
     def _died(self, site: str, state: State, reason: str) -> None:
-        """Ask again what a node or its app took and did not bring to its end."""
+        """Retry a request during which the node or its app failed."""
         wait = self.waiting[site]
         wait.deaths += 1
         if wait.deaths > MAX_DEATHS:

@@ -1,10 +1,9 @@
-"""Before the first round: who is here, which genes, their moments, cross-products.
+"""Initialise a run: sites, vocabulary, standardisation and the first checkpoint.
 
-    (contract) -> prepare -> statistics -> (cross-products) -> the first checkpoint
+    (contract) -> prepare -> statistics -> (cross-products) -> first checkpoint
 
-A site whose answer cannot be used is left out of what it was for, one whose numbers are
-on a foreign scale of the run, and the journal says why. The arithmetic is that of
-common/federation.py.
+A site with an unusable reply is left out of that step, and one on a foreign scale out
+of the run; the journal records the reason. Arithmetic is in common/federation.py.
 """
 
 from __future__ import annotations
@@ -69,18 +68,18 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(kw_only=True)
 class Initialization:
-    """The sites of a run, connected and asked for all that the first round needs."""
+    """Connects the sites of a run, and collects what the first round needs."""
 
     channel: Channel
     settings: ServerSettings
     public_cohort: Cohort | None
-    """None if the study takes nothing from one, or the model is there already."""
+    """None if the study uses none, or the run has a checkpoint already."""
     present: dict[str, Introduction] = field(init=False, default_factory=dict)
-    """What each site reports of itself, in order of name."""
+    """Introduction of each site, in order of name."""
     absent: dict[str, SiteOutcome] = field(init=False, default_factory=dict)
-    """Of each site, known by name, that takes no part."""
+    """Outcomes of the named sites that do not participate."""
     failed: dict[str, SiteOutcome] = field(init=False, default_factory=dict)
-    """The same, and of nodes that gave no name."""
+    """`absent`, and the outcomes of nodes without a name."""
 
     def __post_init__(self) -> None:
         """Take the study from the participants."""
@@ -88,12 +87,12 @@ class Initialization:
         self.study = self.participants.study
 
     def connect(self) -> None:
-        """Wait for the sites, and ask each for its name and panel.
+        """Wait for the sites, and request each one's name and panel.
 
         Raises
         ------
         FederationError
-            If fewer come than the quorum, or not all mandatory ones.
+            Without a quorum, or without a mandatory site.
         """
         deadline_s = self.settings.start_deadline_s
         invited = self.participants.invite(self.channel, deadline_s)
@@ -102,7 +101,7 @@ class Initialization:
                 self._report(site, outcome)
         ready = [site for site, outcome in invited.items() if outcome.contributed]
         request = PrepareRequest(study=self.study)
-        answers = self._ask(ready, request, keys.PREPARE, self._introduction)
+        answers = self._request_all(ready, request, keys.PREPARE, self._introduction)
         for _, introduction in answers:
             self.present[introduction.name] = introduction
         self.present = dict(sorted(self.present.items()))
@@ -111,7 +110,7 @@ class Initialization:
             self._leave_out(read_json(path, "what was found when the run began"))
 
     def sites(self, vocabulary: Vocabulary) -> list[Site]:
-        """Return the sites that are present, with what they measure."""
+        """Return the present sites with their measured genes."""
         return [
             Site(
                 name=name,
@@ -122,7 +121,7 @@ class Initialization:
         ]
 
     def initial_checkpoint(self) -> Checkpoint:
-        """Return the model before the first round: genes, their scale, parameters.
+        """Return the initial checkpoint: vocabulary, standardisation, parameters.
 
         Raises
         ------
@@ -130,7 +129,7 @@ class Initialization:
             If no site sends statistics.
         FederationError
             If the study asks for cross-products and fewer than two sites send them, or
-            without those on a foreign scale too few sites are left.
+            too few sites are left without those on a foreign scale.
         ConfigError
             If the public cohort lacks genes of the study.
         """
@@ -167,9 +166,9 @@ class Initialization:
 
     def _introduction(self, site: str, content: RecordDict) -> Introduction:
         introduction = PrepareReply.from_records(content).site
-        patients, floor = introduction.num_patients, self.study.minimum_cohort
-        if patients is not None and patients < floor:
-            raise UpdateError(f"the site has fewer than {floor} patients")
+        patients, min_cell_count = introduction.num_patients, self.study.minimum_cohort
+        if patients is not None and patients < min_cell_count:
+            raise UpdateError(f"the site has fewer than {min_cell_count} patients")
         self.participants.admit(site, introduction.name)
         return introduction
 
@@ -180,10 +179,10 @@ class Initialization:
         outcomes = {**self.failed, **self.absent, **here}
         require_quorum(outcomes, rule, "the start", invited=invited)
 
-    # ---- what they measure ----
+    # ---- statistics ----
 
     def _standardisation(self, vocabulary: Vocabulary) -> Standardisation:
-        """Pool the moments, once a run.
+        """Pool the moments, once per run.
 
         Cached: requests contain these values, and sites cache replies by the digest of
         the request.
@@ -201,7 +200,7 @@ class Initialization:
             return moments
 
         request = StatisticsRequest(study=self.study, vocabulary=vocabulary)
-        moments = dict(self._ask(self.present, request, keys.STATISTICS, read))
+        moments = dict(self._request_all(self.present, request, keys.STATISTICS, read))
         foreign = federation.foreign_sites(self.study, moments)
         write_atomic(self._kept("foreign-scales.json"), json.dumps(foreign).encode())
         self._leave_out(foreign)
@@ -212,7 +211,7 @@ class Initialization:
         return scale
 
     def _leave_out(self, foreign: Mapping[str, float]) -> None:
-        """Leave sites on a foreign scale out of the run; the ratios say how foreign."""
+        """Exclude sites on a foreign scale, given each one's ratio to the others."""
         left = [name for name in foreign if self.present.pop(name, None) is not None]
         for name in left:
             reason = (
@@ -227,7 +226,7 @@ class Initialization:
             self._require_quorum()
 
     def _kept(self, name: str) -> Path:
-        """Return the path of what is found once in a run of this study."""
+        """Return the path of a result that is computed once per run of this study."""
         path = self.settings.run_dir / name
         return path.with_stem(f"{path.stem}-{self.study.hash[:16]}")
 
@@ -236,7 +235,7 @@ class Initialization:
     ) -> dict[str, CrossProducts]:
         """Pool the cross-products of the sites that permit it, by cancer type.
 
-        Where sites lack genes, as if they had them: see `factor_model.pool_completed`.
+        Genes that a site lacks are completed, see `factor_model.pool_completed`.
         """
         spool, permitted = self.settings.run_dir / "spool", {*self.study.linear_types}
 
@@ -264,7 +263,7 @@ class Initialization:
             study=self.study, vocabulary=vocabulary, standardisation=scale
         )
         kind = keys.CROSS_PRODUCTS
-        by_site = dict(self._ask(self.present, request, kind, to_disk))
+        by_site = dict(self._request_all(self.present, request, kind, to_disk))
         if len(by_site) < MIN_SITES:
             raise FederationError(
                 f"the study asks for cross-products and {len(by_site)} sites sent "
@@ -286,14 +285,14 @@ class Initialization:
 
     # ---- requests ----
 
-    def _ask(
+    def _request_all(
         self,
         sites: Collection[str],
         message: StudyRequest,
         kind: str,
         read: Callable[[str, RecordDict], Parsed],
     ) -> Iterator[tuple[str, Parsed]]:
-        """Yield each site's answer; those that gave none are in the journal."""
+        """Yield each site's parsed reply; failures go to the journal."""
         request = Request(type=kind, message=lambda: message, group=kind)
         deadline_s = self.study.rounds.deadline_s
         for answer in request_all(self.channel, sites, request, deadline_s=deadline_s):

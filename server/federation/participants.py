@@ -1,7 +1,7 @@
-"""Who takes part in a run: the sites of a simulation, or a contract's hospitals.
+"""The participants of a run: simulated sites, or the hospitals of a contract.
 
-`Simulated` is the first, `participants.Deployment` the second. Whatever conducts a run
-is given one of them, and asks nowhere which.
+A run depends on the protocol `Participants` only. `Simulated` implements it here,
+`Deployment` in server/consortium/participants.py.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ State = Literal["contributed", "late", "failed", "refused", "quarantined"]
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOutcome:
-    """How a round, or a question, ended for one site."""
+    """Outcome of a round or request for one site."""
 
     state: State
     reason: str | None = None
     """Code or cause, for every state but `contributed`."""
     metrics: TrainingMetrics | None = None
-    """Of a site that contributed to a round of training."""
+    """Metrics of a site that contributed to a round of training."""
 
     @property
     def contributed(self) -> bool:
@@ -41,7 +41,7 @@ class SiteOutcome:
         return self.state == "contributed"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the outcome as the journal and checkpoints hold it."""
+        """Return the outcome as written to journal and checkpoints."""
         numbers = {} if self.metrics is None else self.metrics.by_name()
         return {"state": self.state, "reason": self.reason, **numbers}
 
@@ -53,28 +53,28 @@ CONTRIBUTED = SiteOutcome(state="contributed")
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The same question for several sites."""
+    """A request to several sites."""
 
     type: str
     message: Callable[[], Envelope]
-    """Builds what every site is sent, anew for each try: a model is not kept twice."""
+    """Builds the shared content, for each try, so that a model is in memory once."""
     group: str
-    """Flower's group, and what the journal and the log call it."""
+    """Name in Flower, journal and log."""
     phase: str = ""
-    """Empty for a question that belongs to no round, and then `round` is 0."""
+    """Empty outside of rounds, and then `round` is 0."""
     round: int = 0
     own: Callable[[str], Own] | None = None
-    """Makes what only one site is sent."""
+    """Builds the content for one site only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """What the guard saw of a node, each in seconds since the epoch; None if never."""
+    """Last activity of a node, in seconds since the epoch; None if never."""
 
     moved: float | None
     """Last byte or message in either direction."""
     idle: float | None
-    """Last time that it asked for work and there was none."""
+    """Last poll without a message for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,11 @@ class SignedReply:
 
 
 class Participants(Protocol):
-    """The sites of a run, and what is known of them besides their answers."""
+    """The sites of a run, and how to address, verify and sign."""
 
     @property
     def study(self) -> Study:
-        """The study that they run."""
+        """Study of the run."""
 
     @property
     def contract_hash(self) -> str:
@@ -104,13 +104,13 @@ class Participants(Protocol):
 
     @property
     def expected(self) -> Collection[str]:
-        """Names of the sites that are known before they answer."""
+        """Names of the sites that are known in advance."""
 
     def invite(self, channel: Channel, deadline_s: float) -> Outcomes:
-        """Return who can be asked, and why the others cannot."""
+        """Wait for the sites, and return an outcome for each."""
 
     def admit(self, site: str, name: str) -> None:
-        """Take note of the name by which a site introduces itself.
+        """Register the name that a site reports.
 
         Raises
         ------
@@ -121,41 +121,41 @@ class Participants(Protocol):
         """
 
     def nodes(self) -> Mapping[str, int]:
-        """Return Flower's number of each site's node, as of now."""
+        """Return Flower's current number of each site's node."""
 
     def activity(self) -> Mapping[int, Activity]:
-        """Return what moved, by node; empty where nobody looks."""
+        """Return the activity by node; empty without a guard."""
 
     def barred(self) -> Mapping[str, str]:
-        """Return the sites that may not take part, and why."""
+        """Return the excluded sites, with reasons."""
 
     def envelope(self, site: str) -> Envelope:
-        """Return what a message to this site holds besides."""
+        """Return the envelope of a message to this site."""
 
     def verify(
         self, site: str, request: Request, asked: str, reply: RecordDict
     ) -> SignedReply | None:
-        """Return the site's signed part; None where nobody signs.
+        """Verify and return the site's signed part; None in a simulation.
 
         Parameters
         ----------
         asked
-            Digest of what was asked.
+            Digest of the request.
 
         Raises
         ------
         TrustError, UpdateError
-            If the part is missing, cannot be trusted, or is of another question.
+            If the part is missing, untrusted, or about another request.
         """
 
     def sign(self, receipt: Receipt) -> Signed:
         """Return the receipt, signed where there is a coordinator."""
 
     def committed(self, receipt: Signed, replies: Mapping[str, SignedReply]) -> None:
-        """Take note of a receipt that is on the disk, and of the replies in it."""
+        """Record a receipt that was stored, and the replies in it."""
 
     def resume(self, receipts: Sequence[Signed]) -> None:
-        """Go on after these receipts.
+        """Continue after these receipts.
 
         Raises
         ------
@@ -166,24 +166,24 @@ class Participants(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Channel:
-    """The way to the sites."""
+    """Connection to the sites of a run."""
 
     grid: Grid
     participants: Participants
     journal: Journal
     poll_s: float
-    """Seconds between two looks for replies."""
+    """Polling interval, seconds."""
 
 
 @dataclass(kw_only=True)
 class Simulated:
-    """The sites of a simulation: nobody signs, and nobody watches their nodes."""
+    """The sites of a simulation, without signatures and without a guard."""
 
     study: Study
     n_sites: int
-    """Sites to wait for."""
+    """Number of sites to wait for."""
     by_name: dict[str, int] = field(default_factory=dict)
-    """Node of each site; under a name of its own, until the site gives its name."""
+    """Node of each site, also by a placeholder until the site reports its name."""
     expected: Collection[str] = ()
     run: str = ""
 
@@ -204,7 +204,7 @@ class Simulated:
         return dict.fromkeys(unnamed, CONTRIBUTED)
 
     def admit(self, site: str, name: str) -> None:
-        """Call a node by the name that its site gives."""
+        """Register a node under the name that its site reports."""
         if name in self.by_name:
             raise FederationError(
                 f'two nodes call themselves "{name}"; give each site its own name.'
@@ -212,19 +212,19 @@ class Simulated:
         self.by_name[name] = self.by_name[site]
 
     def nodes(self) -> Mapping[str, int]:
-        """Return the nodes by all their names."""
+        """Return the node of each name."""
         return self.by_name
 
     def activity(self) -> Mapping[int, Activity]:
-        """Return nothing."""
+        """Return no activity."""
         return {}
 
     def barred(self) -> Mapping[str, str]:
-        """Return nobody."""
+        """Exclude no site."""
         return {}
 
     def envelope(self, site: str) -> Envelope:
-        """Add nothing."""
+        """Return an empty envelope."""
         return Envelope()
 
     def verify(

@@ -1,7 +1,4 @@
-"""The server's public cohort: whether a study wants one, and the patients in it.
-
-What is computed from it is in common/federation.py.
-"""
+"""Load the server's public cohort, if a study uses one."""
 
 from __future__ import annotations
 
@@ -15,22 +12,16 @@ if TYPE_CHECKING:
     from fedgex.common.data.cohort import Cohort
 
 FOLDER = "public"
-"""Folder of the consortium's state directory with the public cohort."""
+"""Folder of the public cohort in the consortium's state directory."""
 
 
 def is_wanted(study: Study) -> bool:
-    """Return whether the study takes anything from a public cohort."""
+    """Return whether the study uses a public cohort."""
     return study.public.statistics or study.public.epochs > 0
 
 
 def require(study: Study, folder: Path | None) -> None:
-    """Refuse a study that wants a public cohort where there is none.
-
-    Raises
-    ------
-    ConfigError
-        If there is none.
-    """
+    """Raise ConfigError if the study uses a public cohort and there is none."""
     if not is_wanted(study) or (folder is not None and folder.is_dir()):
         return
     where = "no folder is named" if folder is None else f"{folder} does not exist"
@@ -42,12 +33,12 @@ def require(study: Study, folder: Path | None) -> None:
 
 
 def load(study: Study, folder: Path | None) -> Cohort | None:
-    """Read the public cohort; None if the study takes nothing from one.
+    """Read the public cohort; None if the study does not use one.
 
     Raises
     ------
     ConfigError
-        If there is none, or it has too few patients.
+        If it is missing, or has too few patients.
     """
     # pandas and torch, which most callers do not need
     from fedgex.common.data.cohort import load_cohort

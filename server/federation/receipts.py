@@ -1,8 +1,8 @@
-"""The receipt of each round: made, signed, and verified when a run goes on.
+"""Make and verify the receipt of each round.
 
-It lies with the parameters that it is about, and names the receipt before. Between
-hospitals the coordinator signs it and it holds what the sites signed; in the simulator
-it has the same form, without signatures.
+A receipt is stored with its parameters and holds the hash of the previous receipt.
+Between hospitals it is signed by the coordinator and holds the sites' signed parts; in
+the simulator it has the same form, without signatures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def make(
     outcome: RoundOutcome,
     participants: Participants,
 ) -> Signed:
-    """Return the receipt of the round that led from one checkpoint to the next."""
+    """Make the receipt of the round between two checkpoints."""
     if last.receipt is None:
         index, previous = 1, NO_RECEIPT
         incoming = parameters_digest(last.parameters)
@@ -50,21 +50,21 @@ def make(
 
 
 def verify(checkpoints: Path, last: Checkpoint, participants: Participants) -> None:
-    """Refuse to go on from a checkpoint whose receipts do not hold.
+    """Refuse to resume from a checkpoint with invalid receipts.
 
     Parameters
     ----------
     checkpoints
         Folder of the run's checkpoints.
     last
-        The one to go on from.
+        Checkpoint to resume from.
 
     Raises
     ------
     CheckpointError
-        If one is missing, changed, or not of this model.
+        If a receipt is missing, changed, or of another model.
     TrustError
-        If a signature between hospitals does not hold.
+        If a signature is invalid.
     """
     paths = sorted(checkpoints.glob("[0-9]*/receipt.json"))
     receipts = [Signed.from_json(path.read_bytes(), str(path)) for path in paths]

@@ -1,7 +1,7 @@
-"""One round of training: ask the sites, check what comes back, decide if it counts.
+"""One round of training: request updates, check them, and require the quorum.
 
-An update is checked tensor by tensor and lies on disk until it is combined, so that
-memory grows neither with the sites nor with what they send.
+Updates are checked tensor by tensor and spooled to disk until aggregation, so that
+memory grows neither with the number of sites nor with the size of their updates.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A site that takes part in the run."""
+    """A site of the run."""
 
     name: str
     measured: NDArray[np.bool_]
-    """Genes of the vocabulary that it measures, shape (V,)."""
+    """Mask of the vocabulary genes that it measures, shape (V,)."""
     n_patients: int | None
     """None if the site withholds it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOutcome:
-    """Who contributed to a round with what, and who did not and why."""
+    """Accepted updates of a round, and every site's outcome."""
 
     updates: list[Update]
     sites: dict[str, SiteOutcome]
-    """Of every site, in order of name."""
+    """Outcomes in order of site name."""
     signed: dict[str, SignedReply] = field(default_factory=dict)
-    """Replies whose signature holds."""
+    """Replies with a verified signature."""
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -67,7 +67,7 @@ def train_round(
     channel: Channel,
     sites: list[Site],
     request: Request,
-    incoming: Mapping[str, Array],
+    global_parameters: Mapping[str, Array],
     study: Study,
     *,
     absent: Outcomes,
@@ -77,17 +77,17 @@ def train_round(
 
     Parameters
     ----------
-    incoming
-        Parameters that must come back trained, no more and no fewer.
+    global_parameters
+        Parameters of the round; an update must hold exactly these.
     absent
-        Outcomes of the sites that are not asked at all.
+        Outcomes of the sites that get no request.
     spool_dir
         Folder for the updates; the caller empties it.
 
     Raises
     ------
     FederationError
-        If fewer sites than the quorum, or not all mandatory ones, contributed.
+        Without a quorum, or without a mandatory site.
     FedgexError
         If an update cannot be written.
     """
@@ -108,7 +108,7 @@ def train_round(
         if answer.content is not None:
             path = spool_dir / f"{name}.safetensors"
             try:
-                metrics, norms[name] = _accept(answer, incoming, study, path)
+                metrics, norms[name] = _accept(answer, global_parameters, study, path)
             except UpdateError as error:
                 outcome = SiteOutcome(state="quarantined", reason=str(error))
                 path.unlink(missing_ok=True)
@@ -151,19 +151,19 @@ def require_quorum(
     *,
     invited: int | None = None,
 ) -> None:
-    """Refuse to go on without the quorum or a mandatory site.
+    """Refuse to continue without the quorum or a mandatory site.
 
     Parameters
     ----------
     outcomes
-        Of each site, those that contributed included.
+        Outcomes of all sites.
     invited
-        Number of sites that there should be; as many as `outcomes` has, if absent.
+        Number of expected sites; by default that of `outcomes`.
 
     Raises
     ------
     FederationError
-        With the reason of everybody who did not contribute.
+        With the reason of each site that did not contribute.
     """
     contributed = {name for name, each in outcomes.items() if each.contributed}
     missing = set(rule.mandatory_sites) - contributed
@@ -188,8 +188,8 @@ def read_reply(answer: Answer, study: Study) -> TrainReply:
     Raises
     ------
     UpdateError
-        If its numbers are withheld though updates are weighted by them, are not those
-        that it signed, or are of too few patients.
+        If it withholds the number that weights updates, if a number differs from the
+        signed one, or if it has too few patients.
     """
     assert answer.content is not None
     reply = TrainReply.from_records(answer.content)
@@ -206,14 +206,14 @@ def read_reply(answer: Answer, study: Study) -> TrainReply:
 
 
 def _accept(
-    answer: Answer, incoming: Mapping[str, Array], study: Study, path: Path
+    answer: Answer, global_parameters: Mapping[str, Array], study: Study, path: Path
 ) -> tuple[TrainingMetrics, float]:
-    """Check an update and spool it; return its numbers, and the norm of its change.
+    """Check and spool an update; return its metrics, and the norm of its change.
 
     Raises
     ------
     UpdateError
-        If it lacks a record, or holds anything that cannot be aggregated.
+        If it lacks a record, or cannot be aggregated.
     FedgexError
         If it cannot be written.
     """
@@ -224,4 +224,6 @@ def _accept(
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.writelines(pieces(reply.update))
-    return reply.metrics, federation.update_norm(study, incoming, Spooled(path))
+    return reply.metrics, federation.update_norm(
+        study, global_parameters, Spooled(path)
+    )

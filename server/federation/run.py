@@ -1,12 +1,10 @@
-"""One study from the first message to the last checkpoint.
+"""Conduct a study from the first message to the last checkpoint.
 
-    initialization (server/federation/initialization.py) -> rounds of each phase ->
-    judgement
+    initialization -> rounds of each phase -> evaluation
 
-After every round the model is judged on the hold-out and a checkpoint written, with the
-receipt of who contributed. A run that was killed goes on from its last checkpoint and
-ends in the same bits, because sites and server derive every seed from the names of
-study, site, phase and round.
+Each round ends with an evaluation on the hold-out, a checkpoint and a receipt. A killed
+run resumes from its last checkpoint with the same bits, because sites and server derive
+every seed from the names of study, site, phase and round.
 """
 
 from __future__ import annotations
@@ -68,17 +66,16 @@ Combined = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
 
 
 def conduct(grid: Grid, settings: ServerSettings, participants: Participants) -> None:
-    """Begin a run, or go on with it, and bring it to its end.
+    """Start or resume a run, and conduct it to its end.
 
     Raises
     ------
     FederationError
-        If too few sites come, a round misses its quorum, or another process conducts
-        the run.
+        If a step lacks its quorum, or another process conducts the run.
     CheckpointError
-        If the run's folder belongs to another study, or its receipts do not hold.
+        If the run's folder belongs to another study, or a receipt is invalid.
     ConfigError, TrustError
-        If the settings, or the public cohort that the study wants, cannot be used.
+        If the settings, or the study's public cohort, cannot be used.
     """
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     busy = "another process conducts this run; wait for it, or stop it."
@@ -95,7 +92,7 @@ def conduct(grid: Grid, settings: ServerSettings, participants: Participants) ->
 
 
 class _Run:
-    """The state that the steps of a run share."""
+    """State shared by the steps of a run."""
 
     def __init__(self, channel: Channel, settings: ServerSettings) -> None:
         self.channel, self.settings = channel, settings
@@ -114,15 +111,15 @@ class _Run:
         cohort = (
             public_cohort.load(self.study, self.settings.public) if begins else None
         )
-        opening = Initialization(
+        initialization = Initialization(
             channel=self.channel, settings=self.settings, public_cohort=cohort
         )
-        opening.connect()
-        self.absent = opening.absent
+        initialization.connect()
+        self.absent = initialization.absent
         if last is None:
-            last = opening.initial_checkpoint()
+            last = initialization.initial_checkpoint()
             checkpoint.save(last, self.checkpoints / _name(self.study, last))
-        sites = opening.sites(last.vocabulary)
+        sites = initialization.sites(last.vocabulary)
         self.journal.write(
             "run-started",
             study=self.study.name,
@@ -150,7 +147,7 @@ class _Run:
                 last = self._round(sites, last, phase, number)
             self.journal.write("phase-finished", phase=phase)
         if self.holdout is not None:
-            self._judge(last, self.holdout)
+            self._evaluate(last, self.holdout)
         self.journal.write(
             "run-finished",
             checkpoint=_name(self.study, last),
@@ -158,14 +155,14 @@ class _Run:
         )
 
     def _begins_on_public(self, last: Checkpoint) -> bool:
-        """Return whether a phase is yet to begin on the public cohort."""
+        """Return whether a later phase begins with training on the public cohort."""
         order = list(self.study.phases)
-        begun = order.index(last.phase) + (last.round > 0)
-        to_come = set(order[begun:]) - {PRETRAINING}
+        n_started = order.index(last.phase) + (last.round > 0)
+        to_come = set(order[n_started:]) - {PRETRAINING}
         return self.study.public.epochs > 0 and bool(to_come)
 
     def _reopened(self, last: Checkpoint) -> Checkpoint:
-        """Return the checkpoint to go on from, once it is known to be of this run."""
+        """Verify that a checkpoint belongs to this run, and return it."""
         if last.study.hash != self.study.hash:
             raise CheckpointError(
                 f"{self.checkpoints} belongs to study {last.study.hash[:12]}, this is "
@@ -179,18 +176,18 @@ class _Run:
     def _round(
         self, sites: list[Site], last: Checkpoint, phase: str, number: int
     ) -> Checkpoint:
-        """Run one round, judge its model, and write the checkpoint and the journal."""
+        """Run one round, evaluate its model, and write checkpoint and journal."""
         failpoints.reach("server.before_round")
         started, study = time.monotonic(), self.study
         known = self.public if number == 1 else None
-        begun = federation.begin_phase(study, phase, last.parameters, known)
+        initial_state = federation.begin_phase(study, phase, last.parameters, known)
         request = Request(
             type=keys.TRAIN,
             message=lambda: TrainRequest(
                 study=study,
                 vocabulary=last.vocabulary,
                 standardisation=last.standardisation,
-                model=to_record(tasks.download_state(study, phase, begun)),
+                model=to_record(tasks.download_state(study, phase, initial_state)),
                 round=Round(phase=phase, number=number),
             ),
             group=f"{phase}-{number}",
@@ -198,43 +195,45 @@ class _Run:
             round=number,
         )
         train = self._plain if study.secure_aggregation is None else self._secure
-        incoming = federation.round_parameters(study, phase, begun)
+        incoming = federation.round_parameters(study, phase, initial_state)
         outcome, aggregate = train(sites, request, incoming)
-        new = federation.next_model(last, begun, phase, number, aggregate)
+        new = federation.next_model(last, initial_state, phase, number, aggregate)
         shutil.rmtree(self.spool, ignore_errors=True)
         failpoints.reach("server.combined")
         return self._commit(last, new, outcome, started)
 
     def _plain(
-        self, sites: list[Site], request: Request, incoming: Parameters
+        self, sites: list[Site], request: Request, global_parameters: Parameters
     ) -> tuple[RoundOutcome, Aggregate]:
-        """Have the sites train, and combine the update of each."""
+        """Request training, and aggregate the sites' updates."""
         outcome = rounds.train_round(
             self.channel,
             sites,
             request,
-            incoming,
+            global_parameters,
             self.study,
             absent=self.absent,
             spool_dir=self.spool,
         )
         rule, noise = self.study.strategy, self.study.privacy.site
 
-        def aggregate(incoming: Parameters, state: Arrays) -> Combined:
+        def aggregate(global_parameters: Parameters, state: Arrays) -> Combined:
             updates = outcome.updates
-            return combine(rule, incoming, updates, request.round, state, noise)
+            return combine(
+                rule, global_parameters, updates, request.round, state, noise
+            )
 
         return outcome, aggregate
 
     def _secure(
-        self, sites: list[Site], request: Request, incoming: Parameters
+        self, sites: list[Site], request: Request, global_parameters: Parameters
     ) -> tuple[RoundOutcome, Aggregate]:
-        """Have the sites train, and see nothing but the sum of their updates."""
+        """Request training, and aggregate from the securely summed updates."""
         outcome, mean = secure_rounds.train_round(
             self.channel,
             sites,
             request,
-            incoming,
+            global_parameters,
             self.study,
             absent=self.absent,
             folder=self.settings.run_dir / "secure",
@@ -242,8 +241,8 @@ class _Run:
         rule, noise = self.study.strategy, self.study.privacy.site
         n = sum(site.contributed for site in outcome.sites.values())
 
-        def aggregate(incoming: Parameters, state: Arrays) -> Combined:
-            return step(rule, incoming, mean, n, request.round, state, noise)
+        def aggregate(global_parameters: Parameters, state: Arrays) -> Combined:
+            return step(rule, global_parameters, mean, n, request.round, state, noise)
 
         return outcome, aggregate
 
@@ -254,10 +253,10 @@ class _Run:
         outcome: RoundOutcome,
         started: float,
     ) -> Checkpoint:
-        """Judge the new model, and put it on the disk together with its receipt."""
+        """Evaluate the new model, and store it with its receipt."""
         holdout: dict[str, Any] = {}
         if self.holdout is not None:
-            holdout = evaluation.judge_round(
+            holdout = evaluation.evaluate_round(
                 self.study, new.phase, dict(new.parameters), self.holdout
             )
         metrics = {
@@ -286,7 +285,7 @@ class _Run:
         return new
 
     def _catch_up(self, last: Checkpoint) -> None:
-        """Write the last round's line if the run was killed between the two."""
+        """Write the last round's journal line, if the run was killed before it."""
         written = [e for e in read(self.journal.path) if e["event"] == "round"]
         at = {(e["phase"], e["round"]) for e in written}
         if last.round and (last.phase, last.round) not in at:
@@ -294,27 +293,27 @@ class _Run:
                 "round", **last.metrics, seconds=None, seconds_sites=None
             )
 
-    def _judge(self, last: Checkpoint, holdout: Patients) -> None:
-        """Judge the finished model and the linear references on the hold-out."""
+    def _evaluate(self, last: Checkpoint, holdout: Patients) -> None:
+        """Evaluate the finished model and the linear references on the hold-out."""
         study, n_genes = self.study, len(last.vocabulary)
         path = self.settings.run_dir / "covariance.safetensors"
         covariance = load_file(path)["covariance"] if path.exists() else None
         imputers = evaluation.linear_references(covariance, n_genes)
         imputers["model"] = evaluation.model_imputer(study, last.parameters, n_genes)
-        judged: dict[str, Any] = {"imputation": {}, "per_gene": {}}
+        results: dict[str, Any] = {"imputation": {}, "per_gene": {}}
         for name, imputer in imputers.items():
-            scores = evaluation.judge_imputer(
+            scores = evaluation.evaluate_imputer(
                 imputer, holdout, study.evaluation, study.seed
             )
-            judged["imputation"][name] = evaluation.as_numbers(scores)
-            judged["per_gene"][name] = {
+            results["imputation"][name] = evaluation.as_numbers(scores)
+            results["per_gene"][name] = {
                 key: {
                     "mse": _numbers(score.gene_mse),
                     "pearson": _numbers(score.gene_pearson),
                 }
                 for key, score in scores.get("mcar", {}).items()
             }
-        content = json.dumps(judged, sort_keys=True).encode()
+        content = json.dumps(results, sort_keys=True).encode()
         write_atomic(self.settings.run_dir / "judgement.json", content, mode=0o644)
 
 
@@ -337,8 +336,7 @@ def _name(study: Study, at: Checkpoint) -> str:
 def _mean(sites: Outcomes, name: str) -> float | None:
     """Return the mean of a number over the sites that contributed and reported it.
 
-    By patients, or plain if one of them withholds how many it has; None if no site
-    reported it.
+    Weighted by patients, unless a site withholds their number; None without a report.
     """
     reported = [
         (value, each.metrics.num_examples)

@@ -1,7 +1,4 @@
-"""What the server keeps of one attempt at secure aggregation, on its disk.
-
-Steps that are done, with what the sites answered; who was lost, and why.
-"""
+"""The server's stored record of one attempt at secure aggregation."""
 
 from __future__ import annotations
 
@@ -30,14 +27,14 @@ FILE = "exchange.json"
 
 @dataclass(frozen=True)
 class Record:
-    """The record of an attempt; all that changes it is on the disk at once."""
+    """Finished steps of an attempt with the sites' replies, and the lost sites."""
 
     folder: Path
     values: dict[str, Any]
 
     @classmethod
     def begin(cls, folder: Path, participants: Participants, request: Request) -> Self:
-        """Go on with the exchange of this round, or begin its next attempt."""
+        """Resume the attempt of this round, or begin the next one."""
         path = folder / FILE
         if not path.exists():
             attempt, drawn = 1, f"simulated-{secrets.token_hex(8)}"
@@ -64,31 +61,31 @@ class Record:
 
     @property
     def context(self) -> Context:
-        """What the attempt is about."""
+        """Protocol context of the attempt."""
         return Context(**self.values["context"])
 
     @property
     def lost(self) -> dict[str, SiteOutcome]:
-        """Outcomes of the sites that are not heard of any more."""
+        """Outcomes of the lost sites."""
         return {name: SiteOutcome(**each) for name, each in self.values["lost"].items()}
 
     def lose(self, lost: Outcomes) -> None:
-        """Leave sites out from here on; written with the next step."""
+        """Exclude sites from the next steps; written with the next step."""
         self.values["lost"] |= {name: each.to_json() for name, each in lost.items()}
 
     def end(self) -> None:
-        """Have the round's next try be another attempt: no shares have left yet."""
+        """End the attempt, so that the round continues with a new one."""
         self.values["over"] = True
         self.write()
 
     def write(self) -> None:
-        """Put the record on the disk."""
+        """Write the record to disk."""
         content = json.dumps(self.values, sort_keys=True)
         write_atomic(self.folder / FILE, content.encode())
 
 
 def proof(signed: SignedReply | None) -> dict[str, str]:
-    """Return a signed reply as the record holds it; empty where nobody signs."""
+    """Encode a signed reply for the record; empty in a simulation."""
     if signed is None:
         return {}
     return {
@@ -99,7 +96,7 @@ def proof(signed: SignedReply | None) -> dict[str, str]:
 
 
 def signed_reply(proof: Mapping[str, str]) -> SignedReply:
-    """Return what `proof` wrote."""
+    """Decode a signed reply from the record."""
     return SignedReply(
         part=Part.from_json(proof[keys.JSON], "a site's part"),
         text=proof[keys.JSON],

@@ -2,10 +2,9 @@
 
     keys -> shares -> train (masked) -> confirm -> unmask
 
-Everything that the sites answered is on the disk before the next question, in the
-folder of the exchange, so that a server that was killed goes on with the very exchange:
-the sites give out shares once. A round whose exchange failed before that is tried again
-as another attempt, under new keys; the sites mask the update that they have.
+The sites' replies are stored before the next step, so that a restarted server resumes
+the same exchange: sites reveal shares only once. If an exchange fails before that, the
+round continues with another attempt under new keys, and the sites mask the same update.
 """
 
 from __future__ import annotations
@@ -67,45 +66,43 @@ from fedgex.server.federation.strategy import Spooled
 logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-6
-"""Share by which the sum may be longer than its bound."""
+"""Relative tolerance on the norm of the sum."""
 
 Shares = dict[str, int]
 Parsed = TypeVar("Parsed")
 
 
 class _RareGeneError(Exception):
-    """The sites that are left would show the update of one or two for a gene."""
+    """The surviving sites would reveal a gene's update of one or two sites."""
 
 
 def train_round(
     channel: Channel,
     sites: list[Site],
     request: Request,
-    incoming: Mapping[str, Array],
+    global_parameters: Mapping[str, Array],
     study: Study,
     *,
     absent: Outcomes,
     folder: Path,
 ) -> tuple[RoundOutcome, dict[str, Array]]:
-    """Run one round; return who contributed, and the mean of their parameters.
+    """Run one round; return its outcome, and the mean of the contributors' parameters.
 
     Parameters
     ----------
     request
-        The message `train`, without what secure aggregation adds to it.
-    incoming
-        Parameters that the sites' changes are of.
+        The message `train`, without the fields of secure aggregation.
+    global_parameters
+        Parameters at the start of the round.
     absent
-        Outcomes of the sites that are not asked at all.
+        Outcomes of the sites that get no request.
     folder
-        Where the exchange lies, from the first question of a round until the next
-        round begins.
+        Folder of the exchange, kept until the next round begins.
 
     Raises
     ------
     FederationError
-        If fewer sites than the threshold or the quorum, or not all mandatory ones,
-        came to the end of a step. Nothing is aggregated in any other way.
+        If a step ends below the threshold or the quorum, or without a mandatory site.
     """
     lost: dict[str, SiteOutcome] = {}
     while True:
@@ -114,7 +111,7 @@ def train_round(
             channel=channel,
             sites={site.name: site for site in sites if site.name not in lost},
             request=request,
-            incoming=incoming,
+            global_parameters=global_parameters,
             study=study,
             record=record,
             absent={**absent, **lost},
@@ -138,7 +135,7 @@ class _Exchange:
     channel: Channel
     sites: Mapping[str, Site]
     request: Request
-    incoming: Mapping[str, Array]
+    global_parameters: Mapping[str, Array]
     study: Study
     record: Record
     absent: Outcomes
@@ -146,13 +143,13 @@ class _Exchange:
     bytes_down: int = 0
 
     def conduct(self) -> tuple[RoundOutcome, dict[str, Array]]:
-        """Take every step that is not done yet."""
+        """Run the steps that are not done yet."""
         started = time.monotonic()
         self.context, self.done = self.record.context, self.record.values
         asked = self._train_request()
         self._asked = {k: getattr(asked, k) for k in ("study", "vocabulary", "round")}
         self.n_genes = len(asked.vocabulary)
-        self.size = sum(array.size for array in self.incoming.values())
+        self.size = sum(array.size for array in self.global_parameters.values())
         for name, step in (
             ("keys", self._keys),
             ("shares", self._shares),
@@ -196,7 +193,9 @@ class _Exchange:
             return public | proof(answer.signed)
 
         request = KeysRequest(**self._asked, attempt=Attempt(**self._attempt))
-        found, lost = self._ask(keys.SECURE_KEYS, self.sites, lambda: request, parse)
+        found, lost = self._request_all(
+            keys.SECURE_KEYS, self.sites, lambda: request, parse
+        )
         self.record.lose(lost)
         self._require(found, FEWEST_SUMMED, "made keys")
         return found
@@ -217,7 +216,9 @@ class _Exchange:
             **self._asked, attempt=Attempt(**self._attempt), participants=participants
         )
         sites = list(participants)
-        found, lost = self._ask(keys.SECURE_SHARES, sites, lambda: request, parse)
+        found, lost = self._request_all(
+            keys.SECURE_SHARES, sites, lambda: request, parse
+        )
         self.record.lose(lost)
         self._require(found, self._group().threshold, "shared their secrets")
         return found
@@ -249,7 +250,7 @@ class _Exchange:
         def message() -> TrainRequest:
             return dataclasses.replace(self._train_request(), attempt=attempt)
 
-        found, lost = self._ask(keys.TRAIN, shared, message, parse, own=own)
+        found, lost = self._request_all(keys.TRAIN, shared, message, parse, own=own)
         self.record.lose(lost)
         group = self._group()
         self._require(found, group.threshold, "sent masked updates")
@@ -271,14 +272,16 @@ class _Exchange:
 
         request = ConfirmRequest(**self._asked, attempt=self._survived())
         sites = list(survivors)
-        found, silent = self._ask(keys.SECURE_CONFIRM, sites, lambda: request, parse)
+        found, silent = self._request_all(
+            keys.SECURE_CONFIRM, sites, lambda: request, parse
+        )
         if len(found) < (least := self._group().threshold):
             self.record.end()
             raise self._too_few(found, least, "confirmed the list", silent)
         return found
 
     def _sum(self) -> Words:
-        """Ask for the shares, and take the masks off the sum."""
+        """Request the shares, and unmask the sum."""
         tags: dict[str, dict[str, str]] = self.done["tags"]
         sharers, survivors = self.done["shares"], self.done["trained"]
         gone = sorted(set(sharers) - set(survivors))
@@ -293,7 +296,7 @@ class _Exchange:
 
         group = self._group()
         request = ConfirmRequest(**self._asked, attempt=self._survived())
-        found, silent = self._ask(
+        found, silent = self._request_all(
             keys.SECURE_UNMASK, list(tags), lambda: request, parse, own=own
         )
         if len(found) < group.threshold:
@@ -318,7 +321,7 @@ class _Exchange:
             raise FederationError(f"{self.request.group}: {error}") from error
 
     def _mean(self, total: Words) -> dict[str, Array]:
-        """Return the mean of the parameters that the sum leads to."""
+        """Return the mean of the parameters from the unmasked sum."""
         survivors, group = list(self.done["trained"]), self._group()
         rule = self.study.secure_aggregation
         assert rule is not None
@@ -337,12 +340,12 @@ class _Exchange:
         rows = [protocol.measured(group.keys[n], self.n_genes) for n in survivors]
         by_gene = self.study.strategy.per_gene
         return vectors.to_mean(
-            summed, self.incoming, weights, rows if by_gene else None
+            summed, self.global_parameters, weights, rows if by_gene else None
         )
 
     # ---- what the steps share ----
 
-    def _ask(
+    def _request_all(
         self,
         kind: str,
         sites: Collection[str],
@@ -351,7 +354,7 @@ class _Exchange:
         *,
         own: Callable[[str], Own] | None = None,
     ) -> tuple[dict[str, Parsed], dict[str, SiteOutcome]]:
-        """Return what each site answered, read by `parse`, and why others did not."""
+        """Return the parsed replies, and the outcomes of the other sites."""
         request = dataclasses.replace(self.request, type=kind, message=message, own=own)
         found: dict[str, Parsed] = {}
         lost: dict[str, SiteOutcome] = {}
@@ -410,7 +413,7 @@ class _Exchange:
         return self.record.folder / "masked" / f"{name}.safetensors"
 
     def _masked(self, name: str) -> Words:
-        """Read a masked update from the disk, checked."""
+        """Read and check a masked update."""
         arrays = Spooled(self._path(name))
         if set(arrays) != {keys.MASKED}:
             raise UpdateError(f'the masked update is not only "{keys.MASKED}"')
@@ -423,7 +426,7 @@ class _Exchange:
         return words.astype(np.uint32, copy=False)
 
     def _missing(self) -> dict[str, SiteOutcome]:
-        """Return the outcome of everybody whose update does not count."""
+        """Return the outcomes of the sites that did not contribute."""
         late = SiteOutcome(state="failed", reason="was not there when keys were made")
         known = {*self.done.get("keys", self.sites), *self.done["lost"]}
         came = {name: late for name in self.sites if name not in known}
@@ -454,7 +457,7 @@ class _Exchange:
 
 
 def _shares(found: Mapping[str, bytes], of: Collection[str]) -> Shares:
-    """Read shares of exactly these sites' secrets."""
+    """Decode the shares; they must be exactly those of the given sites."""
     if set(found) != set(of):
         raise UpdateError("the shares are not those that were asked for")
     return {name: shamir.share(content) for name, content in found.items()}

@@ -1,4 +1,4 @@
-"""Aggregation of a round's accepted updates into the next global parameters.
+"""Aggregate a round's accepted updates into the next global parameters.
 
 A rule is a class that follows `Strategy`, its entry in `STRATEGIES`, and its name in
 `study.MEANS` or `study.ORDER_STATISTICS`. Arrays are streamed from disk, in order of
@@ -26,13 +26,13 @@ from fedgex.server.federation.aggregation import Array, Weight
 from fedgex.server.federation.central_noise import noised
 
 Parameters = Mapping[str, Array]
-"""Exactly the parameters that travel, by name."""
+"""Parameters that are exchanged, by name."""
 Aggregated = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
 """The next parameters, and the state for the next round; empty for most rules."""
 
 
 class Spooled(Mapping[str, Array]):
-    """The arrays of a spooled update, each read when it is asked for."""
+    """The arrays of a spooled update, read on access."""
 
     def __init__(self, path: Path) -> None:
         """Open a file.
@@ -40,7 +40,7 @@ class Spooled(Mapping[str, Array]):
         Raises
         ------
         UpdateError
-            If it does not hold arrays in safetensors' format.
+            If the file is not in the safetensors format.
         """
         self.path = path
         try:
@@ -69,16 +69,16 @@ class Spooled(Mapping[str, Array]):
         return iter(self._names)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of arrays."""
         return len(self._names)
 
 
 class Strategy(Protocol):
-    """An aggregation rule."""
+    """Interface of an aggregation rule."""
 
     def aggregate(
         self,
-        incoming: Parameters,
+        global_parameters: Parameters,
         updates: Sequence[Update],
         server_round: int,
         state: Arrays,
@@ -87,15 +87,15 @@ class Strategy(Protocol):
 
         Parameters
         ----------
-        incoming
+        global_parameters
             Parameters that the round began with.
         updates
             Accepted updates, one or more, in order of site name.
         server_round
             Number of the round in its phase, from 1.
         state
-            What the round before returned beside its parameters; empty at first. It is
-            kept in the checkpoint, and begins anew with each phase.
+            State that the previous round returned, from the checkpoint; empty at the
+            start of each phase.
         """
         ...
 
@@ -109,22 +109,24 @@ class FedAvg:
 
     rule: StrategyRule
     site_privacy: SitePrivacy | None = None
-    """Adds noise to the mean, before a server optimiser sees it."""
+    """Noise on the mean, before the server optimiser; None for none."""
 
     def aggregate(
         self,
-        incoming: Parameters,
+        global_parameters: Parameters,
         updates: Sequence[Update],
         server_round: int,
         state: Arrays,
     ) -> Aggregated:
         """Average the updates, then proceed as `from_mean`."""
-        mean = _each(self.rule, incoming, updates, aggregation.weighted_mean)
-        return self.from_mean(incoming, mean, len(updates), server_round, state)
+        mean = _each(self.rule, global_parameters, updates, aggregation.weighted_mean)
+        return self.from_mean(
+            global_parameters, mean, len(updates), server_round, state
+        )
 
     def from_mean(
         self,
-        incoming: Parameters,
+        global_parameters: Parameters,
         mean: Parameters,
         n_sites: int,
         server_round: int,
@@ -133,10 +135,14 @@ class FedAvg:
         """Return the next parameters, given the mean over `n_sites` sites."""
         if self.site_privacy is not None:
             mean = noised(mean, self.site_privacy, n_sites)
-        return self.step(incoming, mean, server_round, state)
+        return self.step(global_parameters, mean, server_round, state)
 
     def step(
-        self, incoming: Parameters, mean: Parameters, server_round: int, state: Arrays
+        self,
+        global_parameters: Parameters,
+        mean: Parameters,
+        server_round: int,
+        state: Arrays,
     ) -> Aggregated:
         """Take the mean as the next parameters."""
         return dict(mean), {}
@@ -150,7 +156,11 @@ class FedAdam(FedAvg):
     """
 
     def step(
-        self, incoming: Parameters, mean: Parameters, server_round: int, state: Arrays
+        self,
+        global_parameters: Parameters,
+        mean: Parameters,
+        server_round: int,
+        state: Arrays,
     ) -> Aggregated:
         """Move the parameters along the first moment, scaled by the second."""
         beta_1, beta_2 = self.rule.beta_1, self.rule.beta_2
@@ -160,7 +170,7 @@ class FedAdam(FedAvg):
         rate /= 1 - np.power(beta_1, server_round + 1.0)
         new: dict[str, Array] = {}
         moments: dict[str, NDArray[np.generic]] = {}
-        for name, x in incoming.items():
+        for name, x in global_parameters.items():
             delta = mean[name] - x
             first: Any = state.get(f"first/{name}", np.zeros_like(x))
             second: Any = state.get(f"second/{name}", np.zeros_like(x))
@@ -180,14 +190,14 @@ class TrimmedMean:
 
     def aggregate(
         self,
-        incoming: Parameters,
+        global_parameters: Parameters,
         updates: Sequence[Update],
         server_round: int,
         state: Arrays,
     ) -> Aggregated:
         """Trim and average each number by itself."""
         trimmed = partial(aggregation.trimmed_mean, trim_share=self.rule.trim_share)
-        return _each(self.rule, incoming, updates, trimmed), {}
+        return _each(self.rule, global_parameters, updates, trimmed), {}
 
 
 @dataclass(frozen=True)
@@ -198,13 +208,13 @@ class Median:
 
     def aggregate(
         self,
-        incoming: Parameters,
+        global_parameters: Parameters,
         updates: Sequence[Update],
         server_round: int,
         state: Arrays,
     ) -> Aggregated:
         """Return the median of each number by itself."""
-        return _each(self.rule, incoming, updates, aggregation.median), {}
+        return _each(self.rule, global_parameters, updates, aggregation.median), {}
 
 
 MEANS = {"fedavg": FedAvg, "fedprox": FedAvg, "fedadam": FedAdam}
@@ -212,12 +222,12 @@ ROBUST: dict[str, Callable[[StrategyRule], Strategy]] = {
     "trimmed-mean": TrimmedMean,
     "median": Median,
 }
-"""The rules by name; `study` lists the same names."""
+"""Rules by name; `study` lists the same names."""
 
 
 def combine(
     rule: StrategyRule,
-    incoming: Parameters,
+    global_parameters: Parameters,
     updates: Sequence[Update],
     server_round: int,
     state: Arrays,
@@ -238,26 +248,26 @@ def combine(
     else:
         strategy = ROBUST[rule.name](rule)
     updates = sorted(updates, key=lambda update: update.site)
-    return strategy.aggregate(incoming, updates, server_round, state)
+    return strategy.aggregate(global_parameters, updates, server_round, state)
 
 
 def step(
     rule: StrategyRule,
-    incoming: Parameters,
+    global_parameters: Parameters,
     mean: Parameters,
     n_sites: int,
     server_round: int,
     state: Arrays,
     site_privacy: SitePrivacy | None,
 ) -> Aggregated:
-    """Do what `combine` does, given the mean over `n_sites` sites."""
+    """Continue `combine` from the mean over `n_sites` sites."""
     strategy = MEANS[rule.name](rule, site_privacy)
-    return strategy.from_mean(incoming, mean, n_sites, server_round, state)
+    return strategy.from_mean(global_parameters, mean, n_sites, server_round, state)
 
 
 def _each(
     rule: StrategyRule,
-    incoming: Parameters,
+    global_parameters: Parameters,
     updates: Sequence[Update],
     statistic: Callable[[Iterator[Array], Sequence[Weight], Array], Array],
 ) -> dict[str, Array]:
@@ -266,7 +276,7 @@ def _each(
     def arrays(name: str) -> Iterator[Array]:
         for update in updates:
             array = update.arrays[name]
-            yield incoming[name] + array if rule.update == "delta" else array
+            yield global_parameters[name] + array if rule.update == "delta" else array
 
     def weights(name: str) -> list[Weight]:
         by_gene = rule.per_gene and name.endswith(PER_GENE)
@@ -277,7 +287,7 @@ def _each(
 
     return {
         name: statistic(arrays(name), weights(name), array)
-        for name, array in sorted(incoming.items())
+        for name, array in sorted(global_parameters.items())
     }
 
 

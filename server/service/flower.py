@@ -1,8 +1,8 @@
 """Private interfaces of Flower that the server uses: SuperLink, control, a run's task.
 
-No other module of `server` imports them. The bundle that Flower wants for a run holds
-no code: server and sites run what is installed. What only one process needs is imported
-by its function, so that the supervisor stays small.
+No other module of `server` imports them. The bundle that Flower requires holds no code:
+server and sites run the installed package. Imports that only one process needs are
+inside its function, so that the supervisor stays small.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Control:
         return int(reply.node_id)
 
     def unregister(self, node: int) -> None:
-        """Shut a node out; its next call is refused."""
+        """Unregister a node; its next call is refused."""
         self.client.UnregisterNode(UnregisterNodeRequest(node_id=node))
 
     def start_run(self, settings: str) -> int:
@@ -132,7 +132,7 @@ class Control:
         return int(self.client.StartRun(request).run_id)
 
     def stop_run(self, run: int) -> None:
-        """Stop a Flower run, unless it is over already; what it has on disk stays."""
+        """Stop a Flower run, unless it has ended; its files stay."""
         try:
             self.client.StopRun(StopRunRequest(run_id=run))
         except httpx.HTTPStatusError as error:
@@ -142,7 +142,7 @@ class Control:
 
 @cache
 def bundle() -> Fab:
-    """Return the bundle of every run: configuration, and not one line of code."""
+    """Return the bundle of every run, which holds configuration and no code."""
     from flwr.cli.build import build_fab_from_files
 
     content, _ = build_fab_from_files(
@@ -163,7 +163,7 @@ def superlink_app(
     health_port
         Loopback port of Flower's gRPC health service; 0 leaves it out.
     secret
-        Wanted of whoever acquires tasks.
+        Secret that a process must present to acquire tasks.
     """
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import (
@@ -226,7 +226,7 @@ class RunTask:
         return cls(grid, context, client)
 
     def end(self, failure: str | None) -> None:
-        """Report how the task ended; None: at its end."""
+        """Report the end of the task, with the error if any."""
         self._client.PushTaskOutput(
             PushTaskOutputRequest(
                 context=None,

@@ -1,6 +1,6 @@
 """Metrics of the server for Prometheus: runs, restarts, life of certificates.
 
-Names and numbers of rounds, hospitals and seconds; nothing that a hospital sent.
+They cover rounds, hospitals and durations; nothing that a hospital sent.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ServerCollector(Collector):
 
 @dataclass
 class _Rounds:
-    """What the journal of one run says, followed as it grows."""
+    """Metrics of one run, followed in its journal."""
 
     folder: Path
     last: dict[str, int] = field(default_factory=dict)

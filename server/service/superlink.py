@@ -1,13 +1,11 @@
-"""Flower's SuperLink behind a guard: hospitals reach the fleet, and nothing else.
+"""Flower's SuperLink behind a guard that exposes only the fleet interface to hospitals.
 
-One process, one app, two listeners. The public one speaks TLS and lets the calls of
-hospitals' nodes and `/health` pass. The other is bound to the loopback interface, and
-wants a secret that the supervisor made for this process; only there are control and
-runtime served.
+One app serves two listeners. The public one uses TLS and passes the calls of hospitals'
+nodes and `/health`. The loopback one serves control and runtime, and requires a secret
+that the supervisor makes for this process.
 
-The guard also notes when each node last moved anything, which is what a round's
-deadline goes by (docs/rounds.md). State is in memory: what must survive is the run's
-own.
+The guard also records each node's last activity, on which a round's deadline depends
+(docs/rounds.md). The SuperLink's state is in memory; a run's state is in its folder.
 """
 
 from __future__ import annotations
@@ -61,14 +59,14 @@ PUBLIC = frozenset(
         ),
     }
 )
-"""All that hospitals reach. The supervisor registers nodes; they cannot do it."""
+"""Paths that hospitals can reach; nodes are registered by the supervisor only."""
 MAX_BODY_BYTES = 64 * 2**20
-"""Of one request; Flower cuts arrays into objects of 5 MiB."""
+"""Largest request; Flower splits arrays into objects of 5 MiB."""
 ACTIVITY_PERIOD_S = 0.5
 
 
 class SuperLinkSettings(Settings):
-    """What the supervisor tells the process."""
+    """Settings that the supervisor passes to the process."""
 
     host: str
     """Public interface."""
@@ -83,7 +81,7 @@ class SuperLinkSettings(Settings):
 
 
 class Activity:
-    """When each node last moved a byte, and last polled in vain."""
+    """Time of each node's last transfer and last poll without a message."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,29 +91,29 @@ class Activity:
         self._changed = False
 
     def moved(self, node_key: bytes) -> None:
-        """Note that an authenticated node sent or took something."""
+        """Record a transfer of an authenticated node."""
         with self._lock:
             self._moved[node_key] = time.time()
             self._changed = True
 
     def moving(self, node_key: bytes) -> None:
-        """Note a byte on its way in, if the node was authenticated before."""
+        """Record received bytes, if the node was authenticated before."""
         if node_key in self._moved:
             self.moved(node_key)
 
     def idle(self, node_key: bytes) -> None:
-        """Note that a node asked for work and there was none."""
+        """Record a poll without a message."""
         with self._lock:
             self._idle[node_key] = time.time()
             self._changed = True
 
     def keep_writing(self, node_of: NodeOf) -> None:
-        """Write the file whenever something changed, for ever."""
+        """Write the file after each change, for ever."""
         while True:
             time.sleep(ACTIVITY_PERIOD_S)
             try:
                 self.write(node_of)
-            except OSError as error:  # a full disk must not end what rounds go by
+            except OSError as error:  # a full disk must not end this thread
                 logger.error("%s could not be written: %s", self.path, error)
 
     def write(self, node_of: NodeOf) -> None:
@@ -125,14 +123,14 @@ class Activity:
                 return
             moved, idle = dict(self._moved), dict(self._idle)
             self._changed = False
-        told = {}
+        activity = {}
         for key in moved.keys() | idle.keys():
             node = node_of(key)
             if node is not None:
-                told[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
+                activity[str(node)] = {"moved": moved.get(key), "idle": idle.get(key)}
         partial = self.path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(told))
+            partial.write_text(json.dumps(activity))
             partial.replace(self.path)
         except OSError:
             self._changed = True
@@ -140,7 +138,7 @@ class Activity:
 
 
 class PublicGuard:
-    """Let hospitals' calls pass, note them, and answer 404 to everything else."""
+    """Pass hospitals' calls and record them; answer all others with 404."""
 
     def __init__(self, app: App, activity: Activity, audit: Chain) -> None:
         self.app, self.activity, self.audit = app, activity, audit
@@ -187,7 +185,7 @@ class PublicGuard:
 
 
 class LoopbackGuard:
-    """Serve only who knows the supervisor's secret, or holds a task's token."""
+    """Require the supervisor's secret for calls of the control interface."""
 
     def __init__(self, app: App, secret: bytes) -> None:
         self.app, self.secret = app, secret
@@ -203,8 +201,8 @@ class LoopbackGuard:
 
 
 async def serve(settings: SuperLinkSettings, secret: str) -> None:
-    """Serve both listeners until the process is told to end."""
-    import uvicorn  # which the supervisor does without
+    """Serve both listeners until the process is stopped."""
+    import uvicorn  # not needed by the supervisor, which imports this module
 
     app, node_of = superlink_app(
         control_port=settings.control_port,

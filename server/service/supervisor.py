@@ -1,8 +1,8 @@
-"""`fedgex-admin server start`: SuperLink, nodes, orders and runs, kept going.
+"""`fedgex-admin server start`: supervise SuperLink, nodes, orders and runs.
 
-What a run is lies in its folder: settings, state, journal, checkpoints. Flower's runs
-come and go: whenever SuperLink or server app died, a run that is not at its end is
-started again, and goes on from its last checkpoint.
+A run's folder holds its settings, state, journal and checkpoints. After a crash of
+SuperLink or server app, an unfinished run is restarted as a new Flower run, and resumes
+from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ from fedgex.server.service.flower import Control
 logger = logging.getLogger(__name__)
 
 LOOK_S, IDLE_LOOK_S = 0.2, 1.0
-"""Between two looks for orders and tasks: while anything runs, and otherwise."""
+"""Polling intervals, seconds: while anything runs, and otherwise."""
 MAX_CRASHES = 5
-"""A run whose app crashed this often without a new checkpoint has failed."""
+"""Crashes without a new checkpoint after which a run has failed."""
 START_S = 60.0
 HEARTBEAT_S = 10.0
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
-"""Has glibc give the memory of large arrays back as soon as they are freed. Otherwise
-it keeps what a round freed, in pieces that fit nothing: two models' worth."""
+"""Makes glibc return large arrays to the system when freed; else fragmentation holds
+about two models' memory."""
 
 
 @dataclass
 class _Job:
-    """A Flower run of ours that is to come to its end."""
+    """A Flower run to be kept running to its end."""
 
     settings: Path
     run: Run | None = None
-    """None for a job that keeps no state, such as publishing."""
+    """None for a stateless job, such as publishing."""
     flower_run: int | None = None
     worker: Child | None = None
     crashes: int = 0
     progress: str = ""
-    """Last checkpoint when it was started."""
+    """Last checkpoint at its start."""
     not_before: float = 0.0
     task: RuntimeHttpClient | None = None
-    told: float = 0.0
-    """When the SuperLink last heard that the worker is alive."""
+    last_heartbeat: float = 0.0
+    """When the last heartbeat went to the SuperLink, monotonic seconds."""
 
     @property
     def waits(self) -> bool:
-        """Whether it was started, and its task is not here yet."""
+        """Whether it was started and its task has not arrived."""
         return self.flower_run is not None and self.worker is None
 
     def forget(self) -> None:
-        """End the worker, if it lives, and be as one that was not started yet."""
+        """Stop the worker and reset the job to not started."""
         if self.worker is not None:
             self.worker.stop(grace_s=0)
         if self.task is not None:
@@ -106,7 +106,7 @@ class _Supervisor:
         self.consortium, self.folder = consortium, consortium.folder
         self.settings = consortium.settings
         self.secret = secrets.token_hex(32)
-        told = superlink.SuperLinkSettings(
+        settings = superlink.SuperLinkSettings(
             host=self.settings.interface,
             port=self.settings.port,
             control_port=self.settings.control_port,
@@ -117,7 +117,7 @@ class _Supervisor:
         )
         self.superlink = Child(
             "fedgex.server.service.superlink",
-            [told.model_dump_json()],
+            [settings.model_dump_json()],
             {superlink.SECRET_VARIABLE: self.secret},
         )
         self.control = Control(self.settings.control_port, self.secret)
@@ -152,7 +152,7 @@ class _Supervisor:
         self.stopping = True
 
     def _look(self) -> None:
-        """Do once whatever is to be done now."""
+        """Run one supervision cycle."""
         self._keep_superlink()
         self._keep_nodes()
         for order in commands.take(self.consortium):
@@ -171,7 +171,7 @@ class _Supervisor:
     # ---- SuperLink and nodes ----
 
     def _keep_superlink(self) -> None:
-        """Start the SuperLink if it is not there, and everything that was in it."""
+        """Start the SuperLink if it is not running, and reset its jobs and nodes."""
         certificate = self.consortium.server_certificate_path.read_text()
         if self.superlink.alive and certificate != self.certificate:
             logger.info("the server's certificate changed: SuperLink starts again")
@@ -193,7 +193,7 @@ class _Supervisor:
             time.sleep(0.1)
 
     def _keep_nodes(self) -> None:
-        """Register the hospitals that are new, and shut out those that are revoked."""
+        """Register new hospitals, and unregister revoked ones."""
         wanted = {
             site.name: site.node_public_key
             for site in self.consortium.sites().values()
@@ -215,7 +215,7 @@ class _Supervisor:
     # ---- orders ----
 
     def _carry_out(self, order: Order) -> None:
-        """Do what an administrator ordered; what cannot be done is answered so."""
+        """Execute an administrator's order, and record its outcome."""
         try:
             answer = self._do(order)
         except (FedgexError, OSError) as error:
@@ -268,7 +268,7 @@ class _Supervisor:
     # ---- jobs ----
 
     def _keep_job(self, name: str, job: _Job) -> None:
-        """Start a job, or see how it ended."""
+        """Start a job, or handle its end."""
         if job.flower_run is None:
             if time.monotonic() >= job.not_before:
                 job.progress = _progress(job)
@@ -294,11 +294,11 @@ class _Supervisor:
             job.not_before = time.monotonic() + job.crashes - 1
 
     def _keep_task(self, job: _Job) -> None:
-        """Tell the SuperLink that the server app is alive, from its very start."""
+        """Send the server app's heartbeat to the SuperLink."""
         if job.worker is None or not job.worker.alive or job.task is None:
             return
-        if time.monotonic() - job.told > HEARTBEAT_S:
-            job.told = time.monotonic()
+        if time.monotonic() - job.last_heartbeat > HEARTBEAT_S:
+            job.last_heartbeat = time.monotonic()
             runtime.send_heartbeat(job.task)
 
     def _ended(
@@ -322,9 +322,7 @@ class _Supervisor:
                 port = self.settings.control_port
                 job.task = runtime.holder(port, token, "SuperExec")
                 return
-        logger.warning(
-            "a task of run %d, which nobody ordered, is left alone", flower_run
-        )
+        logger.warning("ignored a task of run %d, which nobody ordered", flower_run)
 
 
 def _progress(job: _Job) -> str:

@@ -1,8 +1,7 @@
 """Run the installed server app for one Flower task.
 
-Flower's `flwr-serverapp` does the same with the code of a bundle; we take ours from the
-installed package, whatever the bundle says. That we are alive is for the supervisor
-to say.
+Flower's `flwr-serverapp` runs the code of a bundle; this module runs the installed
+package. The supervisor sends the heartbeat.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "FEDGEX_TASK_TOKEN"
 DONE, CRASHED, REFUSED = 0, 1, 3
-"""Exit codes: at its end; something broke; stopped for a reason that it wrote down."""
+"""Exit codes: finished; crashed; stopped with a reason in the journal."""
 
 
 def work(port: int, token: str) -> int:
     """Run the server app for the task of a token; return an exit code."""
-    from fedgex.server.app import app  # torch, which the supervisor does without
+    from fedgex.server.app import (
+        app,
+    )  # imports torch, which the supervisor does not need
 
     task = RunTask.pull(port, token)
     code = CRASHED

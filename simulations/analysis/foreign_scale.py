@@ -121,7 +121,7 @@ def first_norms(
                 patients,
                 incoming,
                 site=site,
-                floor=study.minimum_cohort,
+                min_cell_count=study.minimum_cohort,
                 state_dir=Path(state),
             ).update
         squares = [np.square(a.astype(np.float64)).sum() for a in changed.values()]

@@ -190,7 +190,7 @@ def imputation(finished: Federation, told: Told) -> dict[str, Any]:
     scores = {}
     for done, (name, imputer) in enumerate(imputers.items()):
         told("reference imputers", done, len(imputers))
-        judged = evaluation.judge_imputer(
+        judged = evaluation.evaluate_imputer(
             imputer, finished.holdout, study.evaluation, study.seed
         )
         scores[name] = evaluation.as_numbers(judged)
@@ -217,7 +217,7 @@ def survival(
     for done, cohort in enumerate(types):
         told("reference survival models", done, len(types))
         judged = {
-            name: evaluation.judge_risk(holdout, cohort, risk)
+            name: evaluation.evaluate_risk(holdout, cohort, risk)
             for name, risk in risks.items()
             if name in ("federated", POOLED)
         }
@@ -245,7 +245,7 @@ def classification(
         told("reference classifiers", done, len(panels))
         seen = torch.tensor([gene in set(panel) for gene in genes])
         scores = {
-            name: evaluation.judge_classes(study, model, finished.holdout, seen)
+            name: evaluation.evaluate_classes(study, model, finished.holdout, seen)
             for name, model in named.items()
             if not name.startswith("alone-") or _can_classify(finished, name)
         }
@@ -312,12 +312,12 @@ def _mean_alone(
         >= study.minimum_cohort
     ]
     judged = [
-        evaluation.judge_risk(finished.holdout, cohort, risks[name])
+        evaluation.evaluate_risk(finished.holdout, cohort, risks[name])
         for name in able
         if name in risks
     ]
     if not judged:
-        nobody = evaluation.judge_risk(
+        nobody = evaluation.evaluate_risk(
             finished.holdout, cohort, np.full(len(finished.holdout), np.nan)
         )
         return nobody | {"reason": "no site has the minimum cohort of this type"}
@@ -353,7 +353,7 @@ def _cox(
                 if name == "cox_ridge"
                 else references.pca_cox(x, duration, event, test)
             )
-        scores[name] = evaluation.judge_risk(holdout, cohort, risk)
+        scores[name] = evaluation.evaluate_risk(holdout, cohort, risk)
     return scores
 
 

@@ -400,7 +400,7 @@ def _measures(
     if PRETRAINING in study.phases:
         unit = federation.public_standardisation(ground.public, ground.genes)
         imputer = evaluation.model_imputer(study, whole, len(ground.genes))
-        scores = evaluation.judge_imputer(
+        scores = evaluation.evaluate_imputer(
             _Rescaled(imputer, scale, unit),
             to_patients(ground.holdout, ground.genes, unit),
             RESTORED,
@@ -429,7 +429,7 @@ def _accuracies(
         drawn = references.panels(genes, [SMALL_PANEL], study.seed)[SMALL_PANEL]
         panels[f"accuracy-{SMALL_PANEL}"] = drawn
     return {
-        key: evaluation.judge_classes(
+        key: evaluation.evaluate_classes(
             study, whole, patients, torch.tensor([g in set(panel) for g in genes])
         )[0]
         for key, panel in panels.items()
@@ -440,7 +440,7 @@ def _c_index(study: Study, whole: Parameters, patients: Patients) -> float | Non
     """Return the mean C-index within cancer types, weighted by their deaths."""
     judged = [
         each
-        for each in evaluation.judge_survival(study, whole, patients).values()
+        for each in evaluation.evaluate_survival(study, whole, patients).values()
         if each["c_index"] is not None and each["events"] >= MIN_EVENTS
     ]
     if not judged:

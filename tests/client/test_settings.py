@@ -107,8 +107,8 @@ def test_what_belongs_into_the_policy_is_refused_elsewhere(
         load(tmp_path, f"{line}\n{MINIMAL}")
 
     assert str(refusal.value) == (
-        f"site.toml: {key} cannot be set here; what the hospital permits stands in the "
-        "policy.toml beside it. Move it."
+        f"site.toml: {key} cannot be set here; what the hospital permits stands in its "
+        "folder's policy.toml. Move it."
     )
 
 

@@ -246,13 +246,15 @@ def _nobody_approves(alliance: Alliance, contract: str) -> None:
 
 
 def _reject(alliance: Alliance, contract: str) -> None:
-    alliance.desk(THIRD).receive(alliance.signed(contract))
-    alliance.desk(THIRD).decide(contract, "rejected", by="Dr. N.", reason="no")
+    alliance.approvals(THIRD).receive(alliance.signed(contract))
+    alliance.approvals(THIRD).decide(contract, "rejected", by="Dr. N.", reason="no")
 
 
 def _withdraw(alliance: Alliance, contract: str) -> None:
     alliance.approve(contract, THIRD)
-    alliance.desk(THIRD).decide(contract, "withdrawn", by="Dr. N.", reason="no more")
+    alliance.approvals(THIRD).decide(
+        contract, "withdrawn", by="Dr. N.", reason="no more"
+    )
 
 
 def _demand_privacy(alliance: Alliance, contract: str) -> None:
@@ -378,7 +380,9 @@ def test_a_hospital_that_withdraws_mid_run_is_left_out_and_nothing_of_it_leaves(
     contract = alliance.agree(short())
 
     def withdraw() -> None:
-        alliance.desk(THIRD).decide(contract, "withdrawn", by="Dr. N.", reason="no")
+        alliance.approvals(THIRD).decide(
+            contract, "withdrawn", by="Dr. N.", reason="no"
+        )
 
     run = alliance.conduct(contract, before=at(THIRD, 2, withdraw))
 
@@ -399,8 +403,8 @@ def test_a_hospital_that_withdraws_while_it_trains_sends_nothing(
     def train_round(study: Study, phase: str, number: int, *a: Any, **kw: Any) -> Any:
         result = honest(study, phase, number, *a, **kw)
         if (kw["site"], number) == (THIRD, 2):
-            desk = alliance.desk(THIRD)
-            desk.decide(contract, "withdrawn", by="Dr. N.", reason="no")
+            store = alliance.approvals(THIRD)
+            store.decide(contract, "withdrawn", by="Dr. N.", reason="no")
         return result
 
     monkeypatch.setattr(local_round, "train_round", train_round)
@@ -418,7 +422,9 @@ def test_a_run_whose_mandatory_hospital_withdraws_fails_and_says_so(
     contract = alliance.agree(short(rounds=rule))
 
     def withdraw() -> None:
-        alliance.desk(THIRD).decide(contract, "withdrawn", by="Dr. N.", reason="no")
+        alliance.approvals(THIRD).decide(
+            contract, "withdrawn", by="Dr. N.", reason="no"
+        )
 
     with pytest.raises(FederationError, match=rf"mandatory \['{THIRD}'\] did not"):
         alliance.conduct(contract, before=at(THIRD, 2, withdraw))

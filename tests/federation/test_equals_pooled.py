@@ -82,7 +82,14 @@ def step(
 ) -> Update:
     """Train one round at a site, as its ClientApp does."""
     result = local_round.train_round(
-        rules, PRETRAINING, 1, own, incoming, site=site, floor=1, state_dir=folder
+        rules,
+        PRETRAINING,
+        1,
+        own,
+        incoming,
+        site=site,
+        min_cell_count=1,
+        state_dir=folder,
     )
     return Update(
         site=site,

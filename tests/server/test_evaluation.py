@@ -14,7 +14,7 @@ from fedgex.common.data.dataset import Patients
 from fedgex.common.models import tasks
 from fedgex.common.study import Evaluation, Study
 from fedgex.server import evaluation
-from fedgex.server.evaluation import class_scores, hidden_cells, judge_risk
+from fedgex.server.evaluation import class_scores, evaluate_risk, hidden_cells
 
 N_GENES = 12
 RULE = Evaluation(rates=(0.3, 0.7), panels=(4, 8), patients_per_round=5)
@@ -111,8 +111,8 @@ def test_hidden_cells_depend_on_the_seed_and_not_on_what_was_drawn_before() -> N
 def test_every_method_is_judged_on_the_same_cells() -> None:
     one, other = Recorder(), Recorder()
 
-    evaluation.judge_imputer(one, patients(lacking=(2,)), RULE, 1)
-    evaluation.judge_imputer(other, patients(lacking=(2,)), RULE, 1)
+    evaluation.evaluate_imputer(one, patients(lacking=(2,)), RULE, 1)
+    evaluation.evaluate_imputer(other, patients(lacking=(2,)), RULE, 1)
 
     assert len(one.shown) == 6
     for first, second in zip(one.shown, other.shown, strict=True):
@@ -134,17 +134,17 @@ def test_the_error_is_over_hidden_cells_alone() -> None:
     holdout = patients(lacking=(5,))
     zeros, truth = Recorder(), holdout.values.numpy()
 
-    scores = evaluation.judge_imputer(zeros, holdout, RULE, 1, ("mcar",))
+    scores = evaluation.evaluate_imputer(zeros, holdout, RULE, 1, ("mcar",))
 
     for seen, score in zip(zeros.shown, scores["mcar"].values(), strict=True):
         hidden = ~seen & ~np.isnan(truth)
         assert score.mse == pytest.approx(np.mean(truth[hidden] ** 2.0))
-    perfect = evaluation.judge_imputer(Oracle(truth), holdout, RULE, 1)
+    perfect = evaluation.evaluate_imputer(Oracle(truth), holdout, RULE, 1)
     assert {s.mse for by_key in perfect.values() for s in by_key.values()} == {0.0}
 
 
 def test_the_plain_numbers_hold_the_mse_of_each_setting() -> None:
-    scores = evaluation.judge_imputer(Recorder(), patients(), RULE, 1, ("panel",))
+    scores = evaluation.evaluate_imputer(Recorder(), patients(), RULE, 1, ("panel",))
 
     errors = evaluation.mse_only(evaluation.as_numbers(scores))
 
@@ -186,7 +186,7 @@ def test_classes_cannot_be_judged_on_patients_of_other_types() -> None:
     whole = tasks.begin(rules, "classification", tasks.initial(rules, N_GENES))
     everything = torch.ones(N_GENES, dtype=torch.bool)
 
-    accuracy, f1 = evaluation.judge_classes(rules, whole, patients(), everything)
+    accuracy, f1 = evaluation.evaluate_classes(rules, whole, patients(), everything)
 
     assert math.isnan(accuracy)
     assert math.isnan(f1)
@@ -200,8 +200,8 @@ def test_the_panel_is_all_that_the_classifier_sees() -> None:
     scrambled = patients(types=holdout.cancer_type)
     scrambled.values[:, 4:] = 1e3
 
-    one = evaluation.judge_classes(rules, whole, holdout, panel)
-    other = evaluation.judge_classes(rules, whole, scrambled, panel)
+    one = evaluation.evaluate_classes(rules, whole, holdout, panel)
+    other = evaluation.evaluate_classes(rules, whole, scrambled, panel)
 
     assert one == other
     assert one[0] in {i / 10 for i in range(11)}  # ten patients are A or B
@@ -217,7 +217,7 @@ def test_the_c_index_within_a_type_is_that_of_lifelines() -> None:
     )
     risk = rng.normal(size=40).astype(np.float32)
 
-    result = judge_risk(holdout, "LUAD", risk)
+    result = evaluate_risk(holdout, "LUAD", risk)
 
     rows = slice(1, None, 2)
     duration, event = holdout.duration.numpy()[rows], holdout.event.numpy()[rows]
@@ -236,7 +236,7 @@ def test_patients_without_follow_up_do_not_count() -> None:
         event=[1.0, 1.0, 1.0, math.nan, *[1.0] * 5, 0.0],
     )
 
-    result = judge_risk(holdout, "BRCA", np.arange(10, 0, -1, dtype=np.float32))
+    result = evaluate_risk(holdout, "BRCA", np.arange(10, 0, -1, dtype=np.float32))
 
     assert (result["patients"], result["events"]) == (6, 5)
     assert result["c_index"] == 1.0  # the higher the risk, the earlier the death
@@ -245,7 +245,7 @@ def test_patients_without_follow_up_do_not_count() -> None:
 def test_fewer_than_five_deaths_are_too_few() -> None:
     holdout = patients(10, event=[1.0] * 4 + [0.0] * 6)
 
-    result = judge_risk(holdout, "BRCA", np.zeros(10, np.float32))
+    result = evaluate_risk(holdout, "BRCA", np.zeros(10, np.float32))
 
     assert result == {
         "patients": 10,
@@ -257,7 +257,7 @@ def test_fewer_than_five_deaths_are_too_few() -> None:
 
 
 def test_a_type_that_nobody_has_says_so() -> None:
-    result = judge_risk(patients(10), "LUAD", np.zeros(10, np.float32))
+    result = evaluate_risk(patients(10), "LUAD", np.zeros(10, np.float32))
 
     assert (result["patients"], result["c_index"]) == (0, None)
     assert result["reason"] == "fewer than 5 events"
@@ -267,14 +267,14 @@ def test_patients_without_a_predicted_risk_are_not_judged() -> None:
     risk = np.zeros(10, np.float32)
     risk[3] = np.nan
 
-    result = judge_risk(patients(10), "BRCA", risk)
+    result = evaluate_risk(patients(10), "BRCA", risk)
 
     assert result["c_index"] is None
     assert result["reason"] == "no risk predicted"
 
 
 def test_deaths_that_are_all_on_one_day_cannot_be_put_in_order() -> None:
-    result = judge_risk(patients(6, duration=[9.0] * 6), "BRCA", np.arange(6.0))
+    result = evaluate_risk(patients(6, duration=[9.0] * 6), "BRCA", np.arange(6.0))
 
     assert result["events"] == 6
     assert result["c_index"] is None
@@ -300,9 +300,9 @@ def test_a_round_is_judged_by_what_its_phase_is_about() -> None:
     whole = tasks.initial(rules, N_GENES)
     whole = tasks.begin(rules, "classification", whole)
 
-    pretraining = evaluation.judge_round(rules, "pretraining", whole, patients())
-    classes = evaluation.judge_round(rules, "classification", whole, patients())
-    survival = evaluation.judge_round(rules, "survival", whole, patients())
+    pretraining = evaluation.evaluate_round(rules, "pretraining", whole, patients())
+    classes = evaluation.evaluate_round(rules, "classification", whole, patients())
+    survival = evaluation.evaluate_round(rules, "survival", whole, patients())
 
     assert {k: list(v) for k, v in pretraining.items()} == {
         "mcar": ["0.3", "0.7"],

@@ -121,7 +121,7 @@ def test_a_round_is_the_mean_of_the_sites_own_rounds(tmp_path: Path) -> None:
             rows,
             tasks.download_state(study(), "pretraining", start.parameters),
             site=name,
-            floor=2,
+            min_cell_count=2,
             state_dir=tmp_path,
         ).update
         for name, rows in patients.items()

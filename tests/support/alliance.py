@@ -25,7 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedgex.client.app
 from fedgex.client import identity
-from fedgex.client.admission.approvals import Desk
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.admission.gate import Gate
 from fedgex.client.settings import SiteSettings
 from fedgex.client.training import local_round
@@ -221,8 +221,8 @@ class Alliance:
         """Return a hospital's state directory."""
         return self.sites / name / "state"
 
-    def desk(self, name: str) -> Desk:
-        return Desk.of(SiteSettings.load(self.site_toml(name)))
+    def approvals(self, name: str) -> ApprovalStore:
+        return ApprovalStore.of(SiteSettings.load(self.site_toml(name)))
 
     def permit(self, name: str, **changes: Any) -> None:
         """Change a hospital's policy.toml."""
@@ -268,8 +268,8 @@ class Alliance:
         """Have a person at each of the hospitals, or at all, approve a contract."""
         last = expires or TODAY + timedelta(days=20)
         for name in names or self.names:
-            self.desk(name).receive(self.signed(contract))
-            self.desk(name).decide(contract, "approved", by="Dr. N.", expires=last)
+            self.approvals(name).receive(self.signed(contract))
+            self.approvals(name).decide(contract, "approved", by="Dr. N.", expires=last)
 
     def agree(self, study: Study) -> str:
         """Publish a contract about a study and have it approved by all."""

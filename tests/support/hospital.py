@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from fedgex.client import identity
-from fedgex.client.admission.approvals import Desk
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.admission.gate import Gate
 from fedgex.client.policy import TEMPLATE
 from fedgex.client.settings import SiteSettings
@@ -144,9 +144,9 @@ def join_and_approve(folder: Path, contract: str) -> tuple[Path, Signed]:
     csr = pki.request(ada, "ada", "administrator")
     certificate = pki.issue(*authority, csr, name="ada", role="administrator", days=30)
     signed = Signed(contract).signed_by(ada, certificate)
-    desk = Desk.of(SiteSettings.load(site_toml))
-    desk.receive(signed)
-    desk.decide(signed.hash, "approved", by="Dr. N.", expires=TOMORROW)
+    approvals = ApprovalStore.of(SiteSettings.load(site_toml))
+    approvals.receive(signed)
+    approvals.decide(signed.hash, "approved", by="Dr. N.", expires=TOMORROW)
     return site_toml, signed
 
 

@@ -216,7 +216,7 @@ def c_index_by_cancer(study: Study, unseen: Patients, risk: Floats) -> Values:
     """Return the C-index within each cancer with enough deaths."""
     found = {}
     for name in study.survival.cancer_types:
-        one = evaluation.judge_risk(unseen, name, risk)
+        one = evaluation.evaluate_risk(unseen, name, risk)
         if one["events"] >= MIN_EVENTS and one["c_index"] is not None:
             found[name] = float(one["c_index"])
     return found

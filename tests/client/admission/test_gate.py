@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
-from fedgex.client.admission.approvals import Desk
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.admission.gate import Gate
 from fedgex.client.cli import app as command
 from fedgex.client.identity import Request
@@ -73,8 +73,8 @@ class Hospital:
         assert result.exit_code == 0, result.output
 
     def decide(self, verdict: Any, **more: Any) -> None:
-        desk = Desk.of(SiteSettings.load(self.site_toml))
-        desk.decide(self.contract.hash, verdict, by="Dr. Curie", **more)
+        approvals = ApprovalStore.of(SiteSettings.load(self.site_toml))
+        approvals.decide(self.contract.hash, verdict, by="Dr. Curie", **more)
 
     def receive(self) -> RecordDict:
         """Send the contract, and return the answer."""

@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner, Result
 
-from fedgex.client.admission.approvals import Desk
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.cli import app
 from fedgex.client.identity import Request
 from fedgex.client.settings import SiteSettings
@@ -89,7 +89,7 @@ def contract(site_toml: Path, authority: Authority) -> Signed:
     csr = pki.request(key, "ada", "administrator")
     ada = pki.issue(*authority, csr, name="ada", role="administrator", days=365)
     signed = Signed(TEXT, ()).signed_by(key, ada)
-    Desk.of(SiteSettings.load(site_toml)).receive(signed)
+    ApprovalStore.of(SiteSettings.load(site_toml)).receive(signed)
     return signed
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.client.admission.approvals import Desk
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.settings import SiteSettings
 from fedgex.common.trust import pki
 from fedgex.common.trust.signed import Signed
@@ -127,7 +127,7 @@ def test_a_contract_cannot_steer_the_operators_terminal(
     eve = pki.issue(*authority, csr, name="eve", role="administrator", days=9)
     text = TEXT.replace("Learn to", "Learn \\u001b[2J\\u202Eto")
     signed = Signed(text + "# \u202e\n", ()).signed_by(key, eve)
-    Desk.of(SiteSettings.load(site_toml)).receive(signed)
+    ApprovalStore.of(SiteSettings.load(site_toml)).receive(signed)
 
     result = site("study", "show", site_toml, signed.hash)
 

@@ -357,7 +357,7 @@ def test_a_ledger_beside_a_log_that_does_not_know_it_is_refused(
     shutil.copy(tmp_path / "audit.jsonl", north.state_dir / "audit.jsonl")
 
     assert code(north.ask(2)) == "FX-PRIV-003"
-    assert "never heard of it" in north.why()
+    assert "records none" in north.why()
 
 
 def test_a_ledger_ahead_of_the_log_goes_on(
@@ -479,7 +479,7 @@ def test_study_show_says_what_the_study_would_cost(north: Hospital) -> None:
     tight = site("study show", north, north.contract.hash).stdout
 
     assert (
-        "privacy      for each patient, made here: the whole study costs epsilon "
+        "privacy      for each patient, made here: the study costs epsilon "
         f"{after(5):.3g} at delta 1e-05\n"
         f"privacy      budget of a patient: epsilon 0 spent, {after(5):.3g} after this "
         "study, 8 permitted\n"

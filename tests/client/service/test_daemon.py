@@ -190,7 +190,7 @@ def test_a_full_disk_stops_the_computation_and_not_the_daemon(
     monkeypatch.setattr(os, "fsync", fail)
 
     served._enforce_limit()
-    served._tell()
+    served._write_status()
 
     assert served.worker.stopped  # type: ignore[attr-defined]
     assert "Free space" in caplog.text

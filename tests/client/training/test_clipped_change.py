@@ -64,7 +64,7 @@ def test_what_a_round_sends_is_no_longer_than_the_clip(tmp_path: Path):
         patients,
         tasks.initial(study, 6),
         site="north",
-        floor=5,
+        min_cell_count=5,
         state_dir=tmp_path,
     ).update
 

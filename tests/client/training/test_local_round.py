@@ -57,7 +57,7 @@ def sent(a_study: Study, phase: str) -> tasks.Parameters:
 
 
 def trained(
-    a_study: Study, phase: str, folder: Path, number: int = 1, floor: int = 2
+    a_study: Study, phase: str, folder: Path, number: int = 1, min_cell_count: int = 2
 ) -> RoundResult:
     return train_round(
         a_study,
@@ -66,7 +66,7 @@ def trained(
         patients(),
         sent(a_study, phase),
         site="h1",
-        floor=floor,
+        min_cell_count=min_cell_count,
         state_dir=folder,
     )
 
@@ -90,22 +90,26 @@ def test_patients_are_eligible_by_cancer_type_and_known_follow_up(phase, rows):
     assert taken.cancer_type == tuple(patients().cancer_type[i] for i in rows)
 
 
-@pytest.mark.parametrize(("phase", "floor"), [(CLASSIFICATION, 7), (SURVIVAL, 4)])
+@pytest.mark.parametrize(
+    ("phase", "min_cell_count"), [(CLASSIFICATION, 7), (SURVIVAL, 4)]
+)
 def test_too_few_patients_are_a_finding_that_tells_the_floor_and_no_count(
-    tmp_path, phase, floor
+    tmp_path, phase, min_cell_count
 ):
     with pytest.raises(DataError) as refusal:
-        trained(study(), phase, tmp_path, floor=floor)
+        trained(study(), phase, tmp_path, min_cell_count=min_cell_count)
 
     (finding,) = refusal.value.findings
     assert (finding.code, finding.severity) == ("FX-SITE-003", "error")
     assert finding.where == phase
     text = str(finding).replace(finding.code, "")
-    assert set(re.findall(r"\d+", text)) == {str(floor)}
+    assert set(re.findall(r"\d+", text)) == {str(min_cell_count)}
 
 
 def test_as_many_patients_as_the_floor_are_enough(tmp_path):
-    assert trained(study(), SURVIVAL, tmp_path, floor=3).report.num_examples == 3
+    assert (
+        trained(study(), SURVIVAL, tmp_path, min_cell_count=3).report.num_examples == 3
+    )
 
 
 @pytest.mark.parametrize("phase", FINE_TUNING)
@@ -173,7 +177,7 @@ def test_sites_and_rounds_draw_differently(tmp_path):
             patients(),
             sent(study(), PRETRAINING),
             site=site,
-            floor=2,
+            min_cell_count=2,
             state_dir=tmp_path,
         ).update
 
@@ -204,7 +208,7 @@ def test_what_came_in_is_not_changed(tmp_path):
         patients(),
         incoming,
         site="h1",
-        floor=2,
+        min_cell_count=2,
         state_dir=tmp_path,
     )
 
@@ -223,7 +227,7 @@ def test_a_parameter_that_did_not_come_is_refused_by_name(tmp_path):
             patients(),
             incoming,
             site="h1",
-            floor=2,
+            min_cell_count=2,
             state_dir=tmp_path,
         )
 

@@ -364,7 +364,7 @@ def test_a_round_whose_shares_left_has_no_other_attempt(
     coordinator.finish()
     coordinator.attempt = 2
     for name in NAMES:
-        with pytest.raises(ExchangeError, match="would tell of one site"):
+        with pytest.raises(ExchangeError, match="could reveal one site"):
             coordinator.advertise(name)
 
 

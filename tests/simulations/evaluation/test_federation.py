@@ -120,10 +120,10 @@ def test_the_federated_model_is_judged_as_the_server_judges_it(
         found = numbers["central"][FEDERATED][position]
 
         imputer = evaluation.model_imputer(study, whole, len(ground.genes))
-        restored = evaluation.judge_imputer(
+        restored = evaluation.evaluate_imputer(
             imputer, unseen, scores.RESTORED, seed, ("mcar", "panel")
         )
-        dropped = evaluation.judge_imputer(
+        dropped = evaluation.evaluate_imputer(
             imputer, unseen, scores.DROPPED_OUT, seed, ("mnar",)
         )
         assert found["mse-0.5"] == pytest.approx(restored["mcar"]["0.5"].mse, rel=1e-4)
@@ -134,9 +134,9 @@ def test_the_federated_model_is_judged_as_the_server_judges_it(
             dropped["mnar"]["0.5"].mse, rel=1e-4
         )
         everything = torch.ones(len(ground.genes), dtype=torch.bool)
-        accuracy, _ = evaluation.judge_classes(study, whole, unseen, everything)
+        accuracy, _ = evaluation.evaluate_classes(study, whole, unseen, everything)
         assert found["accuracy"] == pytest.approx(accuracy)
-        survival = evaluation.judge_survival(study, whole, unseen).values()
+        survival = evaluation.evaluate_survival(study, whole, unseen).values()
         enough = [s["c_index"] for s in survival if s["events"] >= 10]
         assert found["c-index"] == pytest.approx(np.mean(enough))
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy.stats import wilcoxon
 
 from fedgex.simulations.evaluation import page, resumable, table
+from fedgex.simulations.reporting.schema import plain
 
 
 def refuse(*_: object) -> Any:
@@ -141,6 +142,6 @@ def test_a_section_with_a_field_that_is_none_is_left_out(
 
 
 def test_numbers_become_what_json_can_hold() -> None:
-    found = page.plain({1: np.float64(0.5), "b": (np.nan, np.array([1, 2]))})
+    found = plain({1: np.float64(0.5), "b": (np.nan, np.array([1, 2]))})
 
     assert found == {"1": 0.5, "b": [None, [1, 2]]}

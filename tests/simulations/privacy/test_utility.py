@@ -190,7 +190,7 @@ def test_the_c_index_counts_by_deaths_where_there_are_enough(
         "C": {"c_index": 0.1, "events": 9},
         "D": {"c_index": None, "events": 50},
     }
-    monkeypatch.setattr(utility.evaluation, "judge_survival", lambda *_: judged)
+    monkeypatch.setattr(utility.evaluation, "evaluate_survival", lambda *_: judged)
 
     found = utility._c_index(scenario().study, {}, cast(Patients, None))
 

@@ -8,9 +8,9 @@ import typer
 
 from fedgex.common.system.lazy_commands import lazy_group
 
-_CLI = "fedgex.server.cli."
+_PACKAGE = "fedgex.server.cli."
 COMMANDS = {
-    name: (_CLI + place, line)
+    name: (_PACKAGE + place, line)
     for name, place, line in (
         (
             "consortium",

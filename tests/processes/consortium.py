@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from .troubles import Clock, Disk, Link, Road, intercepting_proxy
 
 TYPES = ["type-1", "type-2"]
 N_SITES = 3
-OUTAGE_S = float(os.environ.get("FEDGEX_OUTAGE_S", "60"))
+OUTAGE_S = float(os.environ.get("FEDGEX_OUTAGE_S", "20"))
 """How long a link is away; an hour is tried by hand."""
 DEADLINE_S = 3600 + OUTAGE_S
 """Of a round: longer than its hospital is away, or the hospital would be late."""
@@ -47,8 +48,8 @@ STUDY: dict[str, Any] = {
     "minimum_cohort": 10,
     "cross_products": True,
     "linear_rank": 4,
-    "pretraining": {"rounds": 60, "local_epochs": 1},
-    "classification": {"rounds": 30, "classes": TYPES},
+    "pretraining": {"rounds": 24, "local_epochs": 1},
+    "classification": {"rounds": 12, "classes": TYPES},
     "evaluation": {"rates": [0.5], "panels": [10]},
     "rounds": {"quorum": N_SITES, "deadline_s": DEADLINE_S},
 }
@@ -79,7 +80,8 @@ class InProcess(Rehearsal):
         done = CliRunner().invoke(apps[command], words, env=environment)
         if done.exit_code:
             shown = " ".join([command, *words])
-            raise FederationError(f"{shown} ended with {done.exit_code}: {done.output}")
+            reason = f"{shown} ended with {done.exit_code}: {done.output}"
+            raise FederationError(reason) from done.exception
         return done.stdout
 
 
@@ -279,12 +281,14 @@ class Served:
             return
         raise FederationError(f"{name} has no process {module}")
 
-    def restart(self, name: str, environment: Mapping[str, str]) -> None:
-        """End server or hospital and start it; with these variables no other one is."""
-        self.consortium.environments = {name: environment}
-        process = self.consortium.processes[name]
-        process.terminate()
-        process.wait()
+    def restart(self, environments: Mapping[str, Mapping[str, str]]) -> None:
+        """End and start server or hospitals; no other one has such variables then."""
+        self.consortium.environments = environments
+        ending = [self.consortium.processes[name] for name in environments]
+        for process in ending:
+            process.terminate()
+        for process in ending:
+            process.wait()
         self.consortium.revive()
 
     def pause(self, seconds: float) -> None:
@@ -331,11 +335,12 @@ def serving(folder: Path, road: Road) -> Iterator[Served]:
     try:
         for disk in served.disks.values():
             served.no_disks = served.no_disks or disk.mount()
-        with consortium:
-            served.reference = _reference(consortium)
+        with consortium, ThreadPoolExecutor() as background:
+            reference = background.submit(_reference, consortium)
             consortium.start()
             served.contract = consortium.publish()
             consortium.approve(served.contract)
+            served.reference = reference.result()
             yield served
     finally:  # its processes have ended before the disks go
         for disk in served.disks.values():

@@ -51,7 +51,7 @@ def targets() -> list[tuple[str, str, int]]:
 def test_a_run_survives_a_kill_at(served, tmp_path: Path, side, point, visit):
     consortium, killed = served.consortium, tmp_path / "killed"
     victim = "server" if side == "server" else consortium.sites[0]
-    served.restart(victim, {failpoints.VARIABLE: f"{point}:{visit}:{tmp_path}"})
+    served.restart({victim: {failpoints.VARIABLE: f"{point}:{visit}:{tmp_path}"}})
     run = f"{side}-{point.replace('.', '-').replace('_', '-')}-{visit}"
     with served.apart(run):
         served.until_round(3)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 
 from .test_kills import SUPERNODE
-from .troubles import DAY_S
+from .troubles import DAY_S, Clock
 
 pytestmark = pytest.mark.deployment
 
@@ -94,26 +94,36 @@ def test_a_server_whose_disk_was_full_says_so_and_the_run_goes_on(served):
     served.survives(disturb)
 
 
-@pytest.mark.parametrize("whose", ["hospital", "server"])
-def test_a_clock_that_jumps_a_day_ahead_and_two_back_costs_time_alone(served, whose):
+@pytest.fixture(scope="module")
+def clocks(served) -> Iterator[Mapping[str, Clock]]:
+    """Start one hospital and the server under clocks that jump.
+
+    Such a process is slow: no test of another module has one.
+    """
     if served.no_clocks:
         pytest.skip(served.no_clocks)
+    moved = {name: clock.environment for name, clock in served.clocks.items()}
+    served.survives(lambda: served.restart(moved))
+    yield served.clocks
+    served.restart({name: {} for name in moved})
+
+
+@pytest.mark.parametrize("whose", ["hospital", "server"])
+def test_a_clock_that_jumps_a_day_ahead_and_two_back_costs_time_alone(
+    served, clocks, whose
+):
     sites = served.consortium.sites
     name, unheard = (sites[0], sites[:1]) if whose == "hospital" else (whose, sites)
-    clock = served.clocks[name]
 
     def disturb() -> None:
         try:
             for days in (1, -1):
-                clock.jump(days * DAY_S)
+                clocks[name].jump(days * DAY_S)
                 until_unheard(served, unheard)
         finally:
-            clock.jump(0)
+            clocks[name].jump(0)
 
-    # A process that goes by such a clock is slow: no other test has it.
-    served.survives(lambda: served.restart(name, clock.environment))
     served.survives(disturb)
-    served.survives(lambda: served.restart(name, {}))
 
 
 def test_one_lost_packet_in_twenty_costs_time_alone(served):

@@ -25,14 +25,14 @@ def window() -> str:
 
 def test_a_run_goes_on_after_an_upgrade_inside_the_window(served, tmp_path: Path):
     number = f"{window()}.99"
-    served.survives(lambda: served.restart("server", install(tmp_path, number)))
+    served.survives(lambda: served.restart({"server": install(tmp_path, number)}))
     last = served.receipt_paths(served.run)[-1].with_name("manifest.json")
     assert json.loads(last.read_text())["versions"]["fedgex"] == number
 
 
 def test_outside_the_window_the_run_stops_and_names_the_version(served, tmp_path: Path):
     run, state_of = served.running(), served.consortium.state_of
-    served.restart("server", install(tmp_path, "99.0.0"))
+    served.restart({"server": install(tmp_path, "99.0.0")})
     served.consortium.until("the run fails", lambda: state_of(run) == "failed")
     state = served.consortium.run_dir(run) / "state.json"
     reason = json.loads(state.read_text())["reason"]
@@ -41,7 +41,7 @@ def test_outside_the_window_the_run_stops_and_names_the_version(served, tmp_path
 
 def test_the_run_is_resumed_under_the_version_of_the_contract(served):
     run = served.run
-    served.restart("server", {})
+    served.restart({"server": {}})
     served.resume(run)
     served.survives()
     assert served.run == run

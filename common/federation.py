@@ -63,10 +63,10 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class RoundResult:
-    """What a site answers to a round."""
+    """A site's result of one round."""
 
     update: dict[str, NDArray[np.float32]]
-    """What travels up: parameters or their change."""
+    """Uploaded parameters, or their change."""
     report: training.FitReport | None
     """None under patient-level privacy: every number of it depends on patients."""
     pre_training_loss: float | None
@@ -80,7 +80,7 @@ class Update:
 
     site: str
     arrays: Mapping[str, Array]
-    """What travelled up; of a server, read from the disk when it is asked for."""
+    """Uploaded arrays; a server reads each from disk on access."""
     num_examples: int | None
     """None if the site withholds it."""
     num_loss_terms: int | None
@@ -279,8 +279,8 @@ def fit_public(
     """Return the model with a phase's modules trained on the public patients.
 
     As at a site, with the phase's own settings; the learning rate falls over the epochs
-    as it does over the rounds. The model stays as it is where fewer than
-    MIN_PUBLIC_PATIENTS can take part.
+    as it does over the rounds. The model stays as it is with fewer than
+    MIN_PUBLIC_PATIENTS eligible patients.
     """
     patients = losses.eligible(study, phase, patients)
     if len(patients) < MIN_PUBLIC_PATIENTS:
@@ -306,7 +306,7 @@ def fit_public(
     return {**state_dict, **tasks.upload_state(study, phase, trained)}
 
 
-def round_parameters(
+def global_parameters(
     study: Study, phase: str, state_dict: Parameters
 ) -> dict[str, NDArray[np.float32]]:
     """Return the parameters that a round trains: these must come back from a site."""
@@ -327,7 +327,7 @@ def round_update(
     fit: Callable[[], None] | None = None,
     evaluate: bool = True,
 ) -> RoundResult:
-    """Evaluate and train a phase's model in place, and return what travels up.
+    """Evaluate and train a phase's model in place, and return what the site uploads.
 
     Parameters
     ----------
@@ -336,7 +336,7 @@ def round_update(
     model
         That of the phase with the global parameters, see `tasks.load`.
     patients
-        Those of the site that take part in the phase, see `losses.eligible`.
+        Those of the site that are eligible for the phase, see `losses.eligible`.
     site
         Name of the site, from which its seeds are derived.
     fit
@@ -463,8 +463,8 @@ def next_model(
         of a phase.
     """
     memory = last.server if last.phase == phase else {}
-    global_parameters = round_parameters(last.study, phase, initial_state)
-    combined, memory = aggregate(global_parameters, memory)
+    params = global_parameters(last.study, phase, initial_state)
+    combined, memory = aggregate(params, memory)
     return dataclasses.replace(
         last,
         phase=phase,

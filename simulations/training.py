@@ -221,7 +221,7 @@ def _updates(
     policies: Policies,
 ) -> Iterator[Update]:
     """Yield the updates that count in a round, in order of site."""
-    incoming = federation.round_parameters(study, phase, begun)
+    incoming = federation.global_parameters(study, phase, begun)
     sent = tasks.download_state(study, phase, begun)
     found, norms, refused = {}, {}, {}
     for name, patients in sites.items():

@@ -23,17 +23,16 @@ Number = TypeVar("Number", bound=np.generic)
 Summable = TypeVar("Summable", "GeneMoments", "CrossProducts")
 
 SUPPRESSED = -1
-"""A count that a site keeps back, because it is below the minimum cohort. Few and none
-look the same; sums that belong to it are 0, and nothing is known of it."""
+"""Count of a cell below the minimum cell count, few or none alike; its sums are 0."""
 
 OTHERS = "others"
-"""Group of the patients whose cancer type is not told apart."""
+"""Group of the patients of all cancer types that the study does not name."""
 
 MIN_SITES = 2
-"""With fewer, the statistics that everyone receives would be one site's own."""
+"""Fewest sites behind a group's sums, since all sites receive what is made of them."""
 
 FEWEST_TO_COMPARE = 3
-"""Sites below which none is the odd one out."""
+"""Fewest sites of which one can be found to differ from the others."""
 
 FOREIGN_BEYOND = float(np.sqrt(np.log(2)))
 """Gene means in natural logarithms are .69 of those in base 2. A site is on a foreign
@@ -46,10 +45,10 @@ sums of squares cannot tell a smaller spread from rounding."""
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GeneMoments:
-    """What a site tells of each gene: how many values, their sum and sum of squares.
+    """A site's count, sum and sum of squares of each gene's values.
 
-    A gene that one patient alone has measured reveals that patient's value, so counts
-    below the minimum cohort must not leave the site; see `suppressed`.
+    The sum of a gene that one patient has measured is that patient's value; so a site
+    sends `suppressed` moments.
     """
 
     count: NDArray[np.int64]
@@ -93,9 +92,9 @@ class GeneMoments:
             n_patients=len(values),
         )
 
-    def suppressed(self, floor: int) -> Self:
-        """Return what may leave a site: nothing of genes known of fewer patients."""
-        known = self.count >= floor
+    def suppressed(self, min_cell_count: int) -> Self:
+        """Return the moments without genes measured in fewer patients."""
+        known = self.count >= min_cell_count
         return type(self)(
             count=np.where(known, self.count, SUPPRESSED),
             total=np.where(known, self.total, 0.0),
@@ -115,15 +114,15 @@ class GeneMoments:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean of each gene, shape (V,); 0 for a gene of which nothing is known."""
+        """Mean of each gene, shape (V,); 0 for a gene without a count."""
         return self.total / np.maximum(self.count, 1)
 
     @property
     def sd(self) -> NDArray[np.float64]:
         """Population SD (ddof 0) of each gene, shape (V,).
 
-        1 for a gene of which nothing is known or that is constant, so that dividing by
-        it leaves zeros; see CONSTANT_BELOW.
+        1 for a gene that has no count or is constant (CONSTANT_BELOW), so that dividing
+        by it leaves zeros.
         """
         square_mean = self.square_total / np.maximum(self.count, 1)
         variance = square_mean - self.mean**2
@@ -133,10 +132,9 @@ class GeneMoments:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Standardisation:
-    """The federation's mean and SD of each gene, the same at every site.
+    """Mean and SD of each gene over the federation, the same at every site.
 
-    Global numbers on purpose: centring each site by itself would remove what tells its
-    cancers apart.
+    Centring each site by itself would remove the differences between their cancers.
     """
 
     mean: NDArray[np.float64]
@@ -170,12 +168,11 @@ class Standardisation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CrossProducts:
-    """Sums of standardised genes, and of products of every two: they add up.
+    """Sums of standardised genes, and of the products of every two.
 
-    They say more than means do. A site with fewer patients than genes gives away the
-    space that its patients' profiles span, so each profile up to one rotation common to
-    all of them; one patient alone is given away up to sign. So cross-products leave a
-    site only above the minimum cohort (see `suppressed`) and with its permission.
+    With fewer patients than genes they determine the profiles up to one rotation common
+    to all of them, and a single profile up to sign. So a site sends them `suppressed`,
+    and only if its policy permits it.
     """
 
     products: NDArray[np.float64]
@@ -216,9 +213,9 @@ class CrossProducts:
             totals=x.sum(axis=0),
         )
 
-    def suppressed(self, floor: int) -> Self:
-        """Return what may leave a site: nothing of pairs known of fewer patients."""
-        known = self.pair_counts >= floor
+    def suppressed(self, min_cell_count: int) -> Self:
+        """Return the sums without pairs measured in fewer patients."""
+        known = self.pair_counts >= min_cell_count
         return type(self)(
             products=np.where(known, self.products, 0.0),
             pair_counts=np.where(known, self.pair_counts, SUPPRESSED),
@@ -226,7 +223,7 @@ class CrossProducts:
         )
 
     def without(self, genes: NDArray[np.bool_]) -> Self:
-        """Return the sums with nothing of some genes, marked in shape (V,)."""
+        """Return the sums without the genes that are marked in shape (V,)."""
         hidden = genes[:, None] | genes[None, :]
         return type(self)(
             products=np.where(hidden, 0.0, self.products),
@@ -250,7 +247,7 @@ class CrossProducts:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean of each gene, shape (V,); 0 for a gene of which nothing is known."""
+        """Mean of each gene, shape (V,); 0 for a gene without a count."""
         return self.totals / np.maximum(self.counts, 1)
 
     def about_mean(self) -> NDArray[np.float64]:
@@ -299,8 +296,7 @@ def foreign_scale(
     Parameters
     ----------
     mean, level
-        Shape (V,), NaN where not known. Of fewer genes than `LARGE_PANEL` nothing is
-        said.
+        Shape (V,), NaN where not known. None with fewer known genes than `LARGE_PANEL`.
     """
     known = ~np.isnan(mean) & ~np.isnan(level)
     if known.sum() < LARGE_PANEL or not level[known].any():
@@ -312,8 +308,8 @@ def foreign_scale(
 def foreign_scales(sites: Mapping[str, GeneMoments]) -> dict[str, float]:
     """Return the sites whose gene means are not on the others' scale, with the ratio.
 
-    The others' level is the median of the sites' means; see `foreign_scale`. Of fewer
-    than `FEWEST_TO_COMPARE` sites of `LARGE_PANEL` genes nothing is said.
+    The others' level is the median of the sites' means; see `foreign_scale`. Empty with
+    fewer than `FEWEST_TO_COMPARE` sites of `LARGE_PANEL` genes.
 
     Parameters
     ----------
@@ -339,15 +335,14 @@ def by_type(
     standardised: NDArray[np.floating[Any]],
     cancer_type: Sequence[str | None],
     types: Collection[str],
-    floor: int,
+    min_cell_count: int,
 ) -> dict[str, CrossProducts]:
     """Return cross-products of the patients of each type, and of all `OTHERS`.
 
-    The groups add up to the site, whose moments are known too, so that what one group
-    holds back, the difference would tell. So patients of a type with fewer than `floor`
-    are among the others; if these are still fewer, the smallest type joins them; and a
-    gene known of fewer than `floor` patients of one group, but of some, is suppressed
-    in every group.
+    The groups add up to the site, whose moments are known too: the cell that is
+    suppressed in one group only follows by subtraction. So a type of fewer patients
+    than `min_cell_count` joins the others; if these are still fewer, so does the
+    smallest type; and a gene that is suppressed in one group is so in every group.
 
     Parameters
     ----------
@@ -356,24 +351,25 @@ def by_type(
     cancer_type
         Of each patient, length N.
     types
-        Those to tell apart; none: all patients are among the others.
-    floor
+        Those with a group each; none: all patients are among the others.
+    min_cell_count
         Fewest patients in a group, and behind a sum.
     """
     group = [t if t is not None and t in types else OTHERS for t in cancer_type]
     while True:
         size = Counter(group)
-        told = sorted(size.keys() - {OTHERS}, key=lambda t: (size[t], t))
-        if not told or (size[told[0]] >= floor and not 0 < size[OTHERS] < floor):
+        named = sorted(size.keys() - {OTHERS}, key=lambda t: (size[t], t))
+        n_others = size[OTHERS] or min_cell_count  # no others: nothing to hide
+        if not named or min(size[named[0]], n_others) >= min_cell_count:
             break
-        group = [OTHERS if t == told[0] else t for t in group]
+        group = [OTHERS if t == named[0] else t for t in group]
     sums = {
         name: CrossProducts.of(standardised[[g == name for g in group]])
         for name in sorted(size)
     }
-    few = [(s.counts > 0) & (s.counts < floor) for s in sums.values()]
+    few = [(s.counts > 0) & (s.counts < min_cell_count) for s in sums.values()]
     hidden = np.logical_or.reduce(few)
-    return {n: s.suppressed(floor).without(hidden) for n, s in sums.items()}
+    return {n: s.suppressed(min_cell_count).without(hidden) for n, s in sums.items()}
 
 
 def pool_types(
@@ -381,31 +377,31 @@ def pool_types(
 ) -> dict[str, CrossProducts]:
     """Return the cross-products of each group over all sites, see `by_type`.
 
-    Nobody's own statistics are handed to everyone: a type of which fewer than
-    `MIN_SITES` of several sites tell joins the others; and where these are one site's
-    own then, so that the rest would tell them, the type with the fewest patients does.
+    No site's own statistics enter the model: a type that fewer than `MIN_SITES` of
+    several sites report joins the others; and where then one site reports others, whose
+    sums would follow by subtraction, so does the type with the fewest patients.
     """
     pooled: dict[str, CrossProducts] = {}
-    told_by: dict[str, set[int]] = {}
+    reporters: dict[str, set[int]] = {}
     for site, groups in enumerate(sites):
         for name, sums in groups.items():
             pooled[name] = pooled[name] + sums if name in pooled else sums
-            told_by.setdefault(name, set()).add(site)
-    least = min(MIN_SITES, len(set().union(*told_by.values())))
+            reporters.setdefault(name, set()).add(site)
+    least = min(MIN_SITES, len(set().union(*reporters.values())))
 
-    def alone(name: str) -> bool:
-        return 0 < len(told_by.get(name, ())) < least
+    def too_few(name: str) -> bool:
+        return 0 < len(reporters.get(name, ())) < least
 
     def first_to_join(name: str) -> tuple[bool, int, str]:
-        return not alone(name), int(pooled[name].counts.max()), name
+        return not too_few(name), int(pooled[name].counts.max()), name
 
-    while told := sorted(pooled.keys() - {OTHERS}, key=first_to_join):
-        name = told[0]
-        if not (alone(name) or alone(OTHERS)):
+    while named := sorted(pooled.keys() - {OTHERS}, key=first_to_join):
+        name = named[0]
+        if not (too_few(name) or too_few(OTHERS)):
             break
         sums = pooled.pop(name)
         pooled[OTHERS] = pooled[OTHERS] + sums if OTHERS in pooled else sums
-        told_by.setdefault(OTHERS, set()).update(told_by.pop(name))
+        reporters.setdefault(OTHERS, set()).update(reporters.pop(name))
     return pooled
 
 

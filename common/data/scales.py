@@ -145,7 +145,7 @@ def misfit(values: NDArray[np.floating], scale: Scale) -> str | None:
     if below_floor(finite, scale).any():
         return f"some values are below {floor(scale):g}"
     if scale == Scale.COUNTS and (finite != np.rint(finite)).any():
-        return "some values are not whole numbers"
+        return "some values are not integers"
     ceiling = float(_from_linear(np.array(LARGEST_ABUNDANCE), scale))
     if np.abs(finite).max() > ceiling:
         return f"some values are beyond {ceiling:.4g}"

@@ -123,7 +123,7 @@ def _check(
         )
     if not hidden.any():
         raise FedgexError(
-            "no cell is hidden, so there is nothing to evaluate; raise the missing rate "
+            "no cell is hidden, so nothing can be evaluated; raise the missing rate "
             "or check that the patients have any measured genes."
         )
     for name, values in (("true", true), ("restored", restored)):

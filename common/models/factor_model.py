@@ -1,12 +1,12 @@
-"""The factor model: a mixture of factor models from the sites' pooled cross-products.
+"""Mixture of factor analyzers, fitted to the sites' pooled cross-products.
 
 In cancer type k, a patient's standardised expression is
 
     x = mean_k + loadings z + noise,    z ~ N(0, C_k)
 
-with loadings and noise common to all types, so that the genes of a patient are summed
-up once, whatever the type. Where sites measure different genes, their sums are first
-completed by what the model expects. V genes, K types, R factors.
+with loadings and noise common to all types, so that sums over a patient's genes are
+computed once for all types. Where sites measure different genes, their sums are first
+completed by their expectation. V genes, K types, R factors.
 
 References
 ----------
@@ -30,11 +30,11 @@ from fedgex.common.data.moments import CrossProducts, pool, pool_types
 from fedgex.common.evaluation.imputers import factor_analysis
 
 LEAST_LOG_WEIGHT = -20.0
-"""Components less likely than this are all as unlikely to what reads the posterior."""
+"""Lower bound of the log responsibilities in the network's input."""
 
 TYPE_NOISE = 0.5
-"""Of the noise, where components are told apart: restoring unseen patients wants more
-of it than telling types does. Chosen by cross-validation over training institutions."""
+"""Share of the noise in `evidence`: restoration of unseen patients needs more noise
+than classification. Chosen by cross-validation over training institutions."""
 
 GATE_LOW, GATE_HIGH = 0.4, 0.8
 """Gap between measured and restored genes, in SDs, at which the gate opens and is
@@ -46,55 +46,51 @@ OWN_FROM = 12
 scale is its own, half that within all types; a factor of a tenth of that scale needs
 ten times as many. Chosen on validation institutions, as are the next five."""
 NOISE_FACTOR = 2.0
-"""The noise of unseen patients over that of those whom the factors were fitted to."""
+"""Noise of unseen patients over that of the patients of the fit."""
 COMPLETIONS = 8
-"""Times that the sums of sites which lack genes are completed, and the model fitted."""
+"""Iterations of completing the sums of sites that lack genes, and refitting."""
 COMPLETING_STEPS = 3
-"""Of each of these fits; more of them fit what was completed, not unseen patients."""
+"""EM steps of each such fit; more overfit the completed sums."""
 COMPLETED_NOISE = 1.4
-"""The noise of completed sums over that of the patients that it was fitted to."""
+"""Noise of completed sums over that of the patients of the fit."""
 LEAST_VARIANCE = 1e-3
-"""Of a factor within a type, as a share of its variance over all."""
+"""Least variance of a factor within a type, as a share of its variance over all."""
 LEAST_LOADING_SCALE = 1e-9
 """Least loading scale that divides; factors that the data do not support have 0."""
 NEVER = -1e6
-"""Log share of a type of which nothing is known."""
+"""Log share of a type without patients."""
 
 
 class Posterior(NamedTuple):
-    """What the factor model knows of a patient."""
+    """Posterior of factors and components given a patient's measured genes."""
 
     factors: Tensor
     """Mean of the factors over the components, shape (B, R)."""
     log_weights: Tensor
     """Log responsibility of each component, shape (B, K)."""
-
     loading_scale: Tensor
-    """Spread of each factor over genes as a multiple of their mean, shape (R,)."""
+    """RMS loading of each factor over that of all factors, shape (R,)."""
 
     @property
     def features(self) -> Tensor:
-        """Factors by their spread, and log responsibilities, shape (B, R + K)."""
+        """Scaled factors and log responsibilities, shape (B, R + K)."""
         certain = self.log_weights.clamp(min=LEAST_LOG_WEIGHT)
         return torch.cat([self.scaled, certain], dim=-1)
 
     @property
     def scaled(self) -> Tensor:
-        """Factors by their spread, shape (B, R).
-
-        A ridge on what is made of them treats them as it would the genes.
-        """
+        """Factors times loading scale, (B, R): a ridge on them is one on genes."""
         return self.factors * self.loading_scale
 
 
 class MixtureOfFactorAnalyzers(nn.Module):
-    """What a mixture of factor models knows of a patient, one component a cancer type.
+    """Mixture of factor analyzers, one component a cancer type, with fixed parameters.
 
     In component k, x = mean_k + loadings z + noise, z ~ N(0, C_k), see above.
-    All of it comes from the federation's pooled cross-products before the first round
-    and is never trained, so that the network learns only what these do not tell. Given
-    the measured genes, with G = sum_g w_g w_g' / noise_g and A_k = C_k^-1 + G (Bishop
-    2006, eqs. 12.42 and 9.13, with a noise for each gene),
+    The parameters come from the pooled cross-products before the first round; the
+    network learns the residual. Given the measured genes, with G = sum_g w_g w_g' /
+    noise_g and A_k = C_k^-1 + G (Bishop 2006, eqs. 12.42 and 9.13, with a noise for
+    each gene),
 
         z_k        = A_k^-1 t_k,    t_k = sum_g w_g (x_g - mean_kg) / noise_g
         log p_k(x) = -(log det C_k + log det A_k + sum_g (x_g - mean_kg)^2 / noise_g
@@ -128,7 +124,7 @@ class MixtureOfFactorAnalyzers(nn.Module):
         keep: Tensor | None,
         noise_share: float = 1.0,
     ) -> Posterior:
-        """Return what genes, values and keep (B, T) tell of factors and component.
+        """Return the posterior given genes, values and keep, each of shape (B, T).
 
         Parameters
         ----------
@@ -138,7 +134,7 @@ class MixtureOfFactorAnalyzers(nn.Module):
         with torch.autocast(values.device.type, enabled=False):
             off = values.float().unsqueeze(1) - self.means[:, genes].transpose(0, 1)
             if _alike(genes) and (keep is None or _alike(keep)):
-                # What follows from the panel alone is worked out once: b is 1, else B.
+                # Terms that depend on the panel only are computed once: b is 1, else B.
                 genes, keep = genes[:1], None if keep is None else keep[:1]
             w = self.loadings[genes]  # (b, T, R)
             precise = 1 / (noise_share * self.noise[genes])  # (b, T)
@@ -169,7 +165,7 @@ class MixtureOfFactorAnalyzers(nn.Module):
     def evidence(self, genes: Tensor, values: Tensor, keep: Tensor | None) -> Tensor:
         """Return log responsibilities as if types were equally common, shape (B, K).
 
-        How common each is differs between hospitals more than what it looks like.
+        Shares of types differ between hospitals more than their profiles.
         """
         log_weights = self(genes, values, keep, TYPE_NOISE).log_weights
         unknown = self.log_shares < LEAST_LOG_WEIGHT
@@ -228,12 +224,12 @@ def pool_completed(
 ) -> dict[str, CrossProducts]:
     """Return each group's cross-products over all sites, as if all had every gene.
 
-    Where sites measure different genes, each pair of genes is known of other sites,
-    with other cancers, and such a covariance restores badly. So the model is fitted,
-    each site's sums are replaced by what it expects of them had the site measured every
-    gene, and so on: expectation maximisation. The patients of a group are taken to have
-    the same genes; then their sums tell all that they themselves would, so that no site
-    is asked again. Where nobody lacks a gene nothing is completed.
+    Where sites measure different genes, each pair of genes comes from other sites, with
+    other cancers, and the pairwise covariance restores badly. So sums are completed by
+    expectation maximisation: fit the model, replace each site's sums by their
+    expectation had it measured every gene, and repeat. The patients of a group are
+    assumed to have the same genes; then their sums are sufficient statistics, and no
+    site is asked again.
 
     Parameters
     ----------
@@ -241,7 +237,7 @@ def pool_completed(
         Returns the sites' sums by group, each time from the first, see
         `moments.by_type`.
     types
-        Types to tell apart; none: all patients are one group.
+        Types with a component each; none: all patients are one group.
     rank
         Factors, R; 0: nothing is completed.
     """
@@ -265,7 +261,7 @@ def _completed(
     model: Mapping[str, NDArray[np.float32]],
     types: Sequence[str],
 ) -> CrossProducts:
-    """Return what the model expects of a group's sums had it every gene.
+    """Return the expectation of a group's sums had it measured every gene.
 
     With o the genes that it has, m the others, and B = W_m A^-1 W_o' / noise_o, where
     A = C^-1 + W_o' W_o / noise_o, a patient's x_m is mean_m + B (x_o - mean_o) with the
@@ -323,8 +319,8 @@ def fit(
     groups
         Pooled cross-products of each type's patients and of the others.
     types
-        Types to tell apart, K of them; none: a single component of mean 0 (K is 1). One
-        of which `groups` tell nothing gets no share.
+        Types with a component each, K of them; none: a single component of mean 0 (K is
+        1). A type that is not in `groups` gets no share.
     rank
         Factors, R.
     n_steps
@@ -393,7 +389,7 @@ def _to_factors(
 ) -> NDArray[np.float64]:
     """Return the weighted least-squares map from genes to factors, shape (R, V).
 
-    Factors beyond what the data tell have no loadings, and get zeros.
+    Factors that the data do not support have no loadings, and get zeros.
     """
     weighted = loadings / noise[:, None]
     gram: NDArray[np.float64] = loadings.T @ weighted

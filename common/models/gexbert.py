@@ -4,7 +4,7 @@ Any subset of genes goes in, any set of genes is asked for. Genes meet only thro
 fixed number of latent tokens (Perceiver IO, Jaegle et al. 2021, arXiv 2107.14795), so
 that time and memory grow linearly with the number of genes.
 
-Letters in shape remarks: B patients, T genes given, Q genes asked for, L latents,
+B patients, T genes given, Q genes asked for, L latents,
 D width, H heads, V genes in the vocabulary.
 """
 
@@ -26,7 +26,7 @@ from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers, Posterio
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The size of a GexBERT."""
+    """Size of a GexBERT."""
 
     n_genes: int
     """Genes in the vocabulary, V."""
@@ -137,7 +137,7 @@ class FeedForward(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Tokens read a context once, then think about it (pre-norm)."""
+    """Cross-attention of tokens to a context, then an MLP (pre-norm)."""
 
     def __init__(self, width: int, n_heads: int, ratio: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class CrossBlock(nn.Module):
 
 
 class SelfBlock(nn.Module):
-    """Tokens read one another (pre-norm)."""
+    """Self-attention among tokens, then an MLP (pre-norm)."""
 
     def __init__(self, width: int, n_heads: int, ratio: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class SelfBlock(nn.Module):
 
 
 class GeneTokens(nn.Module):
-    """A token for each measured gene: which gene it is, and how strongly expressed.
+    """Embedding of each measured gene and its value as a token.
 
     token = identity[gene] + value * direction[gene] + shape(value)
 
@@ -201,7 +201,7 @@ GATED_OUTPUT_SCALE = 4.0
 
 
 class Encoder(nn.Module):
-    """Measured genes in, latents out: what is known about the patient."""
+    """Map a patient's measured genes to latent tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Each gene asked for reads the latents and gives its standardised value."""
+    """Restore each gene asked for by cross-attention to the latents."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Decoder(nn.Module):
 
 
 class GexBert(nn.Module):
-    """The shared backbone: encoder and decoder."""
+    """Backbone shared by all tasks: encoder and decoder."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -309,12 +309,12 @@ class GexBert(nn.Module):
         return linear.restore(known, asked) + restored
 
     def _initialise(self) -> None:
-        """Let the first step see the patients.
+        """Initialise so that the latents differ between patients from the first step.
 
-        Averaging T independent tokens leaves 1/sqrt(T) of their spread, so that under
-        the usual small initialisation the latents are all but equal for all patients,
-        and training stands still for ten epochs. Unit-size gene tables and a large
-        value map in the reading attention make up for it.
+        Averaging T independent tokens divides their SD by sqrt(T): under the usual
+        small initialisation latents are nearly equal for all patients, and the loss
+        does not fall for ten epochs. Unit-size gene tables and a large value map in the
+        reading attention compensate for it.
         """
         for table in (
             self.encoder.latents,
@@ -323,7 +323,7 @@ class GexBert(nn.Module):
             self.decoder.question,
         ):
             nn.init.normal_(table.weight)
-        # Over a factor model the network is silent at first.
+        # Over a factor model the network's output begins at zero.
         nn.init.normal_(
             self.decoder.weight.weight, std=0.0 if self.config.linear_rank else 0.02
         )
@@ -336,10 +336,7 @@ class GexBert(nn.Module):
 
 @contextmanager
 def differentiable_factors(encoder: Encoder) -> Iterator[None]:
-    """Let gradients through the factor model, which training has no use for.
-
-    Without it nobody would see how the values act through factors and components.
-    """
+    """Let gradients flow through the factor model, for attribution of its part."""
     linear = encoder.linear
     if linear is None:
         yield
@@ -377,5 +374,5 @@ def select(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def n_parameters(module: nn.Module) -> int:
-    """Count the trainable numbers of a module."""
+    """Return the number of a module's trainable parameters."""
     return sum(p.numel() for p in module.parameters())

@@ -1,4 +1,4 @@
-"""What a phase reads from a patient's vector: the cancer type, or the survival.
+"""Heads over a patient's embedding: cancer type and survival.
 
 B patients, D width, R factors, K components.
 """
@@ -14,13 +14,13 @@ from fedgex.common.models.gexbert import ModelConfig
 
 
 class ClassificationHead(nn.Module):
-    """Cancer type from a patient's vector.
+    """Linear classifier of the cancer type over a patient's embedding.
 
     logits = linear(norm(latents, factors)) + known(evidence)
 
-    The second is there if the factor model has a component for each of some types. At
-    first it says what these say (a generative classifier, which needs no training and
-    few genes); the rest is silent, and learns what they miss.
+    The second term exists if the factor model has components for types, and begins as
+    their generative classifier, which needs few genes and no training. The first begins
+    at zero and learns the residual.
     """
 
     def __init__(self, config: ModelConfig, n_classes: int) -> None:
@@ -43,7 +43,7 @@ class ClassificationHead(nn.Module):
         return logits
 
     def start_from(self, types: Sequence[str], classes: Sequence[str]) -> None:
-        """Let each class begin with the evidence for the component of its name."""
+        """Initialise each class with the evidence for the component of its name."""
         if self.known is None:
             return
         same = [[float(a == b) for b in types] for a in classes]
@@ -52,16 +52,15 @@ class ClassificationHead(nn.Module):
 
 
 class SurvivalHead(nn.Module):
-    """A log-hazard over a baseline for each cancer type and interval.
+    """Log-hazard of a patient, and a baseline for each cancer type and interval.
 
     logit hazard_k(patient) = baseline[type, k] + log_hazard(patient)
     log_hazard(patient)     = shared(x) + OWN_SHARE * own[type](x)
 
-    with x the latents and the factors, each block of mean square about 1 in all, and so
-    for the clinical covariates, with CLINICAL_SHARE: what is prognostic in all
-    cancers is learned from all of them, and each cancer departs from it as far as its
-    own patients say. With a ridge of strength r on all weights (weight decay of SGD),
-    that is a ridge of r on what is shared and r / OWN_SHARE^2 on what is a type's own.
+    with x the latents and the factors, each block of mean square about 1 in all, and
+    likewise for the clinical covariates, with CLINICAL_SHARE. With a ridge of strength
+    r on all weights (weight decay of SGD), that is a ridge of r on the shared weights
+    and of r / OWN_SHARE^2 on a type's own.
     """
 
     def __init__(self, config: ModelConfig, n_types: int, n_intervals: int) -> None:
@@ -110,12 +109,12 @@ class SurvivalHead(nn.Module):
 
 
 OWN_SHARE, CLINICAL_SHARE = 0.6, 0.2
-"""How freely a cancer type departs from what all share: in expression, and in age and
-sex. Chosen by cross-validation over training institutions (docs/decisions/0006)."""
+"""Scale of a type's own weights over the shared ones: of expression, of age and sex.
+Chosen by cross-validation over training institutions (docs/decisions/0006)."""
 BASELINE_START = -2.0
 """Logit of the hazard of an interval before training: about one in eight."""
 BASELINE_SCALE = 3.0
-"""Lets gradient steps that suit the weights move the baseline as fast."""
+"""Learning-rate multiplier of the baseline over the weights."""
 
 CLINICAL = ("age", "sex")
 """Clinical covariates of the survival head: (age - 60) / 10 years, and male = 1."""

@@ -1,4 +1,4 @@
-"""What each phase learns: from which patients, by which loss, in which parameters.
+"""Eligible patients, loss and trained parameters of each phase.
 
 Shared by the hospitals and by the server, which may begin a phase on its public cohort.
 N rows (one per patient), V genes, D width. The loop that lowers the losses, and the
@@ -33,7 +33,7 @@ from fedgex.common.study import (
 
 
 def eligible(study: Study, phase: str, patients: Patients) -> Patients:
-    """Return the patients that a phase can learn from.
+    """Return the patients eligible for a phase.
 
     All for pretraining; those of the named cancer types for fine-tuning; for survival
     moreover those with known follow-up above zero days.
@@ -49,7 +49,7 @@ def eligible(study: Study, phase: str, patients: Patients) -> Patients:
 
 
 def phase_loss(study: Study, model: PhaseModel, patients: Patients) -> Loss:
-    """Return the loss of a phase for patients that take part in it."""
+    """Return the loss of a phase for its eligible patients."""
     if isinstance(model, GexBert):
         return pretraining_loss(model, patients, study.pretraining)
     if isinstance(model, Classifier):

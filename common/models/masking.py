@@ -84,11 +84,11 @@ def mcar(measured: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     return _some_but_not_all(draw - rate, measured)
 
 
-def whole_gene(measured: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+def random_panel(measured: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     """Hide the same genes for every patient, each with probability `rate`.
 
-    Only where this would hide all or none of a patient's measured genes does that
-    patient differ, by one gene. Parameters and errors are those of `mcar`.
+    A patient of whom this would hide all or no measured genes differs by one gene.
+    Parameters and errors are those of `mcar`.
     """
     _check(rate)
     draw = _uniform(measured.shape[1:], measured, generator)
@@ -123,7 +123,7 @@ def low_expression(
 
 PATTERNS: dict[str, Callable[[Tensor, Tensor, float, torch.Generator], Tensor]] = {
     "mcar": lambda values, measured, rate, rng: mcar(measured, rate, rng),
-    "panel": lambda values, measured, rate, rng: whole_gene(measured, rate, rng),
+    "panel": lambda values, measured, rate, rng: random_panel(measured, rate, rng),
     "mnar": low_expression,
 }
 """Patterns of pretraining by the name of their weight in `study.MaskingRule`, each of

@@ -5,8 +5,8 @@
     classification   Classifier      classification.encoder.*, classification.head.*
     survival         SurvivalModel   survival.encoder.*, survival.head.*
 
-Fine-tuning starts from the pretrained encoder. A tuned encoder is a copy of its own, so
-that no task spoils restoration or another task.
+Fine-tuning starts from the pretrained encoder; a tuned encoder is a copy of it, so that
+no task degrades restoration or another task.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedgex.common.study import (
 
 BACKBONE = "backbone"
 FIXED = ".encoder.linear."
-"""In the names of what is computed once and never trained: the factor model."""
+"""Part of the names of the factor model's parameters, which are never trained."""
 Parameters = Mapping[str, NDArray[np.float32]]
 
 
@@ -58,18 +58,18 @@ Built = TypeVar("Built", bound=GexBert | Classifier | SurvivalModel)
 
 
 def build(study: Study, n_genes: int, phase: str) -> PhaseModel:
-    """Return a phase's model, initialised by the study's seed alone."""
+    """Return a phase's model, initialised from the study's seed."""
     return _NEW[phase](study, n_genes)
 
 
 def new_backbone(study: Study, n_genes: int) -> GexBert:
-    """Return a new backbone."""
+    """Return a backbone, initialised from the study's seed."""
     with seeded(study.seed, "initial", PRETRAINING):
         return GexBert(_config(study, n_genes))
 
 
 def new_classifier(study: Study, n_genes: int) -> Classifier:
-    """Return a new classifier."""
+    """Return a classifier, initialised from the study's seed."""
     config, classes = _config(study, n_genes), study.classification.classes
     with seeded(study.seed, "initial", CLASSIFICATION):
         encoder = Encoder(config)
@@ -79,7 +79,7 @@ def new_classifier(study: Study, n_genes: int) -> Classifier:
 
 
 def new_survival(study: Study, n_genes: int) -> SurvivalModel:
-    """Return a new survival model."""
+    """Return a survival model, initialised from the study's seed."""
     config, rule = _config(study, n_genes), study.survival
     with seeded(study.seed, "initial", SURVIVAL):
         encoder = Encoder(config)

@@ -23,7 +23,7 @@ from fedgex.common.study import LocalTraining, Pretraining
 
 @dataclass(frozen=True, kw_only=True)
 class FitReport:
-    """What one round of training at a site came to."""
+    """Counts and loss of one round of training at a site."""
 
     num_examples: int
     """Patients trained on."""
@@ -71,18 +71,18 @@ def fit(
     Parameters
     ----------
     parameters
-        What is trained; everything else stays as it is.
+        Trained parameters; all others stay fixed.
     loss
         Loss of a batch, see `Loss`.
     n_rows
         Patients, N; batches are drawn without replacement from their positions.
     learning_rate
-        Of this round, see `round_learning_rate`.
+        Learning rate of this round, see `round_learning_rate`.
     proximal_mu
         Weight of half the squared distance to the global parameters
         (FedProx, Li et al. 2020, eq. 2).
     seed
-        Of the batches, the hidden cells and the dropout.
+        Seed of the batches, the hidden cells and the dropout.
     """
     trained = list(parameters)
     global_parameters = [p.detach().clone() for p in trained] if proximal_mu else []
@@ -168,7 +168,7 @@ def _pass(
     Parameters
     ----------
     pull
-        Added to the loss of each batch, and not to what is returned.
+        Added to the loss of each batch, and not to the sum that is returned.
     """
     total, terms = 0.0, 0
     for rows in batches:
@@ -194,7 +194,7 @@ def _batches(
 def new_optimizer(
     parameters: list[nn.Parameter], training: LocalTraining, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """Return a phase's optimiser, with nothing of an earlier round in it."""
+    """Return a phase's optimiser, with fresh state."""
     decay = training.weight_decay
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=decay)

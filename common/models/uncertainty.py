@@ -1,14 +1,13 @@
-"""How sure a restored value is: a predictive standard deviation for each.
+"""Predictive standard deviation of each restored value.
 
     x = mean_k + loadings z + noise    (in cancer type k, see
     common/models/factor_model.py)
     -> given the measured genes: P(k), and z ~ N(z_k, A_k^-1) within k
     -> standard deviation of each missing gene about its restored value
 
-The network moves the restored value, not its standard deviation. No factor is learned
-with a model: over cells that sites hid from themselves the standardised errors are too
-small, since the model knows these patients, so that it would make the intervals too
-narrow. Instead `VARIANCE_SHARE` was found once, on institutions that were left out.
+The network moves the restored value, not its standard deviation. A calibration factor
+from the sites' own hidden cells would make the intervals too narrow, since the model
+was trained on these patients; `VARIANCE_SHARE` is from institutions left out.
 
 B patients, V genes, K components, R factors.
 """
@@ -24,17 +23,16 @@ from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.restoration import restore
 
 VARIANCE_SHARE = 0.85
-"""Mean squared error of unseen patients over what the factor model predicts, whose
-noise and types are wider than the data's because that restores best. By
-cross-validation over training institutions it is .82 to .88 for .1 to .95 missing
-(decision 6)."""
+"""Mean squared error of unseen patients over the variance that the factor model
+predicts: .82 to .88 for .1 to .95 missing, by cross-validation over training
+institutions (decision 6)."""
 
 
 @torch.no_grad()
 def restore_with_uncertainty(
     backbone: GexBert, values: Tensor, batch_size: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """Restore missing cells, each with the standard deviation that it may be off by.
+    """Restore missing cells, each with its predictive standard deviation.
 
     By the laws of total expectation and variance over the components k, with
     responsibilities r_k, m_k = mean_k + w' z_k and m = sum_k r_k m_k for the gene's
@@ -61,13 +59,13 @@ def restore_with_uncertainty(
     Raises
     ------
     ConfigError
-        If the backbone has no factor model, from which the standard deviation comes.
+        If the backbone has no factor model.
     """
     linear = backbone.encoder.linear
     if linear is None:
         raise ConfigError(
-            "the model has no factor model, so nothing tells how sure it is; expected "
-            "a study with linear_rank above 0."
+            "the model has no factor model, from which uncertainty is computed; "
+            "expected a study with linear_rank above 0."
         )
     backbone.eval()
     means, sds = [], []

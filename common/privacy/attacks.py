@@ -1,4 +1,4 @@
-"""Attacks on a model, and what their success says: numbers alone, no files.
+"""Attacks on a model, and the privacy bounds that follow; reads and writes no files.
 
     losses of each patient -> scores -> ROC: AUC, TPR at a low FPR
     losses under shadow models -> likelihood ratios -> scores
@@ -34,20 +34,20 @@ from fedgex.common.seeds import generator
 from fedgex.common.study import CLASSIFICATION
 
 NEEDED = {0.1: 10, 0.01: 100, 0.001: 10_000}
-"""False positive rates at which an attack is evaluated, and how many non-members each
-takes: at 1 % one of them is a false positive, at 0.1 % ten."""
+"""Non-members that each false positive rate needs: at 1 % one of them is a false
+positive, at 0.1 % ten."""
 MASK_RATES = (0.3, 0.5, 0.7) * 4
-"""Shares of the genes that are hidden, one mask each, when a patient's loss is taken.
-Each is one draw of genes, the same for every patient and model."""
+"""Shares of hidden genes in the masks of a patient's loss, equal for all patients and
+models."""
 MANY_SHADOWS = 64
 """From so many shadow models on a patient has a variance of its own; with fewer all
 patients share one (Carlini et al. 2022, section IV-C)."""
 GUESSED = (1.0, 0.3, 0.1)
 """Shares of the canaries that are guessed, half as inserted, half as omitted."""
 LARGEST_EPSILON = 100.0
-"""No bound is sought above."""
+"""Upper end of the search for a bound."""
 RATE, STEPS = 0.1, 300
-"""Of the optimiser that inverts a gradient (Adam)."""
+"""Learning rate and steps of Adam in gradient inversion."""
 
 Numbers = NDArray[np.floating[Any]]
 Floats = NDArray[np.float64]
@@ -55,11 +55,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryBound:
-    """What guesses about canaries prove of epsilon."""
+    """Lower bound of epsilon from guesses about canaries."""
 
     canaries: int
     guesses: int
-    """Those not abstained from."""
+    """Canaries without abstention."""
     correct: int
     epsilon: float
     """Lower bound at CONFIDENCE."""
@@ -67,16 +67,16 @@ class CanaryBound:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """How near recovered patients are to the true ones, over their measured genes."""
+    """Agreement of recovered with true patients over their measured genes."""
 
     correlation: float
     """Mean over the patients of Pearson's r over their genes."""
     best_correlation: float
-    """Of the patient recovered best."""
+    """Largest of these correlations."""
     mse: float
     """Mean squared error, SD^2."""
     mse_of_mean: float
-    """The same for somebody who guesses each gene's mean."""
+    """Mean squared error of guessing each gene's mean, SD^2."""
 
 
 # ---- membership ----
@@ -89,7 +89,7 @@ def restoration_losses(backbone: GexBert, patients: Patients, seed: int) -> Floa
     Parameters
     ----------
     seed
-        Of the masks: equal seeds hide the same genes, whoever the patients are.
+        Of the masks: equal seeds hide the same genes in all patients.
     """
     device = next(backbone.parameters()).device
     losses = np.zeros(len(patients))
@@ -98,7 +98,7 @@ def restoration_losses(backbone: GexBert, patients: Patients, seed: int) -> Floa
         measured = ~values.isnan()
         for number, rate in enumerate(MASK_RATES):
             rng = generator(seed, "attack", number)
-            hidden = masking.whole_gene(measured, rate, rng)
+            hidden = masking.random_panel(measured, rate, rng)
             restored = restore(backbone, values, measured & ~hidden, hidden)
             error = torch.where(hidden, restored - values, 0.0).square().sum(dim=1)
             mean = (error / hidden.sum(dim=1).clamp(min=1)).cpu().numpy()
@@ -261,7 +261,7 @@ def _normal(fits: Numbers, chosen: NDArray[np.bool_]) -> tuple[Floats, Floats | 
 def canary_bound(
     scores: Numbers, inserted: NDArray[np.bool_], delta: float
 ) -> CanaryBound:
-    """Bound epsilon from below by how well canaries are told apart, in one run.
+    """Bound epsilon from below by guesses about canaries, in one run.
 
     The highest and the lowest scores are guessed as inserted and omitted, all others
     are abstained from. Several shares are guessed, see GUESSED, and the best bound
@@ -430,8 +430,7 @@ def invert(
 def recovery(true: Tensor, recovered: Tensor) -> Recovery:
     """Compare recovered patients with the true ones, both (B, V); NaN in `true` is not.
 
-    Order tells nothing, so each is held against the one that it fits best (the
-    assignment of least squared error).
+    Patients are paired by the assignment of least squared error.
     """
     x, y = (t.double().numpy() for t in (true, recovered))
     known = ~np.isnan(x)

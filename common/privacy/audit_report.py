@@ -78,7 +78,7 @@ class Membership(Settings):
     training: Training
     attack: Way
     task: Task
-    """Whose loss the attack looks at."""
+    """Task whose loss the attack reads."""
     members: int
     non_members: int
     auc: Interval
@@ -108,7 +108,7 @@ class Membership(Settings):
 
 
 class CanaryTest(Settings):
-    """What canaries prove of epsilon, beside what is claimed."""
+    """Lower bound of epsilon from canaries, and the epsilon that the study claims."""
 
     training: Training
     canaries: int
@@ -148,7 +148,7 @@ class AuditReport(Settings):
     canaries: tuple[CanaryTest, ...] = ()
     inversions: tuple[Inversion, ...] = ()
     notes: tuple[str, ...] = ()
-    """What the numbers do not say of themselves."""
+    """Limits of the numbers, in sentences."""
 
     def to_json(self) -> str:
         """Return the report as it is written, for people and scripts."""

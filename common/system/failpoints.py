@@ -1,6 +1,6 @@
 """Named points at which a test kills this process, to see what survives.
 
-A point stands before and after each step by which something comes to last. With the
+A point stands before and after each step that writes durable state. With the
 environment variable
 
     FEDGEX_FAILPOINT=NAME:NTH:FOLDER

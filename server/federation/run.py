@@ -198,7 +198,7 @@ class _Run:
             round=number,
         )
         train = self._plain if study.secure_aggregation is None else self._secure
-        incoming = federation.round_parameters(study, phase, begun)
+        incoming = federation.global_parameters(study, phase, begun)
         outcome, aggregate = train(sites, request, incoming)
         new = federation.next_model(last, begun, phase, number, aggregate)
         shutil.rmtree(self.spool, ignore_errors=True)

@@ -398,7 +398,7 @@ def test_a_group_tells_of_its_own_patients_what_the_floor_of_them_know(site):
 def test_who_is_too_few_is_among_the_others_with_the_smallest_type_if_need_be(
     types, sizes
 ):
-    groups = by_type(np.ones((len(types), 1)), list(types), "abc", floor=3)
+    groups = by_type(np.ones((len(types), 1)), list(types), "abc", min_cell_count=3)
 
     assert {name: sums.counts[0] for name, sums in groups.items()} == sizes
 
@@ -406,7 +406,7 @@ def test_who_is_too_few_is_among_the_others_with_the_smallest_type_if_need_be(
 def test_without_types_the_site_is_one_group():
     values = sites(0)[2]
 
-    groups = by_type(values, ["a"] * 30, (), floor=3)
+    groups = by_type(values, ["a"] * 30, (), min_cell_count=3)
 
     assert groups.keys() == {OTHERS}
     whole = CrossProducts.of(values).suppressed(3)
@@ -419,7 +419,7 @@ def test_a_gene_of_few_patients_of_one_type_is_suppressed_in_every_group():
     values[:3, 1] = np.nan  # of type a 2 patients have it
     values[:5, 2] = np.nan  # of type a none has it
 
-    groups = by_type(values, list("aaaaabbbb"), "ab", floor=3)
+    groups = by_type(values, list("aaaaabbbb"), "ab", min_cell_count=3)
 
     assert groups["a"].counts.tolist() == [5, SUPPRESSED, SUPPRESSED]
     assert groups["b"].counts.tolist() == [4, SUPPRESSED, 4]

@@ -127,7 +127,7 @@ def test_five_evenly_faint_genes_are_not_taken_for_logarithms() -> None:
 
 def test_rounded_abundances_may_be_counts_and_others_may_not() -> None:
     assert misfit(np.rint(panel(30)), Scale.COUNTS) is None
-    assert misfit(panel(30), Scale.COUNTS) == "some values are not whole numbers"
+    assert misfit(panel(30), Scale.COUNTS) == "some values are not integers"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fedgex.common.models.masking import (
     low_expression,
     mcar,
     panel,
-    whole_gene,
+    random_panel,
 )
 from fedgex.common.study import MaskingRule, added
 
@@ -31,7 +31,7 @@ def batch(seed: int, n_patients: int = 6, n_genes: int = 9) -> tuple[Tensor, Ten
 
 def every_pattern(values: Tensor, measured: Tensor, rate: float, seed: int):
     yield mcar(measured, rate, seeded(seed))
-    yield whole_gene(measured, rate, seeded(seed))
+    yield random_panel(measured, rate, seeded(seed))
     yield low_expression(values, measured, rate, seeded(seed))
 
 
@@ -87,7 +87,7 @@ def test_whole_genes_are_hidden_for_every_patient_alike():
     measured = torch.ones(30, 50, dtype=torch.bool)
     measured[:, :5] = False
 
-    hidden = whole_gene(measured, 0.4, seeded())
+    hidden = random_panel(measured, 0.4, seeded())
 
     assert (hidden == hidden[0]).all()
     assert 0 < hidden[0].sum() < 45
@@ -97,7 +97,7 @@ def test_a_patient_with_gaps_misses_the_same_genes_as_the_others():
     measured = torch.ones(2, 200, dtype=torch.bool)
     measured[1, ::3] = False
 
-    hidden = whole_gene(measured, 0.5, seeded())
+    hidden = random_panel(measured, 0.5, seeded())
 
     assert torch.equal(hidden[1], hidden[0] & measured[1])
 
@@ -164,7 +164,7 @@ def test_a_panel_that_leaves_nothing_to_hide_or_to_see_is_refused(n_genes):
 def test_a_rate_that_hides_nothing_or_everything_is_refused(rate):
     values, measured = batch(0)
 
-    for hide in (mcar, whole_gene):
+    for hide in (mcar, random_panel):
         with pytest.raises(ConfigError, match="missing rate"):
             hide(measured, rate, seeded())
     with pytest.raises(ConfigError, match="missing rate"):

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from cryptography import x509
@@ -25,6 +26,9 @@ from fedgex.common.trust import bundle, pki, receipt
 from fedgex.common.trust.bundle import Evidence
 from fedgex.common.trust.contract import Contract
 from fedgex.common.trust.signed import Signed, sign
+
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parents[1]
 GENES = ("AAA1", "BBB2", "CCC3", "DDD4", "EEE5", "FFF6")

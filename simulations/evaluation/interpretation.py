@@ -24,9 +24,10 @@ from scipy.stats import false_discovery_control, norm, spearmanr
 from fedgex.common.errors import ConfigError
 from fedgex.common.models.losses import take_part
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
+from fedgex.simulations import resumable
 from fedgex.simulations.analysis import gene_programmes, marker_genes
 from fedgex.simulations.analysis.gene_programmes import Screened
-from fedgex.simulations.evaluation import attributions, figures, resumable, test_sets
+from fedgex.simulations.evaluation import attributions, figures, test_sets
 from fedgex.simulations.evaluation.arms import FEDERATED, POOLED, Model, arms, models
 from fedgex.simulations.evaluation.attributions import (
     ATTENTION,

@@ -25,8 +25,8 @@ from fedgex.common.models import predict, tasks
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Evaluation, Study
 from fedgex.server import evaluation
+from fedgex.simulations import resumable
 from fedgex.simulations.baselines import references
-from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,
     LOCAL,

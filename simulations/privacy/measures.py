@@ -29,12 +29,11 @@ from fedgex.common.study import (
 )
 from fedgex.server import evaluation
 from fedgex.simulations.baselines import references
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS
 
 RESTORED = Evaluation(rates=(0.5, 0.9), panels=(100,))
 SMALL_PANEL = 64
 """Genes of the small panel from which the cancer type is predicted."""
-MIN_EVENTS = 10
-"""Fewer deaths of a cancer type than this, and its C-index does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)

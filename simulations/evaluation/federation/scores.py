@@ -36,7 +36,7 @@ from fedgex.simulations.evaluation.arms import (
     arms,
     models,
 )
-from fedgex.simulations.evaluation.protocol import Split
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
 from fedgex.simulations.evaluation.table import Cells, markdown, mean_known, spread
 
 Floats = NDArray[np.float32]
@@ -52,8 +52,6 @@ TYPE_PANEL = 32
 """Genes of the small panel for classification."""
 DRAWS = 3
 """Small panels drawn for each seed."""
-MIN_EVENTS = 10
-"""Fewest deaths of unseen patients for a C-index."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,9 +145,10 @@ def audit(
 ) -> None:
     """Attack a scenario's model, with and without privacy (docs/audit.md)."""
     from fedgex.simulations.privacy import membership as auditing
+    from fedgex.simulations.privacy.shadow_models import Effort
 
     try:
-        asked = auditing.Effort(shadows=shadows, canaries=canaries)
+        asked = Effort(shadows=shadows, canaries=canaries)
         if quick:
             asked = auditing.QUICK
         report = auditing.audit(scenario.find(name), data, out, errors, asked)

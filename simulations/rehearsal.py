@@ -9,13 +9,9 @@ and kill what it started.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -31,6 +27,7 @@ from fedgex.server import journal
 from fedgex.server.consortium import annotated_toml
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations import engine
+from fedgex.simulations.daemons import Daemons, free_ports
 from fedgex.simulations.run import checked
 from fedgex.simulations.scenario import Scenario, find
 from fedgex.simulations.split import HOLDOUT, PUBLIC, split
@@ -38,8 +35,8 @@ from fedgex.simulations.synthetic import new_data
 
 ADMINISTRATORS = ("first-administrator", "second-administrator")
 HOST = "localhost"
-LIMIT_S, RUN_LIMIT_S = 300.0, 600.0
-"""Longest waits for a step and for a run, for a machine that is busy otherwise."""
+RUN_LIMIT_S = 600.0
+"""Longest wait for a run, for a machine that is busy otherwise."""
 CHANGES: Mapping[str, Any] = {
     "name": "rehearsal",
     "pretraining": {"rounds": 3},
@@ -53,48 +50,20 @@ Told = Callable[[str], None]
 """Takes one line of what is happening."""
 
 
-@dataclass
-class Rehearsal:
-    """A consortium under one folder, and the processes that serve it.
+@dataclass(kw_only=True)
+class Rehearsal(Daemons):
+    """A consortium under one folder, and the processes that serve it."""
 
-    Use it as a context manager: leaving it ends every process.
-    """
-
-    folder: Path
     study: Study
     sites: Sequence[str]
     """Hospitals; their data lie in `folder/split/sites/NAME`."""
     told: Told = print
-    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """More environment variables, by site, or for "server"."""
-    prefixes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Words before a command that serves, such as `nsenter`, by site or "server"."""
     host: str = HOST
     """Name or address under which hospitals find the server."""
     interface: str = "127.0.0.1"
     """Address that the server listens on."""
     servers: dict[str, str] = field(default_factory=dict)
     """host:port that a hospital connects to, where it is not the server's own."""
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    reviving: bool = False
-    """Start what died instead of giving up, as systemd does."""
-    _commands: dict[str, list[str]] = field(default_factory=dict)
-
-    def __enter__(self) -> Rehearsal:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End every process."""
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.terminate()
-        for process in self.processes.values():
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
     # ---- places ----
 
@@ -142,7 +111,7 @@ class Rehearsal:
             [program, *words],
             capture_output=True,
             text=True,
-            env=self._environment("commands"),
+            env=self.environment("commands"),
         )
         if done.returncode:
             shown = " ".join([command, *words])
@@ -151,19 +120,15 @@ class Rehearsal:
             )
         return done.stdout
 
-    def _environment(self, who: str) -> dict[str, str]:
-        return {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "FEDGEX_STATE": str(self.state),
-            **self.environments.get(who, {}),
-        }
+    def environment(self, who: str) -> dict[str, str]:
+        """Return the environment variables of a process."""
+        return {**super().environment(who), "FEDGEX_STATE": str(self.state)}
 
     # ---- steps ----
 
     def provision(self) -> None:
         """Found the consortium, admit two administrators and every hospital."""
-        port, control, health, metrics = _free_ports(4)
+        port, control, health, metrics = free_ports(4)
         self.admin(
             "consortium", "init", "rehearsal", "--state", self.state,
             "--host", self.host, "--port", port, "--interface", self.interface,
@@ -210,12 +175,12 @@ class Rehearsal:
 
     def start_server(self) -> None:
         """Start the server, and wait until it is healthy."""
-        self._start("server", ["fedgex-admin", "server", "start"])
+        self.serve("server", ["fedgex-admin", "server", "start"])
         self.until("the server serves", lambda: self._healthy())
 
     def start_site(self, name: str) -> None:
         """Start a hospital's daemon."""
-        self._start(name, ["fedgex-site", "start", str(self.site_toml(name))])
+        self.serve(name, ["fedgex-site", "start", str(self.site_toml(name))])
 
     def start(self) -> None:
         """Start server and hospitals."""
@@ -223,12 +188,6 @@ class Rehearsal:
         for name in self.sites:
             self.start_site(name)
         self.told("started: server and daemons")
-
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """End server or hospital with a signal, children included."""
-        process = self.processes.pop(name)
-        process.send_signal(number)
-        process.wait(timeout=30)
 
     def draft(self) -> str:
         """Write and sign the contract; return its hash."""
@@ -370,66 +329,6 @@ class Rehearsal:
         path = self.state / "nodes.json"
         return path.exists() and len(json.loads(path.read_text())) == len(self.sites)
 
-    def _start(self, name: str, command: list[str]) -> None:
-        program, *words = command
-        self._commands[name] = command
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [
-                    *self.prefixes.get(name, ()),
-                    Path(sys.executable).with_name(program),
-                    *words,
-                ],
-                env=self._environment(name),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def children(self, name: str, module: str) -> list[int]:
-        """Return the processes of a module that server or a hospital has started."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                fields = (folder / "stat").read_text().rpartition(") ")[2].split()
-            except OSError:
-                continue  # it ended meanwhile
-            if int(fields[1]) == self.processes[name].pid and module.encode() in words:
-                found.append(int(folder.name))
-        return found
-
-    def revive(self) -> None:
-        """Start whatever died, as systemd does."""
-        for name, process in list(self.processes.items()):
-            if process.poll() is not None:
-                command = self._commands[name]
-                self._start(name, command)
-
-    def until(
-        self, what: str, reached: Callable[[], bool], limit_s: float = LIMIT_S
-    ) -> None:
-        """Wait until something is so.
-
-        Raises
-        ------
-        FederationError
-            If it takes longer than `limit_s`, or server or a hospital ended.
-        """
-        end = time.monotonic() + limit_s
-        while not reached():
-            if self.reviving:
-                self.revive()
-            for name, process in self.processes.items():
-                if process.poll() is not None:
-                    raise FederationError(
-                        f"{name} ended with {process.returncode} before {what}; see "
-                        f"{self.folder / name}.log"
-                    )
-            if time.monotonic() > end:
-                raise FederationError(f"{what}: not within {limit_s:g} s")
-            time.sleep(0.2)
-
 
 def rehearse(
     data: Path | None, folder: Path, n_sites: int, told: Told, *, compare: bool
@@ -513,13 +412,3 @@ def digest(run_dir: Path) -> str:
 
 def _json(text: str) -> Any:
     return json.loads(text) if text.strip() else None
-
-
-def _free_ports(number: int) -> list[str]:
-    found = [socket.socket() for _ in range(number)]
-    for each in found:
-        each.bind(("127.0.0.1", 0))
-    ports = [str(each.getsockname()[1]) for each in found]
-    for each in found:
-        each.close()
-    return ports

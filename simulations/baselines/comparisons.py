@@ -6,7 +6,6 @@ is judged on the same hold-out patients, cells and panels as the federated model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
@@ -38,7 +36,7 @@ from fedgex.common.study import (
     Study,
 )
 from fedgex.server import evaluation
-from fedgex.simulations import training
+from fedgex.simulations import resumable, training
 from fedgex.simulations.baselines import references
 from fedgex.simulations.processes import process_pool
 
@@ -114,7 +112,6 @@ def train_all(
         jobs[POOLED] = finished.pooled
     if "alone" in kinds:
         jobs |= {f"alone-{name}": rows for name, rows in finished.sites.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.safetensors" for name in jobs}
     todo = [name for name in jobs if not paths[name].exists()]
     told("training for comparison", len(jobs) - len(todo), len(jobs))
@@ -134,7 +131,7 @@ def train_all(
         for done, future in enumerate(as_completed(running), len(jobs) - len(todo) + 1):
             future.result()
             told("training for comparison", done, len(jobs))
-    return {name: load_file(path) for name, path in paths.items()}
+    return {name: resumable.load(path) for name, path in paths.items()}
 
 
 def train(
@@ -264,15 +261,6 @@ def classification(
     return table
 
 
-def cached(path: Path, compute: Callable[[], Any]) -> Any:
-    """Return the JSON in `path`, computed and written first if it is not there."""
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(compute(), sort_keys=True))
-        partial.replace(path)
-    return json.loads(path.read_text())
-
-
 def _train_and_save(
     final: Checkpoint,
     name: str,
@@ -281,20 +269,16 @@ def _train_and_save(
     public: Patients | None,
     path: Path,
 ) -> None:
-    partial = path.with_suffix(".partial")
-    save_file(
-        train(
-            final.study,
-            name,
-            patients,
-            start,
-            public,
-            final.standardisation,
-            final.vocabulary,
-        ),
-        partial,
+    trained = train(
+        final.study,
+        name,
+        patients,
+        start,
+        public,
+        final.standardisation,
+        final.vocabulary,
     )
-    partial.replace(path)
+    resumable.save(path, trained)
 
 
 def _mean_alone(

@@ -30,8 +30,7 @@ from fedgex.common.study import (
     Study,
     Survival,
 )
-from fedgex.simulations import training
-from fedgex.simulations.evaluation import resumable
+from fedgex.simulations import resumable, training
 from fedgex.simulations.evaluation.protocol import Split
 
 FEDERATED, POOLED, LOCAL = "federated", "pooled", "alone"

@@ -24,9 +24,10 @@ from scipy.stats import false_discovery_control, norm, spearmanr
 from fedgex.common.errors import ConfigError
 from fedgex.common.models.losses import eligible
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
+from fedgex.simulations import resumable
 from fedgex.simulations.analysis import gene_programmes, marker_genes
 from fedgex.simulations.analysis.gene_programmes import Screened
-from fedgex.simulations.evaluation import attributions, figures, resumable, test_sets
+from fedgex.simulations.evaluation import attributions, figures, test_sets
 from fedgex.simulations.evaluation.arms import FEDERATED, POOLED, Model, arms, models
 from fedgex.simulations.evaluation.attributions import (
     ATTENTION,
@@ -40,7 +41,7 @@ from fedgex.simulations.evaluation.attributions import (
     descending,
 )
 from fedgex.simulations.evaluation.page import Results
-from fedgex.simulations.evaluation.protocol import Split
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
 from fedgex.simulations.evaluation.table import (
     markdown,
     mean_over,
@@ -58,8 +59,6 @@ CONTEXTS, DRIVERS = 12, 5
 """Restored genes whose context is shown, and genes that drive each."""
 SHOWN = 8
 """Programmes in the table, by the screen's |z|."""
-MIN_EVENTS = 10
-"""Fewest deaths of a cancer type to evaluate a programme on it."""
 FALSE_SHARE = 0.05
 """False discovery rate among the programmes called prognostic."""
 DELETION = {"accuracy": "accuracy", "mse": "MSE (gene variances)"}

@@ -30,6 +30,9 @@ from fedgex.simulations.scenario import Holdout, Public, Scenario
 from fedgex.simulations.split import HOLDOUT, read_cohort
 from fedgex.simulations.split import split as write_split
 
+MIN_EVENTS = 10
+"""Fewest deaths of a cancer type among unseen patients to estimate a C-index."""
+
 
 class Splits(Settings):
     """Hold-outs beyond the scenario's own."""

@@ -16,86 +16,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from rich.console import Console
 
 from fedgex.client.training.local_round import refuse_large_delta
 from fedgex.common import federation
 from fedgex.common.data.cohort import Cohort
-from fedgex.common.data.dataset import Patients, to_patients
-from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.dataset import to_patients
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
-from fedgex.common.evaluation.imputers import Float, Imputer
-from fedgex.common.models.tasks import Parameters
 from fedgex.common.privacy import accounting
 from fedgex.common.study import (
-    CLASSIFICATION,
-    PRETRAINING,
     ROBUST,
-    SURVIVAL,
-    Evaluation,
     Privacy,
     PublicRule,
     StrategyRule,
     Study,
 )
-from fedgex.server import evaluation
 from fedgex.server.federation import public_cohort
-from fedgex.simulations import training
-from fedgex.simulations.baselines import references
+from fedgex.simulations import resumable, training
 from fedgex.simulations.effort import EPSILONS, SEEDS
-from fedgex.simulations.processes import each_done
+from fedgex.simulations.evaluation.table import markdown, spread
+from fedgex.simulations.privacy.measures import MEASURES, Measure, evaluate
 from fedgex.simulations.scenario import Scenario, shortened
 from fedgex.simulations.split import HOLDOUT, PUBLIC, read_cohort, split
 
 QUICK_ROUNDS = 2
 """Most rounds of a phase with --quick, which also takes one seed: enough to see that it
 works, too little to believe."""
-RESTORED = Evaluation(rates=(0.5, 0.9), panels=(100,))
-SMALL_PANEL = 64
-"""Genes of the small panel from which the cancer type is told."""
-MIN_EVENTS = 10
-"""Fewer deaths of a cancer type than this, and its C-index does not count."""
 ALL_RANK = 128
 """Factors of the linear start where the hospitals share their own statistics."""
 
 PUBLIC_ALONE = "public cohort alone"
 SAME_START = "without privacy, same start"
 ALL_OF_IT = "without privacy, all of it"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """One thing that is judged on the hold-out."""
-
-    key: str
-    name: str
-    better: Literal["lower", "higher"]
-    """Errors are compared by ratio, the others by difference."""
-
-
-MEASURES = (
-    Measure(
-        key="mse-mcar-0.5", name="restoration MSE, 50 % of cells hidden", better="lower"
-    ),
-    Measure(
-        key="mse-mcar-0.9", name="restoration MSE, 90 % of cells hidden", better="lower"
-    ),
-    Measure(key="mse-panel-100", name="restoration MSE from 100 genes", better="lower"),
-    Measure(key="accuracy", name="accuracy of cancer type, all genes", better="higher"),
-    Measure(
-        key=f"accuracy-{SMALL_PANEL}",
-        name=f"accuracy of cancer type, {SMALL_PANEL} random genes",
-        better="higher",
-    ),
-    Measure(key="c-index", name="C-index of survival", better="higher"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,19 +200,14 @@ def table(report: Report) -> list[str]:
         for condition in report.conditions
         if condition.name in (SAME_START, ALL_OF_IT)
     ]
-    lines = [
-        "| | " + " | ".join(each.name for each in report.conditions) + " |",
-        "|---" * (len(report.conditions) + 1) + "|",
-    ]
-    for measure in MEASURES:
-        if not all(measure.key in each.values for each in report.conditions):
-            continue
-        said = [
-            _spread(each.values[measure.key])
+    rows = {
+        measure.name: {
+            each.name: spread(each.values[measure.key])
             + (_beside(measure, each, plain) if each.epsilon is not None else "")
             for each in report.conditions
-        ]
-        lines.append(f"| {measure.name} | {' | '.join(said)} |")
+        }
+        for measure in _measured(report)
+    }
     seeds = "1 seed" if len(report.seeds) == 1 else f"{len(report.seeds)} seeds"
     noises = ", ".join(
         f"{each.noise_multiplier:.2f} at epsilon {each.epsilon:g}"
@@ -264,7 +215,7 @@ def table(report: Report) -> list[str]:
         if each.epsilon is not None
     )
     return [
-        *lines,
+        *markdown("measure", rows).splitlines(),
         "",
         f"Mean and SD over {seeds}; delta {report.delta:g}. In brackets, against "
         f'"{SAME_START}" and "{ALL_OF_IT}": an error\'s change in per cent, the '
@@ -327,20 +278,15 @@ def _all(
     console: Console,
 ) -> dict[str, dict[str, float]]:
     """Return what was found of every cell, computed if it is not there yet."""
-    folder.mkdir(exist_ok=True)
-    todo = [cell for cell in cells if not (folder / cell.file).exists()]
-    console.print(f"{len(cells)} models, {len(todo)} to train", highlight=False)
-    done = each_done(partial(_judged, ground), todo, workers)
-    for number, (cell, values) in enumerate(done, start=1):
-        unfinished = (folder / cell.file).with_suffix(".partial")
-        unfinished.write_text(json.dumps(values, indent=1))
-        unfinished.replace(folder / cell.file)
-        console.print(
-            f"trained {number} of {len(todo)}: {cell.condition}, seed "
-            f"{cell.study.seed}, {values['seconds']:.0f} s",
-            highlight=False,
-        )
-    return {cell.file: json.loads((folder / cell.file).read_text()) for cell in cells}
+    jobs = {folder / cell.file: cell for cell in cells}
+    n_absent = sum(not path.exists() for path in jobs)
+    console.print(f"{len(jobs)} models, {n_absent} to train", highlight=False)
+
+    def named(cell: _Cell) -> str:
+        return f"{cell.condition}, seed {cell.study.seed}"
+
+    resumable.compute_all(partial(_judged, ground), jobs, workers, console, named)
+    return {cell.file: resumable.load(path) for path, cell in jobs.items()}
 
 
 def _judged(ground: _Ground, cell: _Cell) -> dict[str, float]:
@@ -361,96 +307,9 @@ def _judged(ground: _Ground, cell: _Cell) -> dict[str, float]:
             for name, cohort in ground.sites.items()
         }
         whole = dict(training.train(begun, patients, public=apart).parameters)
-    values = _measures(ground, study, whole, begun.standardisation)
+    scale, holdout = begun.standardisation, ground.holdout
+    values = evaluate(study, whole, scale, ground.genes, holdout, ground.public)
     return values | {"seconds": time.monotonic() - started}
-
-
-class _Rescaled:
-    """An imputer that was trained on another scale of the genes than it is judged on.
-
-    Errors are only comparable in one unit, whichever means and standard deviations a
-    model was trained with.
-    """
-
-    def __init__(
-        self, imputer: Imputer, trained: Standardisation, judged: Standardisation
-    ) -> None:
-        self._imputer, self._trained, self._judged = imputer, trained, judged
-
-    def impute(self, values: NDArray[Float]) -> NDArray[Float]:
-        """Return a copy of values (N, V) with every NaN filled, and nothing else."""
-        there = self._trained.apply(self._judged.undo(values))
-        filled = self._judged.apply(self._trained.undo(self._imputer.impute(there)))
-        restored: NDArray[Float] = np.where(np.isnan(values), filled, values)
-        return restored
-
-
-def _measures(
-    ground: _Ground, study: Study, whole: Parameters, scale: Standardisation
-) -> dict[str, float]:
-    """Judge a model on the hold-out by everything that it can do.
-
-    Parameters
-    ----------
-    scale
-        That the model was trained on.
-    """
-    values: dict[str, float] = {}
-    patients = to_patients(ground.holdout, ground.genes, scale)
-    if PRETRAINING in study.phases:
-        unit = federation.public_standardisation(ground.public, ground.genes)
-        imputer = evaluation.model_imputer(study, whole, len(ground.genes))
-        scores = evaluation.evaluate_imputer(
-            _Rescaled(imputer, scale, unit),
-            to_patients(ground.holdout, ground.genes, unit),
-            RESTORED,
-            study.seed,
-            ("mcar", "panel"),
-        )
-        values = {
-            f"mse-{pattern}-{key}": score.mse
-            for pattern, of_pattern in scores.items()
-            for key, score in of_pattern.items()
-        }
-    if CLASSIFICATION in study.phases:
-        values |= _accuracies(study, whole, patients, ground.genes.genes)
-    if SURVIVAL in study.phases:
-        found = _c_index(study, whole, patients)
-        if found is not None:
-            values["c-index"] = found
-    return values
-
-
-def _accuracies(
-    study: Study, whole: Parameters, patients: Patients, genes: Sequence[str]
-) -> dict[str, float]:
-    panels = {"accuracy": tuple(genes)}
-    if len(genes) > SMALL_PANEL:
-        drawn = references.panels(genes, [SMALL_PANEL], study.seed)[SMALL_PANEL]
-        panels[f"accuracy-{SMALL_PANEL}"] = drawn
-    return {
-        key: evaluation.evaluate_classes(
-            study, whole, patients, torch.tensor([g in set(panel) for g in genes])
-        )[0]
-        for key, panel in panels.items()
-    }
-
-
-def _c_index(study: Study, whole: Parameters, patients: Patients) -> float | None:
-    """Return the mean C-index within cancer types, weighted by their deaths."""
-    judged = [
-        each
-        for each in evaluation.evaluate_survival(study, whole, patients).values()
-        if each["c_index"] is not None and each["events"] >= MIN_EVENTS
-    ]
-    if not judged:
-        return None
-    return float(
-        np.average(
-            [each["c_index"] for each in judged],
-            weights=[each["events"] for each in judged],
-        )
-    )
 
 
 # ---- output ----
@@ -478,10 +337,13 @@ def _gathered(
         )
 
 
-def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+def _measured(report: Report) -> list[Measure]:
+    """Return the measures that every condition has."""
+    return [
+        measure
+        for measure in MEASURES
+        if all(measure.key in each.values for each in report.conditions)
+    ]
 
 
 def _beside(measure: Measure, each: Condition, plain: Sequence[Condition]) -> str:
@@ -499,11 +361,7 @@ def _beside(measure: Measure, each: Condition, plain: Sequence[Condition]) -> st
 def _draw(report: Report, path: Path) -> None:
     """Draw each measure against epsilon, with a line for each condition without."""
     private = [each for each in report.conditions if each.epsilon is not None]
-    shown = [
-        measure
-        for measure in MEASURES
-        if all(measure.key in each.values for each in report.conditions)
-    ]
+    shown = _measured(report)
     styles = {PUBLIC_ALONE: ":", SAME_START: "--", ALL_OF_IT: "-"}
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     grid = figure.subplots(2, 3, squeeze=False).flat

@@ -15,7 +15,8 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.privacy import accounting
 from fedgex.common.trust import audit_log
-from fedgex.simulations.rehearsal import LIMIT_S, Rehearsal
+from fedgex.simulations.daemons import LIMIT_S
+from fedgex.simulations.rehearsal import Rehearsal
 
 from .consortium import SCENARIO, Served, build
 

@@ -27,7 +27,7 @@ from fedgex.common.transport import flower as runtime
 from fedgex.common.trust import audit_log
 from fedgex.server.consortium.store import Consortium
 from fedgex.server.service import flower, superlink
-from fedgex.simulations.rehearsal import LIMIT_S
+from fedgex.simulations.daemons import LIMIT_S
 
 pytestmark = pytest.mark.deployment
 

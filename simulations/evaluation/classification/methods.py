@@ -28,10 +28,10 @@ from fedgex.common.models import tasks
 from fedgex.common.models.losses import eligible
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION
+from fedgex.simulations import resumable
 from fedgex.simulations.analysis import panel_selection
 from fedgex.simulations.analysis.panel_selection import Types
 from fedgex.simulations.baselines import references
-from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,
     LOCAL,

@@ -23,7 +23,6 @@ from fedgex.simulations.evaluation.federation.scores import (
     DRAWS,
     ERRORS,
     MEASURES,
-    MIN_EVENTS,
     TYPE_PANEL,
     Bench,
     Measure,
@@ -36,7 +35,7 @@ from fedgex.simulations.evaluation.federation.scores import (
     yes,
 )
 from fedgex.simulations.evaluation.page import Results
-from fedgex.simulations.evaluation.protocol import Split
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
 from fedgex.simulations.evaluation.table import markdown, mean_known, mean_sd, paired_p
 from fedgex.simulations.reporting.schema import plain
 

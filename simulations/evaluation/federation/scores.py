@@ -25,8 +25,8 @@ from fedgex.common.models import predict, tasks
 from fedgex.common.seeds import derive
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Evaluation, Study
 from fedgex.server import evaluation
+from fedgex.simulations import resumable
 from fedgex.simulations.baselines import references
-from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,
     LOCAL,
@@ -36,7 +36,7 @@ from fedgex.simulations.evaluation.arms import (
     arms,
     models,
 )
-from fedgex.simulations.evaluation.protocol import Split
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
 from fedgex.simulations.evaluation.table import Cells, markdown, mean_known, mean_sd
 
 Floats = NDArray[np.float32]
@@ -52,8 +52,6 @@ TYPE_PANEL = 32
 """Genes of the small panel for classification."""
 DRAWS = 3
 """Small panels drawn for each seed."""
-MIN_EVENTS = 10
-"""Fewest deaths of unseen patients for a C-index."""
 
 
 @dataclass(frozen=True, kw_only=True)

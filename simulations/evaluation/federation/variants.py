@@ -19,8 +19,8 @@ from fedgex.common.data.scales import CONVERTIBLE
 from fedgex.common.models import tasks
 from fedgex.common.seeds import derive
 from fedgex.common.study import PRETRAINING, LocalTraining, StrategyRule, Study
+from fedgex.simulations import resumable
 from fedgex.simulations.analysis import foreign_scale
-from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import FEDERATED, initial_state
 from fedgex.simulations.evaluation.federation.scores import (
     MEASURES,

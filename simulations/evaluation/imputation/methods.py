@@ -39,7 +39,7 @@ from fedgex.common.models.tasks import Parameters
 from fedgex.common.models.uncertainty import restore_with_uncertainty
 from fedgex.common.study import Study
 from fedgex.server.evaluation import model_imputer
-from fedgex.simulations.evaluation import resumable
+from fedgex.simulations import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,
     LOCAL,

@@ -30,12 +30,11 @@ from fedgex.common.study import SURVIVAL, Study
 from fedgex.simulations.analysis import cox_screen
 from fedgex.simulations.evaluation.arms import LOCAL
 from fedgex.simulations.evaluation.page import Results
-from fedgex.simulations.evaluation.protocol import Split
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
 from fedgex.simulations.evaluation.survival import predictions as methods
 from fedgex.simulations.evaluation.survival.predictions import OURS, Predictions
 from fedgex.simulations.evaluation.survival.tables import (
     CALIBRATED,
-    MIN_EVENTS,
     OVERALL,
     ByCancer,
     Scores,

@@ -33,11 +33,11 @@ from fedgex.common.models.survival import breslow, predict_survival
 from fedgex.common.seeds import derive, generator
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
 from fedgex.server import evaluation
+from fedgex.simulations import resumable
 from fedgex.simulations.analysis import cox_screen
 from fedgex.simulations.analysis.cox_screen import CoxScore
 from fedgex.simulations.baselines import references
 from fedgex.simulations.baselines.references import Floats
-from fedgex.simulations.evaluation import resumable
 from fedgex.simulations.evaluation.arms import (
     FEDERATED,
     LOCAL,

@@ -16,6 +16,7 @@ import numpy as np
 from fedgex.simulations.evaluation import figures
 from fedgex.simulations.evaluation.arms import LOCAL, POOLED
 from fedgex.simulations.evaluation.page import Results
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS
 from fedgex.simulations.evaluation.survival.predictions import (
     CLINICAL_COX,
     CLINICAL_GAUSSIAN,
@@ -35,8 +36,6 @@ from fedgex.simulations.evaluation.survival.predictions import (
 from fedgex.simulations.evaluation.table import markdown, mean_known, mean_sd, paired_p
 from fedgex.simulations.reporting.schema import plain
 
-MIN_EVENTS = 10
-"""Fewest deaths of a cancer among the unseen patients to be estimable."""
 NOT_ESTIMABLE = "not estimable"
 GAIN = 0.03
 """Goal: C-index above Cox ridge on Gaussian-imputed values."""

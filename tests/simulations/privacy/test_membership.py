@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from fedgex.common.errors import ConfigError
 from fedgex.common.privacy.audit_report import AuditReport
 from fedgex.simulations.cli import app
 from fedgex.simulations.privacy import membership
+from fedgex.simulations.privacy.shadow_models import Effort
 from fedgex.simulations.scenario import Scenario, shortened
 
 from ...conftest import attack
 from .. import small
 
-SMALL = membership.Effort(shadows=4, canaries=10, inverted=1, inversion_steps=3)
+SMALL = Effort(shadows=4, canaries=10, inverted=1, inversion_steps=3)
 
 
 def scenario(**study: Any) -> Scenario:
@@ -91,7 +93,7 @@ def test_an_audit_that_goes_on_trains_nothing_again_and_says_the_same(
 
 def test_shadow_models_come_in_pairs_that_share_nobody(done: Path) -> None:
     losses = [
-        dict(np.load(path))["restoration"]
+        load_file(path)["restoration"]
         for path in sorted((done / "models").glob("*-shadow-*"))
     ]
 
@@ -119,7 +121,7 @@ def test_the_table_has_a_column_for_each_model() -> None:
     }
     lines = membership.table(AuditReport.read(values, "test"))
 
-    assert lines[0] == "| | without privacy | with privacy |"
+    assert lines[0] == "| measure | without privacy | with privacy |"
     assert lines[2].endswith("| 0.600 [0.500, 0.700] | 0.600 [0.500, 0.700] |")
     assert "not estimable, 50 non-members" in lines[3]
 

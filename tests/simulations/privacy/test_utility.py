@@ -16,7 +16,7 @@ from fedgex.common.data.dataset import Patients
 from fedgex.common.data.moments import Standardisation
 from fedgex.common.errors import ConfigError, DataError
 from fedgex.simulations.cli import app
-from fedgex.simulations.privacy import utility
+from fedgex.simulations.privacy import measures, utility
 from fedgex.simulations.scenario import Scenario
 
 from .. import small
@@ -190,9 +190,9 @@ def test_the_c_index_counts_by_deaths_where_there_are_enough(
         "C": {"c_index": 0.1, "events": 9},
         "D": {"c_index": None, "events": 50},
     }
-    monkeypatch.setattr(utility.evaluation, "evaluate_survival", lambda *_: judged)
+    monkeypatch.setattr(measures.evaluation, "evaluate_survival", lambda *_: judged)
 
-    found = utility._c_index(scenario().study, {}, cast(Patients, None))
+    found = measures._c_index(scenario().study, {}, cast(Patients, None))
 
     assert found == pytest.approx((30 * 0.6 + 10 * 0.8) / 40)
 
@@ -208,7 +208,7 @@ def test_a_model_of_another_scale_is_judged_in_the_scale_at_hand() -> None:
     judged = Standardisation(mean=np.array([3.0, 1.0]), sd=np.array([0.5, 2.0]))
     values = np.array([[np.nan, 0.25], [0.5, np.nan]], dtype=np.float32)
 
-    filled = utility._Rescaled(Zero(), trained, judged).impute(values)
+    filled = measures._Rescaled(Zero(), trained, judged).impute(values)
 
     # The trained mean of the first gene, 5, is (5 - 3) / 0.5 = 4 where it is judged.
     assert filled == pytest.approx(np.array([[4.0, 0.25], [0.5, 0.0]]))

@@ -13,7 +13,8 @@ from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import Fields
 from fedgex.common.secure_aggregation.protocol import PublicKeys
-from fedgex.common.study import Name, Study
+from fedgex.common.settings import Name
+from fedgex.common.study import Study
 from fedgex.common.trust.audit_log import Head
 
 Text = Annotated[str, Field(max_length=1 << 24)]

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 
 CONFIDENCE = 0.95
 """Of every interval and bound."""

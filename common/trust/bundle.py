@@ -31,7 +31,7 @@ from pydantic import AwareDatetime, Field
 
 from fedgex.common.errors import CheckpointError, ConfigError, TrustError
 from fedgex.common.models import checkpoint as checkpoints
-from fedgex.common.study import Name, Settings
+from fedgex.common.settings import Name, Settings
 from fedgex.common.system import files
 from fedgex.common.trust import archive, pki, receipt
 from fedgex.common.trust.contract import Contract

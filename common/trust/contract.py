@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Name, Settings, Study
+from fedgex.common.settings import Name, Settings
+from fedgex.common.study import Study
 from fedgex.common.trust.signed import Signed
 
 

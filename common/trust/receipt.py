@@ -21,7 +21,7 @@ from pydantic import AwareDatetime, Field, model_validator
 from fedgex.common import keys
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.study import Name, Settings
+from fedgex.common.settings import Name, Settings
 from fedgex.common.transport.records import digest
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Head

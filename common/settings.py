@@ -14,6 +14,8 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """Of studies and sites, since both name files: lower-case letters, digits, hyphens."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal."""
 
 
 class Settings(BaseModel):

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.study import NAME_PATTERN, Settings
+from fedgex.common.settings import NAME_PATTERN, Settings
 from fedgex.common.system.files import read_json, write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Chain

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 
 from fedgex.common import keys
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Settings, Study
+from fedgex.common.settings import Settings
+from fedgex.common.study import Study
 
 FILE = "policy.toml"
 """Name of the file, in the folder of site.toml."""

@@ -11,7 +11,7 @@ from fedgex.client import policy as policies
 from fedgex.client.policy import Policy, read_toml
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import NAME_PATTERN, Settings
+from fedgex.common.settings import NAME_PATTERN, Settings
 
 SERVER_PATTERN = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$"
 """host:port."""

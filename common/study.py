@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from fedgex.common.canonical import canonical_json
 from fedgex.common.data.moments import OTHERS
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
+from fedgex.common.settings import Name, Settings
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
 """Names of the phases, which are the tasks that a site permits."""
-
 
 FEWEST_SUMMED = 3
 """Fewest updates in any secure sum: of two, each site sees the other's."""
@@ -63,10 +59,6 @@ ROBUST = {
 }
 """Aggregation rules that need every update by itself, and know no weights."""
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
-"""Of studies and sites, since both name files: lower-case letters, digits, hyphens."""
-
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Symbol = Annotated[str, Field(pattern=r"^\S+$")]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -96,8 +88,7 @@ Head = Annotated[
 
 
 def _aggregation_rule(name: str) -> str:
-    known = (*MEANS, *ROBUST)
-    if name not in known:
+    if name not in (known := (*MEANS, *ROBUST)):
         raise ValueError(f"expected one of {', '.join(known)}")
     return name
 
@@ -114,37 +105,6 @@ def added(default: Any, **bounds: Any) -> Any:
         As for pydantic's `Field`.
     """
     return Field(default=default, exclude_if=lambda value: value == default, **bounds)
-
-
-class Settings(BaseModel):
-    """Base of all settings read from files: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True
-    )
-
-    @classmethod
-    def read(cls, values: Mapping[str, Any], source: str) -> Self:
-        """Check `values`, read from `source`, and name everything wrong at once.
-
-        Raises
-        ------
-        ConfigError
-            If any key is unknown, missing, or holds a value that cannot be used.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            lines = [
-                f"{source}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
-                + ("" if e["type"] == "missing" else f" (found {e['input']!r:.80})")
-                for e in error.errors()
-            ]
-            raise ConfigError("\n".join(lines)) from error
-
-    def to_json(self) -> str:
-        """Return the canonical form, which is hashed and signed."""
-        return canonical_json(self.model_dump(mode="json"))
 
 
 class VocabularyRule(Settings):
@@ -447,7 +407,7 @@ class Evaluation(Settings):
 class Study(Settings):
     """Everything that the sites and the server of one federation agree on."""
 
-    name: str = Field(pattern=NAME_PATTERN)
+    name: Name
     """Lower-case letters, digits and hyphens."""
     seed: int = Field(default=1, ge=0)
     """One seed; every other is derived from it by name."""

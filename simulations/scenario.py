@@ -17,7 +17,8 @@ from pydantic import Field, field_validator, model_validator
 
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Settings, Study
+from fedgex.common.settings import Settings
+from fedgex.common.study import Study
 
 
 class Columns(Settings):

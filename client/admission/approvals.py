@@ -24,7 +24,7 @@ from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.audit_log import Chain

@@ -48,7 +48,7 @@ from fedgex.common.messages.requests import (
     TrainRequest,
     read_request,
 )
-from fedgex.common.study import NAME_PATTERN
+from fedgex.common.settings import NAME_PATTERN
 from fedgex.common.system import failpoints
 from fedgex.common.system.files import disk_full, write_atomic
 from fedgex.common.transport.records import to_arrays

@@ -24,7 +24,7 @@ from fedgex.client.identity import AUDIT, Identity, Request
 from fedgex.client.service.connection import Check, Step
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import NAME_PATTERN
+from fedgex.common.settings import NAME_PATTERN
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Chain

@@ -24,7 +24,7 @@ from fedgex.client.identity import Identity
 from fedgex.client.service.flower import deactivate_node, run_node
 from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import FedgexError
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.system.processes import IdlePause, begin
 from fedgex.common.trust import pki

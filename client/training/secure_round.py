@@ -55,12 +55,8 @@ from fedgex.common.messages.requests import (
 from fedgex.common.secure_aggregation import protocol, shamir, vectors
 from fedgex.common.secure_aggregation.protocol import Context, Group, PrivateKeys
 from fedgex.common.secure_aggregation.vectors import FixedPoint
-from fedgex.common.study import (
-    FEWEST_SUMMED,
-    NAME_PATTERN,
-    SecureAggregation,
-    Study,
-)
+from fedgex.common.settings import NAME_PATTERN
+from fedgex.common.study import FEWEST_SUMMED, SecureAggregation, Study
 from fedgex.common.transport.records import floats, to_arrays, to_record
 from fedgex.common.trust.receipt import reply_digest, request_digest, verify_part
 

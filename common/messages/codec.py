@@ -18,7 +18,7 @@ from pydantic import ConfigDict, ValidationError
 
 from fedgex.common import keys
 from fedgex.common.errors import FederationError, FedgexError, MessageError
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 from fedgex.common.transport.records import to_arrays, to_record
 
 SHOWN = 300

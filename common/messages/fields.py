@@ -16,7 +16,8 @@ from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import Fields
 from fedgex.common.secure_aggregation.protocol import PublicKeys
-from fedgex.common.study import Name, Study
+from fedgex.common.settings import Digest, Name
+from fedgex.common.study import Study
 from fedgex.common.trust.audit_log import Head
 
 Text = Annotated[str, Field(max_length=1 << 24)]
@@ -214,7 +215,7 @@ class Participant(Fields):
 class Commitment(Fields):
     """A hospital's commitment to its seed, hexadecimal."""
 
-    commitment: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    commitment: Digest
     """32 bytes that distinguish a wrong seed from its own, hexadecimal"""
 
 

@@ -13,12 +13,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Settings
+from fedgex.common.settings import Digest, Settings
 
 CONFIDENCE = 0.95
 """Of every interval and bound."""
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Way = Literal["loss", "likelihood-ratio"]
 Task = Literal["restoration", "classification"]

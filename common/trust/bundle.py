@@ -24,14 +24,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from cryptography import x509
-from pydantic import AwareDatetime, Field
+from pydantic import AwareDatetime
 
 from fedgex.common.errors import CheckpointError, ConfigError, TrustError
 from fedgex.common.models import checkpoint as checkpoints
-from fedgex.common.study import Name, Settings
+from fedgex.common.settings import Digest, Name, Settings
 from fedgex.common.system import files
 from fedgex.common.trust import archive, pki, receipt
 from fedgex.common.trust.contract import Contract
@@ -41,8 +41,6 @@ from fedgex.common.trust.signed import Signed
 SUFFIX = ".fedgex"
 
 RELEASE, AUTHORITY, CONTRACT = "release.json", "authority.crt", "contract.json"
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Lineage(Settings):

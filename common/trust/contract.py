@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Name, Settings, Study
+from fedgex.common.settings import Digest, Name, Settings
+from fedgex.common.study import Study
 from fedgex.common.trust.signed import Signed
 
 
@@ -39,7 +40,7 @@ class Contract(Settings):
     """Last day, in UTC, on which it holds."""
     code_version: str = Field(pattern=r"^\d+\.\d+$")
     """Major and minor version of fedgex, on the server and at every site."""
-    vocabulary_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+    vocabulary_hash: Digest
     """Hash of the vocabulary that the study's genes make, once sorted."""
     sites: tuple[Name, ...] = Field(min_length=2)
     """Sites that may take part."""

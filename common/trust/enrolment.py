@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedgex.common.study import NAME_PATTERN, Settings
+from fedgex.common.settings import NAME_PATTERN, Settings
 
 
 class EnrolmentRequest(Settings):

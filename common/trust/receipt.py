@@ -21,7 +21,7 @@ from pydantic import AwareDatetime, Field, model_validator
 from fedgex.common import keys
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.study import Name, Settings
+from fedgex.common.settings import Digest, Name, Settings
 from fedgex.common.transport.records import digest
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Head
@@ -30,7 +30,6 @@ from fedgex.common.trust.signed import Signed, check_signature
 NO_RECEIPT = "0" * 64
 """`previous` of a run's first receipt."""
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Patients = Annotated[int, Field(ge=0)] | Literal["suppressed"]
 """`suppressed`: the number is below the floor, or the site withholds it."""
 

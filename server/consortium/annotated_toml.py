@@ -9,7 +9,7 @@ from datetime import date
 from enum import Enum
 from typing import Any
 
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 
 WIDTH = 88
 

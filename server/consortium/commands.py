@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
-from fedgex.common.study import NAME_PATTERN, Settings
+from fedgex.common.settings import NAME_PATTERN, Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.signed import Signed

@@ -24,7 +24,7 @@ from cryptography import x509
 
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract

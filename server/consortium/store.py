@@ -27,7 +27,7 @@ from cryptography import x509
 from pydantic import Field, model_validator
 
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.study import NAME_PATTERN, Settings
+from fedgex.common.settings import NAME_PATTERN, Settings
 from fedgex.common.system import files
 from fedgex.common.system.files import exclusive_lock, explained, write_atomic
 from fedgex.common.trust import pki

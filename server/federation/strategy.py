@@ -1,7 +1,7 @@
 """Aggregate a round's accepted updates into the next global parameters.
 
-A rule is a class that follows `Strategy`, its entry in `STRATEGIES`, and its name in
-`study.MEANS` or `study.ORDER_STATISTICS`. Arrays are streamed from disk, in order of
+A rule is a class that follows `Strategy`, its entry in `MEANS` or `ROBUST`, and its
+name in the tuple of that name in `study`. Arrays are streamed from disk, in order of
 site name, so that the order of arrival changes no bit.
 """
 
@@ -29,6 +29,8 @@ Parameters = Mapping[str, Array]
 """Parameters that are exchanged, by name."""
 Aggregated = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
 """The next parameters, and the state for the next round; empty for most rules."""
+Statistic = Callable[[Iterator[Array], Sequence[Weight], Array], Array]
+"""Of the sites' arrays, their weights, and the array of the global parameters."""
 
 
 class Spooled(Mapping[str, Array]):
@@ -183,10 +185,11 @@ class FedAdam(FedAvg):
 
 
 @dataclass(frozen=True)
-class TrimmedMean:
-    """Mean over the sites without a share at either end (Yin et al. 2018)."""
+class OrderStatistic:
+    """Trimmed mean or median over the sites (Yin et al. 2018)."""
 
     rule: StrategyRule
+    statistic: Statistic
 
     def aggregate(
         self,
@@ -195,32 +198,19 @@ class TrimmedMean:
         server_round: int,
         state: Arrays,
     ) -> Aggregated:
-        """Trim and average each number by itself."""
-        trimmed = partial(aggregation.trimmed_mean, trim_share=self.rule.trim_share)
-        return _each(self.rule, global_parameters, updates, trimmed), {}
+        """Apply the statistic to each number by itself."""
+        return _each(self.rule, global_parameters, updates, self.statistic), {}
 
 
-@dataclass(frozen=True)
-class Median:
-    """Median over the sites (Yin et al. 2018)."""
-
-    rule: StrategyRule
-
-    def aggregate(
-        self,
-        global_parameters: Parameters,
-        updates: Sequence[Update],
-        server_round: int,
-        state: Arrays,
-    ) -> Aggregated:
-        """Return the median of each number by itself."""
-        return _each(self.rule, global_parameters, updates, aggregation.median), {}
+def _trimmed_mean(rule: StrategyRule) -> Strategy:
+    trimmed = partial(aggregation.trimmed_mean, trim_share=rule.trim_share)
+    return OrderStatistic(rule, trimmed)
 
 
 MEANS = {"fedavg": FedAvg, "fedprox": FedAvg, "fedadam": FedAdam}
 ROBUST: dict[str, Callable[[StrategyRule], Strategy]] = {
-    "trimmed-mean": TrimmedMean,
-    "median": Median,
+    "trimmed-mean": _trimmed_mean,
+    "median": lambda rule: OrderStatistic(rule, aggregation.median),
 }
 """Rules by name; `study` lists the same names."""
 
@@ -269,7 +259,7 @@ def _each(
     rule: StrategyRule,
     global_parameters: Parameters,
     updates: Sequence[Update],
-    statistic: Callable[[Iterator[Array], Sequence[Weight], Array], Array],
+    statistic: Statistic,
 ) -> dict[str, Array]:
     """Apply a statistic over the sites to each parameter."""
 

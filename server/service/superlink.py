@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 from fedgex.common.system.processes import begin
 from fedgex.common.trust.audit_log import Chain
 from fedgex.server.service.flower import NODE_KEY_HEADER, SECRET_HEADER, superlink_app

@@ -24,7 +24,8 @@ from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Settings, Study
+from fedgex.common.settings import Settings
+from fedgex.common.study import Study
 from fedgex.simulations import scenario, training
 from fedgex.simulations.scenario import Holdout, Public, Scenario
 from fedgex.simulations.split import HOLDOUT, read_cohort

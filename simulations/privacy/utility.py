@@ -38,7 +38,7 @@ from fedgex.common.study import (
 from fedgex.server.federation import public_cohort
 from fedgex.simulations import resumable, training
 from fedgex.simulations.effort import EPSILONS, SEEDS
-from fedgex.simulations.evaluation.table import markdown, spread
+from fedgex.simulations.evaluation.table import markdown, mean_sd
 from fedgex.simulations.privacy.measures import MEASURES, Measure, evaluate
 from fedgex.simulations.scenario import Scenario, shortened
 from fedgex.simulations.split import HOLDOUT, PUBLIC, read_cohort, split
@@ -202,7 +202,7 @@ def table(report: Report) -> list[str]:
     ]
     rows = {
         measure.name: {
-            each.name: spread(each.values[measure.key])
+            each.name: mean_sd(each.values[measure.key])
             + (_beside(measure, each, plain) if each.epsilon is not None else "")
             for each in report.conditions
         }

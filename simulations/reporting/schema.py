@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
-from fedgex.common.study import Settings
+from fedgex.common.settings import Settings
 
 Imputer = Annotated[str, Field(pattern="^(model|mean|knn|ppca|gaussian|mixture)$")]
 Scheme = Annotated[str, Field(pattern="^(mcar|panel|mnar)$")]

@@ -1,0 +1,49 @@
+"""Base of all settings, as read from files and from messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedgex.common.canonical import canonical_json
+from fedgex.common.errors import ConfigError
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+"""Of studies and sites, since both name files: lower-case letters, digits, hyphens."""
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal."""
+
+
+class Settings(BaseModel):
+    """Base of all settings read from files: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], source: str) -> Self:
+        """Check `values`, read from `source`, and name everything wrong at once.
+
+        Raises
+        ------
+        ConfigError
+            If any key is unknown, missing, or holds a value that cannot be used.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [
+                f"{source}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
+                + ("" if e["type"] == "missing" else f" (found {e['input']!r:.80})")
+                for e in error.errors()
+            ]
+            raise ConfigError("\n".join(lines)) from error
+
+    def to_json(self) -> str:
+        """Return the canonical form, which is hashed and signed."""
+        return canonical_json(self.model_dump(mode="json"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -256,7 +256,7 @@ class StrategyRule(Settings):
     """What a site's update counts by: `"patients"`, `"loss-terms"`, `"equal"` or
     `"fixed"`, see docs/rounds.md. Rules that need every update by itself know only
     `"equal"`."""
-    site_weights: dict[Name, Weight] = {}
+    site_weights: dict[Name, Weight] = Field(default={})
     """Weight of each site by name, above 0, for `weights = "fixed"`:
     `{ north = 2.0, south = 1.0 }`."""
     per_gene: bool = True

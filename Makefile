@@ -45,8 +45,7 @@ check: install
 
 ## test      all that is quick; those on real data need FEDGEX_DATA (../shared/data)
 test: install
-	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not federation and not deployment and not chaos'
-	$(BIN)/pytest -rs -m 'federation and not slow'
+	$(BIN)/pytest -rs --numprocesses 2 --dist loadfile -m 'not slow and not deployment and not chaos'
 
 ## test-federation  failures between hospitals, with real processes, and two of chaos
 test-federation: install

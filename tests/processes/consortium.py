@@ -311,9 +311,9 @@ def serving(folder: Path, road: Road) -> Iterator[Served]:
     first, second, third = consortium.sites
     served = Served(consortium, "", road=road)
     if not road.why_not:
-        consortium.host = consortium.interface = road.here
+        consortium.interface = road.here
         consortium.prefixes = {third: road.prefix}
-    address = consortium.interface
+    address = consortium.host = consortium.interface
     served.links = {name: Link(address) for name in consortium.sites}
     consortium.servers = {name: link.open() for name, link in served.links.items()}
     served.clocks = {n: Clock(folder / f"{n}.clock") for n in (first, "server")}

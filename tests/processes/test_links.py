@@ -27,16 +27,16 @@ def test_half_a_second_of_latency_and_a_megabit_change_nothing(served):
     def slow() -> None:
         link.passed.clear()
         link.delay_s, link.bytes_per_s = 0.25, 125_000.0
-        served.consortium.until(
-            "a model came down slowly, and an update went up",
-            lambda: min(link.passed["up"], link.passed["down"]) > MODEL_BYTES,
-            RUN_LIMIT_S,
-        )
+        try:
+            served.consortium.until(
+                "a model came down slowly, and an update went up",
+                lambda: min(link.passed["up"], link.passed["down"]) > MODEL_BYTES,
+                RUN_LIMIT_S,
+            )
+        finally:
+            link.delay_s, link.bytes_per_s = 0.0, float("inf")
 
-    try:
-        served.survives(slow)
-    finally:
-        link.delay_s, link.bytes_per_s = 0.0, float("inf")
+    served.survives(slow)
 
 
 def test_a_changed_byte_on_the_way_is_noticed_and_sent_again(served):

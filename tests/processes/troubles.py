@@ -190,19 +190,8 @@ def intercepting_proxy(folder: Path, host: str, asked: list[str]) -> str:
         far = far_side.wrap_socket(socket.create_connection((host, int(port))))
         near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
         inner = near_side.wrap_socket(near, server_side=True)
-        back = threading.Thread(target=copy, args=(far, inner), daemon=True)
-        back.start()
-        copy(inner, far)
-
-    def copy(source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while content := source.recv(16384):
-                sink.sendall(content)
-        except OSError:
-            pass
-        finally:
-            source.close()
-            sink.close()
+        with inner, far:
+            _relay(inner, far)
 
     def accept() -> None:
         while True:
@@ -211,6 +200,27 @@ def intercepting_proxy(folder: Path, host: str, asked: list[str]) -> str:
 
     threading.Thread(target=accept, daemon=True).start()
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def _relay(near: ssl.SSLSocket, far: ssl.SSLSocket) -> None:
+    """Pass on both ways until one side ends; one thread, as OpenSSL wants of a socket.
+
+    Two threads, one that reads and one that writes, spoil a record now and then.
+    """
+    other = {near: far, far: near}
+    while True:
+        ready = [each for each in other if each.pending()]
+        for source in ready or select.select([*other], [], [])[0]:
+            source.setblocking(False)
+            try:
+                content = source.recv(16384)
+            except ssl.SSLWantReadError:  # half a record, or none of the application's
+                continue
+            finally:
+                source.setblocking(True)
+            if not content:
+                return
+            other[source].sendall(content)
 
 
 LOSS = 0.05

@@ -107,13 +107,13 @@ def test_code_in_a_bundle_never_runs_at_a_site(served, tmp_path: Path):
             os.kill(supervisor, signal.SIGCONT)
 
     served.survives(push)
-    assert codes == {"FX-RUN-001"}
+    assert codes == {"FX-STUDY-006"}
     assert not marker.exists()
     for name in served.consortium.sites:
         state = served.consortium.site_state(name)
         lines = audit_log.read(state / "audit.jsonl")
         assert bundle.hash_str in {e.get("digest") for e in lines}
-        assert "FX-RUN-001" in {e.get("code") for e in lines}
+        assert "FX-STUDY-006" in {e.get("code") for e in lines}
 
 
 def test_a_site_whose_key_was_struck_is_refused_and_named(served):

@@ -38,8 +38,8 @@ from fedgex.common.system.files import disk_full
 logger = logging.getLogger(__name__)
 
 SITES_VARIABLE = "FEDGEX_SITES"
-"""Environment variable with the folder of simulated sites, in order of their partition
-numbers. A hospital's node is configured with `site-toml` instead."""
+"""Environment variable with the folder of simulated sites; the partition number is the
+index of a site by name. A hospital's node is configured with `site-toml` instead."""
 
 app = ClientApp()
 Handler = Callable[[Any, SiteSettings], Reply]

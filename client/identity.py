@@ -106,7 +106,7 @@ class Identity:
         )
 
     def sign(self, content: bytes) -> str:
-        """Return the hospital's signature over some bytes, base64."""
+        """Sign bytes with the hospital's key, base64."""
         return sign(self.key, content)
 
 

@@ -27,6 +27,7 @@ from fedgex.common.codes import Code
 from fedgex.common.messages.codec import Fields, Message
 from fedgex.common.messages.replies import REPLIES, Refusal, Reply
 from fedgex.common.messages.requests import REQUESTS, Envelope
+from fedgex.common.settings import Settings
 
 HEADINGS = {"severity": "Severity", "meaning": "Meaning", "action": "What to do"}
 """Columns that a table of codes may have after the code."""
@@ -56,7 +57,7 @@ def _codes(of: str) -> Rows:
 
 
 def _keys(section: str) -> Rows:
-    model: type[study.Settings] = study.Study
+    model: type[Settings] = study.Study
     for name in section.split("."):
         hint = model.model_fields[name].annotation
         model = next(each for each in (*get_args(hint), hint) if each is not None)

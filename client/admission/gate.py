@@ -235,7 +235,7 @@ class Gate:
         return ReleaseReply(site=Hospital(name=self.identity.name))
 
     def _same_log(self, last: LastReceipt | None) -> None:
-        """Check that our log still holds the last line that the server has signed."""
+        """Check that our log still holds its last line known to the server."""
         known = None if last is None else last.known
         if known is not None and not self.audit.contains(known):
             raise Refusal(

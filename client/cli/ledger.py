@@ -43,7 +43,7 @@ class Export(StrEnum):
 
 @ledger.command()
 def show(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
-    """Show what each run did to patients, and what is spent and left."""
+    """Show the mechanisms of each run, and the epsilon spent and left."""
     with refusing():
         account = _account(site_toml)
         facts = _facts(account)
@@ -88,7 +88,7 @@ def export(
 
 @ledger.command("statement")
 def print_statement(site_toml: SiteToml) -> None:
-    """Print what is guaranteed to a patient, as Markdown, for those who ask."""
+    """Print the privacy guarantee to a patient, as Markdown."""
     with refusing():
         page = statement(load(site_toml))
     typer.echo(page)

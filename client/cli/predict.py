@@ -320,7 +320,7 @@ def _prepared(
     check: Callable[[Checkpoint], object] = lambda model: None,
     cancer_type: str | None = None,
 ) -> Iterator[_Job]:
-    """Load the model and the samples; refuse all that stands in the way, at once.
+    """Load model and samples; report all errors at once.
 
     Parameters
     ----------
@@ -380,7 +380,7 @@ def _prepared(
 
 @contextmanager
 def _collecting(errors: list[FedgexError]) -> Iterator[None]:
-    """Keep an error and go on."""
+    """Collect an error and continue."""
     try:
         yield
     except FedgexError as error:
@@ -390,7 +390,7 @@ def _collecting(errors: list[FedgexError]) -> Iterator[None]:
 def _data(
     options: _Options, site: SiteSettings | None, study_scale: Scale, phase: str
 ) -> DataSettings:
-    """Return what is known of the input: by the options, else the site, else ours."""
+    """Return the data settings: from the options, else the site, else defaults."""
     from fedgex.client.settings import DataColumns, DataSettings
     from fedgex.common.study import SURVIVAL
 

@@ -128,7 +128,7 @@ def join(
 
 @commands.command()
 def check_connection(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
-    """Try the way to the server step by step; says which fails, and the fix."""
+    """Check the connection to the server step by step; name the fault and its fix."""
     steps: list[Step] = []
     with refusing():
         for step in connection_check(load(site_toml)).steps():

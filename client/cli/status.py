@@ -30,14 +30,14 @@ from fedgex.common.system.files import lock_holder
 from fedgex.common.trust.audit_log import Chain
 
 WARN_DAYS = 30
-"""Days before its expiry from which a certificate is a warning."""
+"""Days before expiry from which a certificate causes a warning."""
 
 commands = typer.Typer()
 
 
 @commands.command()
 def status(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
-    """Say whether the site runs, what it may do, and what wants attention."""
+    """Show whether the site runs, what it may do, and what needs attention."""
     with refusing():
         facts = status_of(load(site_toml))
     if form == Format.JSON:

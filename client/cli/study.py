@@ -129,7 +129,7 @@ def withdraw(
 
 
 def state_of(received: Received, decision: Decision | None) -> str:
-    """Return where a contract stands at this hospital, in a few words."""
+    """Return the state of a contract at this hospital, in a few words."""
     now = datetime.now(UTC)
     if decision is not None and decision.decision == "withdrawn":
         return "withdrawn"
@@ -151,7 +151,7 @@ def _open(site_toml: Path) -> tuple[SiteSettings, ApprovalStore]:
 
 
 def _find(approvals: ApprovalStore, prefix: str) -> str:
-    """Return the one hash that begins so, or leave: 3 for none, 1 for several."""
+    """Return the unique hash with this prefix; exit with 3 for none, 1 for several."""
     found = approvals.find(prefix)
     if len(found) == 1:
         return found[0]
@@ -245,7 +245,7 @@ def _cost(received: Received, settings: SiteSettings) -> dict[str, float] | None
 
 
 def _privacy(facts: dict[str, Any]) -> Iterator[str]:
-    """Yield one sentence for each thing that protects patients or the hospital."""
+    """Yield one sentence for each protection of patients or the hospital."""
     patient, site = facts["privacy"]["patient"], facts["privacy"]["site"]
     if patient is None:
         yield (
@@ -279,5 +279,5 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _printable(text: str) -> str:
-    """Return a text from elsewhere without what could steer a terminal."""
+    """Replace control characters in a foreign text."""
     return "".join(c if c.isprintable() else " " for c in text)

@@ -1,1 +1,1 @@
-"""From a hospital's files to a checked cohort, or to the findings that refuse them."""
+"""Read and check a hospital's files; return a cohort, or findings that refuse them."""

@@ -20,7 +20,7 @@ DAYS_PER = {"days": 1.0, "months": 30.4375, "years": 365.25}
 """Length of each unit of time, days."""
 
 LONGEST_LIFE = 120
-"""Years; no age and no follow-up is longer."""
+"""Longest plausible age and follow-up, years."""
 
 SEXES = {"female": "female", "f": "female", "male": "male", "m": "male"}
 """Accepted spellings, in any case."""
@@ -38,7 +38,7 @@ class Clinical:
 
     @property
     def key(self) -> str:
-        """Our name of the column that holds the labels of the expression file."""
+        """Our name of the column with the labels of the expression file."""
         return "sample" if "sample" in self.names else "patient"
 
     def where(self, column: str) -> str:

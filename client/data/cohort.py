@@ -1,4 +1,4 @@
-"""Raw files to a checked cohort, or every finding at once.
+"""Check raw files, and return a cohort or all findings.
 
 Findings name files, columns and genes, but never a patient: counts of patients, samples
 and cells below the site's minimum cohort read "fewer than".
@@ -37,7 +37,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedCohort:
-    """A cohort of N samples, and the file that it was taken from."""
+    """A cohort of N samples, with its rows and columns in the file."""
 
     cohort: Cohort
     sheet: Sheet
@@ -53,7 +53,7 @@ class CheckedCohort:
 def load_cohort(
     settings: SiteSettings, canonical_scale: Scale, tasks: Collection[str]
 ) -> tuple[Cohort, tuple[Finding, ...]]:
-    """Read the site's files and check them; returned are also the milder findings.
+    """Read and check the site's files; return the cohort and the warnings.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def _link(
 def _leave_out(
     sheet: Sheet, clinical: Clinical | None, opt_outs: Set[str], findings: Findings
 ) -> tuple[Sheet, Clinical | None]:
-    """Leave out the patients who opted out; few and none look the same."""
+    """Drop the patients who opted out; a small count reads like none."""
     ids = sheet.samples if clinical is None else tuple(clinical.text["patient"])
     rows = np.array([i for i, x in enumerate(ids) if x not in opt_outs], dtype=np.intp)
     n = len(opt_outs & set(ids))
@@ -246,7 +246,7 @@ def _check_cohort(
 
 
 def _check_events(cohort: Cohort, file: str, findings: Findings) -> None:
-    """Report few events; few are not counted, so that few and none look the same."""
+    """Report few events without their count, so that few and none look the same."""
     observed = cohort.with_survival() & (cohort.clinical["event"] == 1).to_numpy()
     events = len({cohort.patients[i] for i in np.flatnonzero(observed)})
     least = findings.min_cell_count

@@ -31,7 +31,7 @@ class Axes:
     """Of the genes, length L."""
     rows_are_samples: bool
     recognised: bool
-    """Whether the labels confirm it: then those of genes are surely not patients."""
+    """Whether the labels confirm it, so that those of genes cannot be patients."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Sheet:
         )
 
     def genes(self, names: Sequence[str]) -> str:
-        """Return how many genes, and the first ten where naming is safe."""
+        """Return the number of genes, and the names of ten if that is safe."""
         total = f"{len(names)} gene" if len(names) == 1 else f"{len(names)} genes"
         safe = [n for n in names if self.may_name and gene_names.is_gene_like(n)][:10]
         if not safe:
@@ -226,7 +226,7 @@ def drop_empty(sheet: Sheet, findings: Findings) -> tuple[Sheet, NDArray[np.intp
 
 
 def check_values(sheet: Sheet, data: DataSettings, findings: Findings) -> None:
-    """Report genes that never change, and what is often missing."""
+    """Report constant genes, and genes and samples with many missing cells."""
     if not sheet.values.size:
         return
     least = np.fmin.reduce(sheet.values, axis=0)

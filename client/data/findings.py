@@ -117,7 +117,7 @@ class _Count:
 
 @dataclass(frozen=True)
 class Findings:
-    """What one check has found so far."""
+    """Collects the findings of one check."""
 
     min_cell_count: int = 1
     """Counts of patients, samples and cells below it read "fewer than"."""

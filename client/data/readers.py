@@ -26,14 +26,14 @@ _Content = TypeVar("_Content")
 
 @dataclass(frozen=True, kw_only=True)
 class RawExpression:
-    """An expression file as it is; which axis holds the samples is not known yet."""
+    """An unchecked expression file; its samples may be rows or columns."""
 
     file: str
     """Name of the file."""
     rows: tuple[str, ...]
     """Labels of the rows, from the first column, trimmed."""
     columns: tuple[str, ...]
-    """Labels of the columns, from the header, trimmed; repetitions stay."""
+    """Labels of the columns, from the header, trimmed; with duplicates."""
     cells: pa.Table
     """One column for each of `columns`, named by position; text stays text."""
     rows_are_samples: bool
@@ -42,7 +42,7 @@ class RawExpression:
 
 @dataclass(frozen=True, kw_only=True)
 class RawClinical:
-    """A clinical table as it is."""
+    """An unchecked clinical table."""
 
     file: str
     """Name of the file."""

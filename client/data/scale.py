@@ -19,7 +19,7 @@ from fedgex.common.data.scales import CONVERTIBLE, Scale
 def on_scale(
     sheet: Sheet, source: Scale, target: Scale, table: pd.DataFrame, findings: Findings
 ) -> NDArray[np.float32]:
-    """Convert expression to a study's scale; all NaN if anything stands in the way.
+    """Convert expression to a study's scale; all NaN after an error.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def on_scale(
 
 
 def check_scale(sheet: Sheet, scale: Scale, findings: Findings) -> bool:
-    """Compare the numbers with the declared scale; return True if they cannot fit."""
+    """Return whether the numbers contradict the declared scale."""
     finite = np.where(np.isfinite(sheet.values), sheet.values, np.nan)
     reason = scales.misfit(finite, scale)
     if reason is None:
@@ -85,7 +85,7 @@ def check_scale(sheet: Sheet, scale: Scale, findings: Findings) -> bool:
 def _check_library_size(
     sheet: Sheet, library_size: NDArray[np.float64], findings: Findings
 ) -> bool:
-    """Return whether any sample has more reads in its genes than it has at all."""
+    """Return whether any sample's counts exceed its library size."""
     given = np.nansum(np.where(np.isinf(sheet.values), 0, sheet.values), axis=1)
     bad = ~((library_size > 0) & (library_size >= given) & np.isfinite(library_size))
     code = Code.LIBRARY_SIZE_UNUSABLE if bad.any() else Code.COUNTS_PER_MILLION

@@ -1,7 +1,7 @@
 """Delimited text and Parquet as Arrow tables, and their cells as numbers.
 
-Text stays text until a column is known to hold numbers: a patient called 007 keeps both
-zeros. No error quotes a row of its file.
+Cells stay text until a column is known to hold numbers, so identifiers keep leading
+zeros. Errors never quote a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedgex.client.data.findings import Findings
 from fedgex.common.codes import Code
 
 MISSING = ("", "NA", "N/A", "na", "n/a", "NaN", "nan", "NULL", "null", "None")
-"""Cells that mean "not known"."""
+"""Cells that count as missing."""
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 

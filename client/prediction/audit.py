@@ -1,7 +1,7 @@
-"""Membership inference on a released model by a hospital's own patients.
+"""Membership inference on a released model with a hospital's own patients.
 
-The hospital's patients, as its settings name them now, are the members; others of its
-own patients, who never trained, are the non-members.
+Members are the patients in its settings now; non-members are other patients of the
+hospital, who never trained.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def audit(
         If the model has not been pretrained.
     ConfigError
         If members or non-members are fewer than the policy's minimum cohort, or
-        somebody is both.
+        a patient is both.
     DataError
         If a file cannot be used.
     """

@@ -1,4 +1,4 @@
-"""Files of a prediction: the model, one checked table of samples, results and card.
+"""Files of a prediction: model, checked table of samples, results and card.
 
 N samples pass the checks; L columns of the file.
 """
@@ -60,7 +60,7 @@ class Samples:
     clinical: pd.DataFrame
     """One row for each row of `expression`."""
     findings: tuple[Finding, ...]
-    """What the checks found, and does not stand in the way."""
+    """Warnings of the checks."""
     checked: CheckedCohort
     """The cohort, and every sample and column of the file."""
     scale: Scale
@@ -219,10 +219,9 @@ def opened_model(
 def write(
     table: pd.DataFrame, card: Mapping[str, Any], output: Path, card_path: Path
 ) -> None:
-    """Write a table and its card; neither path ever holds a part of its file.
+    """Write a table and its card atomically, the card first.
 
-    The index becomes the first column, `sample`. The card comes first, so that no table
-    is without one.
+    The index becomes the first column, `sample`.
 
     Raises
     ------
@@ -296,7 +295,7 @@ def _write_table(table: pd.DataFrame, path: Path, form: str | None) -> None:
     if form in (".csv", ".tsv"):
         table.to_csv(path, sep=delimiter)
         return
-    # Without name and time inside, the same table gives the same bytes.
+    # No name and time inside: equal tables give equal bytes.
     with (
         path.open("wb") as file,
         gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,

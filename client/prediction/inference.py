@@ -1,4 +1,4 @@
-"""A finished model on a hospital's own samples: restore, embed, risk, cancer type.
+"""Predict with a finished model: imputation, embedding, risk, cancer type.
 
 Plain functions on DataFrames with one row a sample and one column a gene; `cli.predict`
 is their command line. They run on the CPU, in float32.
@@ -34,7 +34,7 @@ from fedgex.common.models.uncertainty import restore_with_uncertainty
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
 
 BATCH_SIZE = 16
-"""Samples restored at a time: each asks for up to the entire vocabulary."""
+"""Samples restored at a time; each may need the full vocabulary."""
 
 
 def impute(
@@ -44,7 +44,7 @@ def impute(
     scale: Scale | None = None,
     genes: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Restore what was not measured: NaN cells, and genes of the vocabulary not there.
+    """Impute NaN cells, and genes of the vocabulary that the frame lacks.
 
     Measured cells, and genes outside the vocabulary, stay as they are.
 
@@ -119,7 +119,7 @@ def restore(
 
 
 def fill(frame: pd.DataFrame, restored: pd.DataFrame) -> pd.DataFrame:
-    """Put restored values into NaN cells, and add the genes that are not there.
+    """Fill NaN cells with restored values, and add the missing genes.
 
     Parameters
     ----------

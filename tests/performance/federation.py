@@ -77,7 +77,7 @@ def server_memory(sizes: Sizes, console: Console) -> list[Row]:
     sites = f"{sizes.many.n_sites} / {sizes.few.n_sites} sites"
     return [
         below(
-            f"peak memory, server with Flower's message store, {sites}",
+            f"peak memory, server and engine, {sites}",
             many / few,
             1.2,
             f"{many:.0f} / {few:.0f} MB",
@@ -144,7 +144,7 @@ def _aggregate(sizes: Sizes, file: Path, n_updates: int) -> tuple[float, float]:
 
 
 def _federate(size: Federation, workers: int, console: Console) -> list[dict[str, Any]]:
-    """Run a federation in Flower's engine and return its journal."""
+    """Run a federation in the local engine and return its journal."""
     scenario = Scenario.read(
         {
             "study": {

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from scipy.stats import wilcoxon
 
-from fedgex.simulations.evaluation import page, resumable, table
+from fedgex.simulations import resumable
+from fedgex.simulations.evaluation import page, table
 from fedgex.simulations.reporting.schema import plain
 
 

@@ -34,7 +34,7 @@ def test_no_site_trained_a_round_twice_after_a_reply_was_stored(served):
         lines = audit_log.read(served.consortium.site_state(name) / "audit.jsonl")
         stored: set[tuple[str, str, int]] = set()
         for line in lines:
-            if line.get("type") != "train":
+            if line.get("type") != "train" or line["event"] == "refused":
                 continue
             about = (line["run"], line["phase"], line["round"])
             if line["event"] == "asked":

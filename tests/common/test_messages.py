@@ -428,7 +428,8 @@ def test_the_page_lists_records_and_keys_of_each_reply() -> None:
             for record in records:
                 place.setdefault(record, set()).update(named(cells[2]))
         if not kinds:
-            refusal |= {record: set(named(cells[2])) for record in records}
+            for record in records:
+                refusal.setdefault(record, set()).update(named(cells[2]))
 
     part = {keys.PART: refusal[keys.PART]}
     assert {kind: each | part for kind, each in listed.items()} == {

@@ -242,7 +242,13 @@ class Deployed:
             "test",
         ).to_json()
         signature = sign(self.keys[site], part.encode())
-        reply[keys.PART] = ConfigRecord({keys.JSON: part, keys.SIGNATURE: signature})
+        reply[keys.PART] = ConfigRecord(
+            {
+                keys.JSON: part,
+                keys.SIGNATURE: signature,
+                keys.CERTIFICATE: self.alliance.site(site).certificate,
+            }
+        )
         return reply
 
 

@@ -46,9 +46,9 @@ def test_the_process_dies_at_the_named_visit_without_another_word(tmp_path):
 
 
 def test_visits_are_counted_over_processes_and_it_dies_once(tmp_path):
-    setting = f"head.renamed:2:{tmp_path}"
+    setting = f"reply.renamed:2:{tmp_path}"
 
-    codes = [visit("head.renamed", setting=setting).returncode for _ in range(4)]
+    codes = [visit("reply.renamed", setting=setting).returncode for _ in range(4)]
 
     assert codes == [0, -signal.SIGKILL, 0, 0]
 

@@ -85,7 +85,7 @@ DIES = """
 import sys
 from pathlib import Path
 from fedgex.common.system import files
-files.write_atomic(Path(sys.argv[1]), b"new" * 100_000, point="head")
+files.write_atomic(Path(sys.argv[1]), b"new" * 100_000, point="reply")
 """
 
 
@@ -98,7 +98,7 @@ def test_killed_on_the_way_the_old_content_stands_or_the_new(tmp_path, point, co
     (tmp_path / "counts").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", DIES, str(path)],
-        env=os.environ | {"FEDGEX_FAILPOINT": f"head.{point}:1:{tmp_path / 'counts'}"},
+        env=os.environ | {"FEDGEX_FAILPOINT": f"reply.{point}:1:{tmp_path / 'counts'}"},
         check=False,
     )
 

@@ -105,7 +105,7 @@ def clocks(served) -> Iterator[Mapping[str, Clock]]:
     moved = {name: clock.environment for name, clock in served.clocks.items()}
     served.survives(lambda: served.restart(moved))
     yield served.clocks
-    served.restart({name: {} for name in moved})
+    served.survives(lambda: served.restart({name: {} for name in moved}))
 
 
 @pytest.mark.parametrize("whose", ["hospital", "server"])

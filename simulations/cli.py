@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 from fedgex.common.errors import FedgexError
-from fedgex.simulations import effort, scenario
+from fedgex.simulations import scenario
+from fedgex.simulations.privacy import effort
 
 # What a command needs is imported by its function: all of it takes seconds.
 

@@ -27,7 +27,7 @@ from fedgex.common.privacy.audit_report import Training
 from fedgex.common.seeds import derive, generator
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Privacy, Study
 from fedgex.simulations import resumable
-from fedgex.simulations.effort import CANARIES, SHADOWS
+from fedgex.simulations.privacy.effort import CANARIES, SHADOWS
 from fedgex.simulations.split import PUBLIC, Split, read_cohort
 from fedgex.simulations.training import begin, train, vocabulary
 

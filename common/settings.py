@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import ConfigError
@@ -47,3 +47,31 @@ class Settings(BaseModel):
     def to_json(self) -> str:
         """Return the canonical form, which is hashed and signed."""
         return canonical_json(self.model_dump(mode="json"))
+
+
+def added(default: Any, **bounds: Any) -> Any:
+    """Return a field that earlier releases did not have.
+
+    At its default it is left out of the canonical form, so that every study from before
+    keeps its text and hash.
+
+    Parameters
+    ----------
+    bounds
+        As for pydantic's `Field`.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **bounds)
+
+
+def retired(value: str, instead: str) -> BeforeValidator:
+    """Refuse a value that earlier releases knew, and say what to do instead.
+
+    The key stays with the one value that is left: it is part of every study's hash.
+    """
+
+    def refuse(found: object) -> object:
+        if found == value:
+            raise ValueError(f'"{value}" was retired; {instead}')
+        return found
+
+    return BeforeValidator(refuse)

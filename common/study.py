@@ -9,19 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from fedgex.common.data.moments import OTHERS
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
-from fedgex.common.settings import Name, Settings
+from fedgex.common.settings import Name, Settings, retired
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
 """Names of the phases, which are the tasks that a site permits."""
@@ -30,10 +25,7 @@ FEWEST_SUMMED = 3
 """Fewest updates in any secure sum: of two, each site sees the other's."""
 
 MEANS = {
-    "fedavg": (
-        "x̄ = Σ w_s x_s / Σ w_s",
-        "McMahan et al. 2017, arXiv 1602.05629",
-    ),
+    "fedavg": ("x̄ = Σ w_s x_s / Σ w_s", "McMahan et al. 2017, arXiv 1602.05629"),
     "fedprox": (
         "as `fedavg`; sites minimise loss + μ/2 · ‖x_s - x‖², μ = `proximal_mu`",
         "Li et al. 2020, arXiv 1812.06127",
@@ -63,23 +55,9 @@ Symbol = Annotated[str, Field(pattern=r"^\S+$")]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _retired(value: str, instead: str) -> BeforeValidator:
-    """Refuse a value that earlier releases knew, and say what to do instead.
-
-    The key stays with the one value that is left: it is part of every study's hash.
-    """
-
-    def refuse(found: object) -> object:
-        if found == value:
-            raise ValueError(f'"{value}" was retired; {instead}')
-        return found
-
-    return BeforeValidator(refuse)
-
-
 Head = Annotated[
     Literal["shared"],
-    _retired(
+    retired(
         "local",
         'set head = "shared", or leave it out. A model with local heads needs the '
         "release of fedgex that trained it",
@@ -91,20 +69,6 @@ def _aggregation_rule(name: str) -> str:
     if name not in (known := (*MEANS, *ROBUST)):
         raise ValueError(f"expected one of {', '.join(known)}")
     return name
-
-
-def added(default: Any, **bounds: Any) -> Any:
-    """Return a field that earlier releases did not have.
-
-    At its default it is left out of the canonical form, so that every study from before
-    keeps its text and hash.
-
-    Parameters
-    ----------
-    bounds
-        As for pydantic's `Field`.
-    """
-    return Field(default=default, exclude_if=lambda value: value == default, **bounds)
 
 
 class VocabularyRule(Settings):
@@ -249,7 +213,7 @@ class StrategyRule(Settings):
     name: Annotated[
         str,
         AfterValidator(_aggregation_rule),
-        _retired("fedyogi", 'set strategy.name = "fedadam", its nearest relative'),
+        retired("fedyogi", 'set strategy.name = "fedadam", its nearest relative'),
     ]
     """Aggregation rule, by its name in docs/rounds.md. Without the section: fedavg."""
     weights: Literal["patients", "loss-terms", "equal", "fixed"] = "patients"
@@ -278,7 +242,7 @@ class StrategyRule(Settings):
     """What travels up: the trained `"parameters"`, or their change, the `"delta"`."""
     precision: Annotated[
         Literal["float32"],
-        _retired("float16", 'set strategy.precision = "float32", or leave it out'),
+        retired("float16", 'set strategy.precision = "float32", or leave it out'),
     ] = "float32"
     """Number format of what travels up. There is no other value."""
 

@@ -81,7 +81,7 @@ def new_data(
     cancer_types: Annotated[int, typer.Option(help="Cancer types.")] = 4,
 ) -> None:
     """Write a synthetic consortium with known truth."""
-    from fedgex.simulations import synthetic
+    from fedgex.simulations.data import synthetic
 
     try:
         synthetic.new_data(

@@ -28,10 +28,10 @@ from fedgex.server.consortium import annotated_toml
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations import engine
 from fedgex.simulations.daemons import Daemons, free_ports
+from fedgex.simulations.data.split import HOLDOUT, PUBLIC, split
+from fedgex.simulations.data.synthetic import new_data
 from fedgex.simulations.run import checked
 from fedgex.simulations.scenario import Scenario, find
-from fedgex.simulations.split import HOLDOUT, PUBLIC, split
-from fedgex.simulations.synthetic import new_data
 
 ADMINISTRATORS = ("first-administrator", "second-administrator")
 HOST = "localhost"

@@ -36,10 +36,10 @@ from fedgex.server.settings import ServerSettings
 from fedgex.simulations import engine
 from fedgex.simulations.baselines import comparisons
 from fedgex.simulations.baselines.comparisons import Federation
+from fedgex.simulations.data.split import HOLDOUT, PUBLIC, Split, split
 from fedgex.simulations.reporting.report import summary, write_report
 from fedgex.simulations.resumable import cached
 from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.split import HOLDOUT, PUBLIC, Split, split
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Settings
 from fedgex.common.study import Study
 from fedgex.simulations import scenario, training
+from fedgex.simulations.data.split import HOLDOUT, read_cohort
+from fedgex.simulations.data.split import split as write_split
 from fedgex.simulations.scenario import Holdout, Public, Scenario
-from fedgex.simulations.split import HOLDOUT, read_cohort
-from fedgex.simulations.split import split as write_split
 
 MIN_EVENTS = 10
 """Fewest deaths of a cancer type among unseen patients to estimate a C-index."""

@@ -40,11 +40,11 @@ from fedgex.common.privacy.audit_report import (
 )
 from fedgex.common.seeds import derive, generator
 from fedgex.common.study import PRETRAINING, Study
+from fedgex.simulations.data.split import split
 from fedgex.simulations.evaluation.table import markdown
 from fedgex.simulations.privacy import shadow_models
 from fedgex.simulations.privacy.shadow_models import Effort, Ground, Losses
 from fedgex.simulations.scenario import Scenario, shortened
-from fedgex.simulations.split import split
 from fedgex.simulations.training import begin
 
 DELTA = 1e-5

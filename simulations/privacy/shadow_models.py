@@ -27,8 +27,8 @@ from fedgex.common.privacy.audit_report import Training
 from fedgex.common.seeds import derive, generator
 from fedgex.common.study import CLASSIFICATION, SURVIVAL, Privacy, Study
 from fedgex.simulations import resumable
+from fedgex.simulations.data.split import PUBLIC, Split, read_cohort
 from fedgex.simulations.privacy.effort import CANARIES, SHADOWS
-from fedgex.simulations.split import PUBLIC, Split, read_cohort
 from fedgex.simulations.training import begin, train, vocabulary
 
 RESTORATION = "restoration"

@@ -37,11 +37,11 @@ from fedgex.common.study import (
 )
 from fedgex.server.federation import public_cohort
 from fedgex.simulations import resumable, training
+from fedgex.simulations.data.split import HOLDOUT, PUBLIC, read_cohort, split
 from fedgex.simulations.evaluation.table import markdown, mean_sd
 from fedgex.simulations.privacy.effort import EPSILONS, SEEDS
 from fedgex.simulations.privacy.measures import MEASURES, Measure, evaluate
 from fedgex.simulations.scenario import Scenario, shortened
-from fedgex.simulations.split import HOLDOUT, PUBLIC, read_cohort, split
 
 QUICK_ROUNDS = 2
 """Most rounds of a phase with --quick, which also takes one seed: enough to see that it

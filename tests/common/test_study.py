@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
 from fedgex.common.models.gexbert import PRESETS
-from fedgex.common.study import MaskingRule, Study, added
+from fedgex.common.settings import added
+from fedgex.common.study import MaskingRule, Study
 
 WHOLE: dict[str, Any] = {
     "name": "all-phases",

@@ -25,10 +25,10 @@ from fedgex.server import journal
 from fedgex.server.federation.participants import Simulated
 from fedgex.server.federation.run import conduct
 from fedgex.server.settings import ServerSettings
+from fedgex.simulations.data.split import split
+from fedgex.simulations.data.synthetic import new_data
 from fedgex.simulations.grid import LocalGrid
 from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.split import split
-from fedgex.simulations.synthetic import new_data
 
 TYPES = ["type-1", "type-2"]
 N_SITES = 4

@@ -14,8 +14,8 @@ import pytest
 from fedgex.common import keys
 from fedgex.common.data.moments import GeneMoments, foreign_scales
 from fedgex.common.errors import FederationError
+from fedgex.simulations.data.split import split
 from fedgex.simulations.scenario import find
-from fedgex.simulations.split import split
 
 from ..support import alliance as alliances
 from .conftest import N_SITES, Consortium, Finished, write_hospitals

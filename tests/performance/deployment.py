@@ -22,9 +22,9 @@ from fedgex.common.models import checkpoint
 from fedgex.common.system.malloc import resident_mb
 from fedgex.server import journal
 from fedgex.simulations import rehearsal
+from fedgex.simulations.data.synthetic import new_data
 from fedgex.simulations.rehearsal import Rehearsal
 from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.synthetic import new_data
 
 from .rows import Row
 

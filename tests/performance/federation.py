@@ -23,9 +23,9 @@ from fedgex.common.system.malloc import resident_mb
 from fedgex.server import journal
 from fedgex.server.federation.strategy import Spooled, combine
 from fedgex.simulations import run
-from fedgex.simulations import synthetic as cohorts
+from fedgex.simulations.data import synthetic as cohorts
+from fedgex.simulations.data.split import split
 from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.split import split
 
 from .rows import (
     SEED,

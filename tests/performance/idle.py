@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from fedgex.simulations import rehearsal
+from fedgex.simulations.data.synthetic import new_data
 from fedgex.simulations.rehearsal import Rehearsal
 from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.synthetic import new_data
 
 N_SITES = 3
 SETTLE_S, MEASURED_S = 60.0, 60.0

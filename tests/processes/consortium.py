@@ -28,9 +28,9 @@ from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import commands
 from fedgex.server.consortium.store import Consortium
 from fedgex.simulations import rehearsal
+from fedgex.simulations.data.synthetic import new_data
 from fedgex.simulations.rehearsal import ADMINISTRATORS, RUN_LIMIT_S, Rehearsal
 from fedgex.simulations.scenario import Scenario
-from fedgex.simulations.synthetic import new_data
 
 from .troubles import Clock, Disk, Link, Road, intercepting_proxy
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedgex.simulations import synthetic
+from fedgex.simulations.data import synthetic
 from fedgex.simulations.scenario import Scenario
 
 

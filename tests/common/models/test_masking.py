@@ -13,7 +13,8 @@ from fedgex.common.models.masking import (
     panel,
     random_panel,
 )
-from fedgex.common.study import MaskingRule, added
+from fedgex.common.settings import added
+from fedgex.common.study import MaskingRule
 
 
 def seeded(seed: int = 0) -> torch.Generator:

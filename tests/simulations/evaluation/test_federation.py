@@ -22,11 +22,11 @@ from fedgex.server import evaluation
 from fedgex.simulations import scenario, training
 from fedgex.simulations.analysis import foreign_scale
 from fedgex.simulations.cli import Question, app
+from fedgex.simulations.data.split import split
 from fedgex.simulations.evaluation.arms import FEDERATED, Arm, arms, models
 from fedgex.simulations.evaluation.federation import comparison, scores, variants
 from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import Protocol, Split, prepare
-from fedgex.simulations.split import split
 
 from .. import small
 

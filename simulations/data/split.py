@@ -29,7 +29,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import CLINICAL_COLUMNS, Cohort
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
-from fedgex.simulations.raw_data import RawData, find_files, read_raw
+from fedgex.simulations.data.raw_data import RawData, find_files, read_raw
 from fedgex.simulations.scenario import Scenario, Sites
 
 REGION = "region"

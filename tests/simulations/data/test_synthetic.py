@@ -7,10 +7,10 @@ import pytest
 from lifelines import CoxPHFitter, WeibullAFTFitter
 
 from fedgex.common.errors import ConfigError
-from fedgex.simulations import synthetic
+from fedgex.simulations.data import synthetic
+from fedgex.simulations.data.split import split
+from fedgex.simulations.data.synthetic import new_data
 from fedgex.simulations.scenario import find
-from fedgex.simulations.split import split
-from fedgex.simulations.synthetic import new_data
 
 
 @pytest.fixture(scope="module")

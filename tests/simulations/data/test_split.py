@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import ConfigError
+from fedgex.simulations.data.split import Split, slugs, split
 from fedgex.simulations.scenario import Scenario, find
-from fedgex.simulations.split import Split, slugs, split
 
 # Patients by cohort and institution, in that order. North spans both cohorts; East and
 # West have fewer than three patients.

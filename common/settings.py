@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
@@ -47,6 +48,21 @@ class Settings(BaseModel):
     def to_json(self) -> str:
         """Return the canonical form, which is hashed and signed."""
         return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Self:
+        """Read the canonical form back.
+
+        Raises
+        ------
+        ConfigError
+            If the text is not JSON, or holds anything wrong.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{source} is not JSON: {error}") from error
+        return cls.read(values, source)
 
 
 def added(default: Any, **bounds: Any) -> Any:

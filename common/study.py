@@ -7,7 +7,6 @@ refuses one that differs from the hash beside it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
@@ -15,7 +14,6 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedgex.common.data.moments import OTHERS
 from fedgex.common.data.scales import Scale
-from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Name, Settings, retired
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
@@ -496,18 +494,3 @@ class Study(Settings):
     def hash(self) -> str:
         """SHA-256 of the canonical form."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    @classmethod
-    def from_json(cls, text: str, source: str) -> Self:
-        """Read the canonical form back.
-
-        Raises
-        ------
-        ConfigError
-            If the text is not JSON, or holds anything wrong.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from error
-        return cls.read(values, source)

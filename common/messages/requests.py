@@ -52,7 +52,7 @@ BOXES = by_hospital(keys.BOXES, bytes.hex, bytes.fromhex)
 CONFIRMATIONS = by_hospital(keys.CONFIRMATIONS, bytes.hex, bytes.fromhex)
 
 _PARTICIPANTS = by_hospital(
-    keys.PUBLIC_KEYS, Participant.to_json, Participant.from_json
+    keys.PUBLIC_KEYS, Participant.to_text, Participant.from_text
 )
 
 
@@ -150,7 +150,7 @@ class SharesRequest(SecureRequest):
 
     participants: Annotated[
         Mapping[str, Participant],
-        by_hospital(keys.PUBLIC_KEYS, Participant.to_json, Participant.from_json),
+        by_hospital(keys.PUBLIC_KEYS, Participant.to_text, Participant.from_text),
     ]
 
 

@@ -47,9 +47,7 @@ class _Canonical(Settings):
             If the text is not exactly what `to_json` returns for what it says.
         """
         try:
-            found = cls.read(json.loads(text), source)
-        except (ValueError, RecursionError) as error:
-            raise TrustError(f"{source} is not JSON. Fetch it again.") from error
+            found = super().from_json(text, source)
         except ConfigError as error:
             raise TrustError(f"{error}. Fetch it again.") from error
         if found.to_json() != text:

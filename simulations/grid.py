@@ -30,33 +30,15 @@ AHEAD = 2
 """Messages handed to the pool for each of its workers: one under way, one next."""
 
 
-class LocalGrid(Grid):
-    """One node for each folder of a split, in order of name.
+class ProcessGrid(Grid):
+    """What grids without a server share: messages are pushed and pulled, no more."""
 
-    Without a pool a message is answered when its reply is asked for, so that one reply
-    is in memory at a time.
-    """
-
-    def __init__(
-        self, sites: Path, pool: Executor | None = None, workers: int = 1
-    ) -> None:
-        """Open a grid over the sites' folders.
-
-        Parameters
-        ----------
-        pool
-            Answers `workers` messages at a time; None: this process answers.
-        """
+    def __init__(self) -> None:
+        """Open a grid; from now on this process may make messages."""
         # Flower 1.41 builds no message in a process without a task.
         TaskIdentity.run_id = TaskIdentity.task_id = 1
         TaskIdentity.node_id = SERVER_NODE
-        names = sorted(path.name for path in sites.iterdir() if path.is_dir())
-        self.names = dict(enumerate(names, start=FIRST_NODE))
-        self._sites, self._pool, self._most = sites, pool, AHEAD * workers
         self._ids = (f"message-{i}" for i in itertools.count(1))
-        self._waiting: deque[str] = deque()
-        self._messages: dict[str, Message] = {}
-        self._running: dict[str, Future[bytes]] = {}
 
     def set_run(self, run: Run) -> None:
         """Refuse: Flower's runtime calls it, and there is none."""
@@ -74,6 +56,32 @@ class LocalGrid(Grid):
     def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
         """Refuse: the server pushes and pulls."""
         raise NotImplementedError
+
+
+class LocalGrid(ProcessGrid):
+    """One node for each folder of a split, in order of name.
+
+    Without a pool a message is answered when its reply is asked for, so that one reply
+    is in memory at a time.
+    """
+
+    def __init__(
+        self, sites: Path, pool: Executor | None = None, workers: int = 1
+    ) -> None:
+        """Open a grid over the sites' folders.
+
+        Parameters
+        ----------
+        pool
+            Answers `workers` messages at a time; None: this process answers.
+        """
+        super().__init__()
+        names = sorted(path.name for path in sites.iterdir() if path.is_dir())
+        self.names = dict(enumerate(names, start=FIRST_NODE))
+        self._sites, self._pool, self._most = sites, pool, AHEAD * workers
+        self._waiting: deque[str] = deque()
+        self._messages: dict[str, Message] = {}
+        self._running: dict[str, Future[bytes]] = {}
 
     def get_node_ids(self) -> list[int]:
         """Return the nodes of all sites."""

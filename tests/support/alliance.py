@@ -6,7 +6,6 @@ contents are serialised on their way. What the disks hold is what processes leav
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 from collections import Counter
@@ -19,9 +18,6 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 import fedgex.client.app
 from fedgex.client import identity
@@ -39,6 +35,7 @@ from fedgex.server.consortium.participants import Deployment
 from fedgex.server.consortium.store import Consortium, ConsortiumSettings
 from fedgex.server.federation.run import conduct
 from fedgex.server.settings import ServerSettings
+from fedgex.simulations.grid import ProcessGrid
 
 from ..federation.conftest import TYPES, Exchange, Finished, Killed, _bytes, _parse
 
@@ -73,7 +70,7 @@ class Node:
     context: Context
 
 
-class GateGrid(Grid):
+class GateGrid(ProcessGrid):
     """Hands each message to the gate of its hospital, at once.
 
     Parameters
@@ -98,7 +95,7 @@ class GateGrid(Grid):
         silent: Callable[[str, Message], bool] = lambda site, message: False,
         held: Mapping[str, int] | None = None,
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        super().__init__()
         self.nodes = {
             name: Node(
                 number=number,
@@ -118,26 +115,12 @@ class GateGrid(Grid):
         self.held = dict(held or {})
         self.exchanges: list[Exchange] = []
         self.replies: dict[str, Message] = {}
-        self.ids = (f"message-{i}" for i in itertools.count(1))
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *args: Any, **kwargs: Any) -> Iterable[Message]:
-        raise NotImplementedError
 
     def get_node_ids(self) -> list[int]:
         return [node.number for node in self.nodes.values()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        return [self._deliver(message, next(self.ids)) for message in messages]
+        return [self._deliver(message, next(self._ids)) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         self._die()

@@ -20,10 +20,9 @@ from fedgex.server.run_monitor import one_line
 
 REFUSED, NOT_FOUND, NOT_RUNNING = 1, 3, 4
 
-State = Annotated[
-    Path,
-    typer.Option("--state", envvar="FEDGEX_STATE", help="The state directory."),
-]
+_STATE = typer.Option("--state", envvar="FEDGEX_STATE", help="The state directory.")
+State = Annotated[Path, _STATE]
+OptionalState = Annotated[Path | None, _STATE]
 Format = Annotated[
     Literal["text", "json"], typer.Option("--format", help="Form of the output.")
 ]

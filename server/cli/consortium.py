@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -195,9 +195,8 @@ def site_add(
     with refusals():
         found = Consortium(state)
         kit = members.add_site(found, request, fingerprint, name=name)
-        write_out(out, kit)
-        expires = found.site(name).expires.date()
-    show({"site": name, "kit": str(out), "expires": expires}, form)
+        facts = _write_kit(found, name, kit, out)
+    show(facts, form)
 
 
 @site.command("list")
@@ -223,9 +222,8 @@ def site_renew(name: Name, out: Kit, state: State, form: Format = "text") -> Non
     """Write a kit with a new certificate over the keys that a hospital has."""
     with refusals():
         found = Consortium(state)
-        write_out(out, members.renew_site(found, name))
-        expires = found.site(name).expires.date()
-    show({"site": name, "kit": str(out), "expires": expires}, form)
+        facts = _write_kit(found, name, members.renew_site(found, name), out)
+    show(facts, form)
 
 
 @site.command("rotate")
@@ -240,9 +238,9 @@ def site_rotate(
     """Revoke a hospital's keys, admit its new ones, and write the new kit."""
     with refusals():
         found = Consortium(state)
-        write_out(out, members.rotate_site(found, name, request, fingerprint))
-        expires = found.site(name).expires.date()
-    show({"site": name, "kit": str(out), "expires": expires}, form)
+        kit = members.rotate_site(found, name, request, fingerprint)
+        facts = _write_kit(found, name, kit, out)
+    show(facts, form)
 
 
 @site.command("revoke")
@@ -253,3 +251,12 @@ def site_revoke(
     with refusals():
         members.revoke_site(Consortium(state), name, reason)
     show({"site": name, "state": "revoked"}, form)
+
+
+def _write_kit(
+    found: Consortium, name: str, kit: dict[str, Any], out: Path
+) -> dict[str, object]:
+    """Write a hospital's kit; return what the command shows of it."""
+    write_out(out, kit)
+    expires = found.site(name).expires.date()
+    return {"site": name, "kit": str(out), "expires": expires}

@@ -15,6 +15,7 @@ from fedgex.common.trust import pki
 from fedgex.server.cli.command_line import (
     Format,
     KeyFile,
+    OptionalState,
     State,
     note,
     refusals,
@@ -113,10 +114,7 @@ def model_verify(
         Path | None,
         typer.Option(help="The authority's certificate; without it, the state's."),
     ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option("--state", envvar="FEDGEX_STATE", help="The state directory."),
-    ] = None,
+    state: OptionalState = None,
     form: Format = "text",
 ) -> None:
     """Verify a bundle: every hash, signature and receipt, up to the authority."""

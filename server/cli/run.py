@@ -20,6 +20,7 @@ from fedgex.server.cli.command_line import (
     REFUSED,
     Format,
     KeyFile,
+    OptionalState,
     State,
     leave,
     note,
@@ -42,10 +43,7 @@ def run_status(
     run: Annotated[
         Path, typer.Argument(help="A run's folder, with journal.jsonl; or its name.")
     ],
-    state: Annotated[
-        Path | None,
-        typer.Option("--state", envvar="FEDGEX_STATE", help="The state directory."),
-    ] = None,
+    state: OptionalState = None,
     form: Format = "text",
 ) -> None:
     """Show the progress of a run, and the sites that missed its last round."""

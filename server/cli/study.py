@@ -18,6 +18,7 @@ from fedgex.common.trust.signed import Signed
 from fedgex.server.cli.command_line import (
     Format,
     KeyFile,
+    OptionalState,
     State,
     note,
     refusals,
@@ -92,10 +93,7 @@ def study_sign(
             ".crt, else the one in the state directory."
         ),
     ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option("--state", envvar="FEDGEX_STATE", help="The state directory."),
-    ] = None,
+    state: OptionalState = None,
     form: Format = "text",
 ) -> None:
     """Add an administrator's signature to a contract, in a file of its folder."""

@@ -63,8 +63,8 @@ def _flower_knows_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(site: Path, kind: str, **records: Any) -> RecordDict:
     """Return what the hospital's app answers."""
-    study = ConfigRecord({keys.JSON: STUDY.to_json(), keys.HASH: STUDY.hash})
-    server = ConfigRecord({keys.VERSION: version("fedgex")})
+    study = ConfigRecord({keys.JSON: STUDY.to_json(), "hash": STUDY.hash})
+    server = ConfigRecord({"version": version("fedgex")})
     content = RecordDict({keys.STUDY: study, keys.SERVER: server, **records})
     message = Message(content, 1, kind)
     message.metadata.__dict__["_message_id"] = "message-1"
@@ -89,13 +89,13 @@ def ask_to_train(site: Path) -> RecordDict:
         keys.TRAIN,
         **{
             keys.VOCABULARY: ConfigRecord(
-                {keys.GENES: list(GENES), keys.HASH: vocabulary.hash}
+                {"genes": list(GENES), "hash": vocabulary.hash}
             ),
             keys.STANDARDISATION: to_record(
                 {"mean": np.full(len(GENES), 8.0), "sd": np.ones(len(GENES))}
             ),
             keys.MODEL: to_record(model),
-            keys.ROUND: ConfigRecord({keys.PHASE: "pretraining", keys.NUMBER: 1}),
+            keys.ROUND: ConfigRecord({"phase": "pretraining", "number": 1}),
         },
     )
 
@@ -105,8 +105,8 @@ def code(reply: RecordDict) -> str | None:
     if keys.REFUSAL not in reply:
         return None
     assert list(reply) == [keys.REFUSAL]
-    assert list(reply.config_records[keys.REFUSAL]) == [keys.CODE]
-    return str(reply.config_records[keys.REFUSAL][keys.CODE])
+    assert list(reply.config_records[keys.REFUSAL]) == ["code"]
+    return str(reply.config_records[keys.REFUSAL]["code"])
 
 
 # ---- failures ----
@@ -208,7 +208,7 @@ def test_a_run_that_asks_again_still_finds_the_panel_that_it_began_with(
     site: Path,
 ) -> None:
     first, second = (
-        {keys.RUN: ConfigRecord({keys.CONTRACT_HASH: "", keys.RUN_NAME: name})}
+        {keys.RUN: ConfigRecord({"contract": "", "run": name})}
         for name in ("one", "two")
     )
     assert code(ask(site, keys.PREPARE, **first)) is None
@@ -233,7 +233,7 @@ def test_a_new_export_is_for_the_next_start_of_a_run(site: Path) -> None:
     ask(site, keys.PREPARE)
     without_a_gene(site)
 
-    told = ask(site, keys.PREPARE).config_records[keys.SITE][keys.GENES]
+    told = ask(site, keys.PREPARE).config_records[keys.SITE]["genes"]
 
     assert told == [gene for gene in GENES if gene != "KRAS"]
     assert code(ask_to_train(site)) is None
@@ -257,7 +257,7 @@ def test_the_only_patient_with_a_gene_may_opt_out_too(site: Path) -> None:
     sheet = panel()
     sheet.loc[sheet.index != PATIENTS[3], "KRAS"] = np.nan
     sheet.to_csv(site / "expression.csv")
-    told = ask(site, keys.PREPARE).config_records[keys.SITE][keys.GENES]
+    told = ask(site, keys.PREPARE).config_records[keys.SITE]["genes"]
     assert told == [gene for gene in GENES if gene != "KRAS"]  # known of too few
 
     (site / "opt-outs.txt").write_text(f"{PATIENTS[3]}\n")

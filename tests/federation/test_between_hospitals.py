@@ -758,21 +758,21 @@ def _another_model(content: RecordDict) -> None:
 def _another_study(content: RecordDict) -> None:
     study = small(seed=2)
     record = content.config_records[keys.STUDY]
-    record[keys.JSON], record[keys.HASH] = study.to_json(), study.hash
+    record[keys.JSON], record["hash"] = study.to_json(), study.hash
 
 
 def _another_vocabulary(content: RecordDict) -> None:
     vocabulary = Vocabulary(GENES[:-1])
     record = content.config_records[keys.VOCABULARY]
-    record[keys.GENES], record[keys.HASH] = list(vocabulary.genes), vocabulary.hash
+    record["genes"], record["hash"] = list(vocabulary.genes), vocabulary.hash
 
 
 def _round_beyond_the_last(content: RecordDict) -> None:
-    content.config_records[keys.ROUND][keys.NUMBER] = 3
+    content.config_records[keys.ROUND]["number"] = 3
 
 
 def _unplanned_phase(content: RecordDict) -> None:
-    content.config_records[keys.ROUND][keys.PHASE] = "survival"
+    content.config_records[keys.ROUND]["phase"] = "survival"
 
 
 def _no_run(content: RecordDict) -> None:
@@ -780,19 +780,19 @@ def _no_run(content: RecordDict) -> None:
 
 
 def _nameless_run(content: RecordDict) -> None:
-    content.config_records[keys.RUN][keys.RUN_NAME] = ""
+    content.config_records[keys.RUN]["run"] = ""
 
 
 def _escaping_run(content: RecordDict) -> None:
-    content.config_records[keys.RUN][keys.RUN_NAME] = "../../elsewhere"
+    content.config_records[keys.RUN]["run"] = "../../elsewhere"
 
 
 def _unknown_contract(content: RecordDict) -> None:
-    content.config_records[keys.RUN][keys.CONTRACT_HASH] = "0" * 64
+    content.config_records[keys.RUN]["contract"] = "0" * 64
 
 
 def _another_runs_receipt(content: RecordDict) -> None:
-    content.config_records[keys.RUN][keys.RUN_NAME] = "small-2"
+    content.config_records[keys.RUN]["run"] = "small-2"
 
 
 @pytest.mark.parametrize(
@@ -826,7 +826,7 @@ def test_statistics_are_not_told_again_under_another_number(
     ran: Alliance, undisturbed: Undisturbed
 ) -> None:
     def number(content: RecordDict) -> None:
-        content[keys.ROUND] = ConfigRecord({keys.PHASE: "", keys.NUMBER: 1})
+        content[keys.ROUND] = ConfigRecord({"phase": "", "number": 1})
 
     reply = asked(ran, undisturbed.exchange(FIRST, keys.STATISTICS), number)
 
@@ -952,7 +952,7 @@ def test_a_hospital_whose_log_lacks_what_it_signed_answers_nothing(
     ran: Alliance, undisturbed: Undisturbed, spoil: Callable[[Path, int], None]
 ) -> None:
     before = undisturbed.exchange(FIRST, keys.TRAIN, 2)
-    head = str(before.message.config_records[keys.RECEIPT][keys.HEAD])
+    head = str(before.message.config_records[keys.RECEIPT]["head"])
     spoil(ran.state(FIRST) / "audit.jsonl", int(head.partition(":")[0]) - 1)
 
     with trainings() as trained:

@@ -214,7 +214,7 @@ class Deployed:
         }
         certificate = pki.from_pem(self.alliance.site(site).certificate)
         said = Signed(json.dumps(decision)).signed_by(self.keys[site], certificate)
-        told = {keys.NAME: site, keys.DECISION: said.to_json()}
+        told = {"name": site, "decision": said.to_json()}
         return RecordDict({keys.SITE: ConfigRecord(told)})
 
     def _sign(
@@ -225,12 +225,12 @@ class Deployed:
         numbers = reply.metric_records.get(keys.METRICS)
         part = Part.read(
             {
-                "contract": about[keys.RUN][keys.CONTRACT_HASH],
-                "run": about[keys.RUN][keys.RUN_NAME],
+                "contract": about[keys.RUN]["contract"],
+                "run": about[keys.RUN]["run"],
                 "site": site,
                 "type": message.metadata.message_type,
-                "phase": order.get(keys.PHASE, ""),
-                "round": order.get(keys.NUMBER, 0),
+                "phase": order.get("phase", ""),
+                "round": order.get("number", 0),
                 "request": request_digest(
                     message.metadata.message_type, message.content
                 ),
@@ -332,7 +332,7 @@ def test_the_last_receipt_travels_with_the_next_round(
     def look(site: str, message: Message, reply: RecordDict) -> RecordDict:
         records = message.content.config_records
         if message.metadata.message_type == keys.TRAIN:
-            number = int(str(records[keys.ROUND][keys.NUMBER]))
+            number = int(str(records[keys.ROUND]["number"]))
             sent.setdefault(number, set()).add(str(records[keys.RECEIPT][keys.JSON]))
         return reply
 
@@ -391,7 +391,7 @@ def test_who_did_not_approve_is_in_every_receipt_with_the_reason(
 
     def decline(site: str, message: Message, reply: RecordDict) -> RecordDict:
         if site == absent:
-            code = ConfigRecord({keys.CODE: "FX-STUDY-002"})
+            code = ConfigRecord({"code": "FX-STUDY-002"})
             return RecordDict({keys.REFUSAL: code})
         return reply
 
@@ -412,7 +412,7 @@ def test_without_a_mandatory_site_nothing_begins_and_everybodys_reason_is_told(
 
     def unapproved(site: str, message: Message, reply: RecordDict) -> RecordDict:
         if site == mandatory:
-            code = ConfigRecord({keys.CODE: "FX-STUDY-001"})
+            code = ConfigRecord({"code": "FX-STUDY-001"})
             return RecordDict({keys.REFUSAL: code})
         return reply
 
@@ -432,7 +432,7 @@ def test_a_site_that_takes_anothers_name_is_left_out(
 
     def lie(site: str, message: Message, reply: RecordDict) -> RecordDict:
         if site == liar and message.metadata.message_type == keys.PREPARE:
-            reply.config_records[keys.SITE][keys.NAME] = first
+            reply.config_records[keys.SITE]["name"] = first
             del reply[keys.PART]
             return deployed._sign(site, message, reply)
         return reply

@@ -145,7 +145,7 @@ def test_the_backbone_alone_travels_in_pretraining_and_the_head_alone_if_frozen(
     roots: dict[str, set[str]] = {}
     for exchange in finished.exchanges:
         if exchange.message_type == keys.TRAIN:
-            phase = exchange.message.config_records[keys.ROUND][keys.PHASE]
+            phase = exchange.message.config_records[keys.ROUND]["phase"]
             for name in to_arrays(exchange.reply.array_records[keys.UPDATE]):
                 roots.setdefault(str(phase), set()).add(
                     ".".join(name.split(".")[: 1 if phase == "pretraining" else 2])

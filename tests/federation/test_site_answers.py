@@ -142,11 +142,11 @@ def test_an_exceptions_text_stays_and_a_code_leaves(
 
 
 def _wrong_hash(message: Message) -> None:
-    message.content.config_records[keys.STUDY][keys.HASH] = "0" * 64
+    message.content.config_records[keys.STUDY]["hash"] = "0" * 64
 
 
 def _wrong_version(message: Message) -> None:
-    message.content.config_records[keys.SERVER][keys.VERSION] = "0.0.0"
+    message.content.config_records[keys.SERVER]["version"] = "0.0.0"
 
 
 def test_another_patch_release_on_the_server_is_served(
@@ -155,7 +155,7 @@ def test_another_patch_release_on_the_server_is_served(
     window = ".".join(version("fedgex").split(".")[:2])
 
     def alter(site: str, message: Message) -> None:
-        message.content.config_records[keys.SERVER][keys.VERSION] = f"{window}.99"
+        message.content.config_records[keys.SERVER]["version"] = f"{window}.99"
 
     run = consortium.conduct(consortium.study(**SHORT), tmp_path, alter=alter)
 
@@ -171,11 +171,11 @@ def _changed_study(message: Message) -> None:
 
 
 def _wrong_vocabulary_hash(message: Message) -> None:
-    message.content.config_records[keys.VOCABULARY][keys.HASH] = "0" * 64
+    message.content.config_records[keys.VOCABULARY]["hash"] = "0" * 64
 
 
 def _another_gene(message: Message) -> None:
-    genes = message.content.config_records[keys.VOCABULARY][keys.GENES]
+    genes = message.content.config_records[keys.VOCABULARY]["genes"]
     assert isinstance(genes, list)
     genes[-1] = "ZZZ3"
 
@@ -403,7 +403,7 @@ def test_patients_who_opt_out_during_a_run_are_missing_from_its_next_round(
     patient = pd.read_csv(site / "clinical.csv")["patient"][0]
 
     def alter(name: str, message: Message) -> None:
-        number = message.content.config_records.get(keys.ROUND, {}).get(keys.NUMBER)
+        number = message.content.config_records.get(keys.ROUND, {}).get("number")
         if name == consortium.names[0] and number == 2:
             (site / "opt-outs.txt").write_text(f"{patient}\n")
 

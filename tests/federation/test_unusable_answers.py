@@ -129,14 +129,14 @@ def conduct(
     "tamper",
     [
         pytest.param(says_nothing, id="nothing"),
-        pytest.param(says(keys.NAME, 7), id="name is a number"),
-        pytest.param(says(keys.NAME, ""), id="name is empty"),
-        pytest.param(says(keys.NAME, "../../stolen"), id="name is a path"),
-        pytest.param(says(keys.NAME, "a\nb"), id="name has a line break"),
+        pytest.param(says("name", 7), id="name is a number"),
+        pytest.param(says("name", ""), id="name is empty"),
+        pytest.param(says("name", "../../stolen"), id="name is a path"),
+        pytest.param(says("name", "a\nb"), id="name has a line break"),
         pytest.param(says(keys.NUM_PATIENTS, "many"), id="patients are a word"),
         pytest.param(says(keys.NUM_PATIENTS, 9), id="patients below the floor"),
-        pytest.param(says(keys.GENES, "GENE0001"), id="genes are a word"),
-        pytest.param(says(keys.GENES, [1, 2]), id="genes are numbers"),
+        pytest.param(says("genes", "GENE0001"), id="genes are a word"),
+        pytest.param(says("genes", [1, 2]), id="genes are numbers"),
     ],
 )
 def test_a_site_that_cannot_introduce_itself_takes_no_part(
@@ -155,7 +155,7 @@ def test_a_site_that_cannot_introduce_itself_takes_no_part(
 def test_a_site_cannot_name_a_file_outside_the_run(
     conduct: Callable[..., Finished],
 ) -> None:
-    run = conduct(keys.PREPARE, says(keys.NAME, "../../stolen"))
+    run = conduct(keys.PREPARE, says("name", "../../stolen"))
 
     beside = {path.name for path in run.run_dir.parent.iterdir()}
     assert beside == {run.run_dir.name}

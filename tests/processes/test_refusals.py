@@ -186,7 +186,7 @@ def _send(grid: HttpGrid, served: Any) -> set[str]:
     while waiting and time.monotonic() < end:
         for reply in grid.pull_messages(list(waiting)):
             waiting.discard(reply.metadata.reply_to_message_id)
-            codes.add(str(reply.content.config_records[keys.REFUSAL][keys.CODE]))
+            codes.add(str(reply.content.config_records[keys.REFUSAL]["code"]))
         time.sleep(0.2)
     assert not waiting
     return codes

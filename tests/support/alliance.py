@@ -364,10 +364,10 @@ def trainings() -> Iterator[Counter[tuple[str, str, int]]]:
 def round_of(content: RecordDict) -> int:
     """Return the number of a message's round in its phase, 0 if it is of none."""
     record = content.config_records.get(keys.ROUND)
-    return 0 if record is None else int(str(record[keys.NUMBER]))
+    return 0 if record is None else int(str(record["number"]))
 
 
 def code(content: RecordDict) -> str | None:
     """Return the code of a refusal, None if the reply is none."""
     record = content.config_records.get(keys.REFUSAL)
-    return None if record is None else str(record[keys.CODE])
+    return None if record is None else str(record["code"])

@@ -56,10 +56,8 @@ def of_study(study: Study, model: int) -> dict[str, Any]:
     genes = Vocabulary(tuple(sorted(study.vocabulary.genes)))
     scale = {"mean": np.zeros(len(genes)), "sd": np.ones(len(genes))}
     return {
-        keys.STUDY: ConfigRecord({keys.JSON: study.to_json(), keys.HASH: study.hash}),
-        keys.VOCABULARY: ConfigRecord(
-            {keys.GENES: list(genes.genes), keys.HASH: genes.hash}
-        ),
+        keys.STUDY: ConfigRecord({keys.JSON: study.to_json(), "hash": study.hash}),
+        keys.VOCABULARY: ConfigRecord({"genes": list(genes.genes), "hash": genes.hash}),
         keys.STANDARDISATION: to_record(scale),
         keys.MODEL: to_record({"version": np.array([model])}),
     }
@@ -90,12 +88,10 @@ class Hospital:
         content = RecordDict(
             {
                 keys.RUN: ConfigRecord(
-                    {keys.CONTRACT_HASH: self.contract.hash, keys.RUN_NAME: "run-1"}
+                    {"contract": self.contract.hash, "run": "run-1"}
                 ),
                 **of_study(study, model),
-                keys.ROUND: ConfigRecord(
-                    {keys.PHASE: "pretraining", keys.NUMBER: number}
-                ),
+                keys.ROUND: ConfigRecord({"phase": "pretraining", "number": number}),
             }
         )
         message = Message(content, 1, keys.TRAIN)
@@ -168,13 +164,13 @@ def death_at(point: str, nth: int = 1) -> Iterator[None]:
 
 
 def round_of(message: Message) -> int:
-    return int(str(message.content.config_records[keys.ROUND][keys.NUMBER]))
+    return int(str(message.content.config_records[keys.ROUND]["number"]))
 
 
 def code(reply: RecordDict) -> str | None:
     """Return the code with which a request was refused."""
     record = reply.config_records.get(keys.REFUSAL)
-    return None if record is None else str(record[keys.CODE])
+    return None if record is None else str(record["code"])
 
 
 def as_bytes(reply: RecordDict) -> bytes:

@@ -89,9 +89,7 @@ class Hospital:
         return self.ask(keys.RELEASE, content, run=run)
 
     def ask(self, kind: str, content: RecordDict, run: str) -> RecordDict:
-        content[keys.RUN] = ConfigRecord(
-            {keys.CONTRACT_HASH: self.contract.hash, keys.RUN_NAME: run}
-        )
+        content[keys.RUN] = ConfigRecord({"contract": self.contract.hash, "run": run})
         message = Message(content, 1, kind)
         message.metadata.__dict__["_message_id"] = "message-1"
         context = Context(
@@ -130,8 +128,8 @@ def code(reply: RecordDict) -> str | None:
     if keys.REFUSAL not in reply:
         return None
     assert set(reply) <= {keys.REFUSAL, keys.PART}
-    assert list(reply.config_records[keys.REFUSAL]) == [keys.CODE]
-    return str(reply.config_records[keys.REFUSAL][keys.CODE])
+    assert list(reply.config_records[keys.REFUSAL]) == ["code"]
+    return str(reply.config_records[keys.REFUSAL]["code"])
 
 
 # ---- contracts ----
@@ -140,8 +138,8 @@ def code(reply: RecordDict) -> str | None:
 def test_an_approval_leaves_as_it_was_signed(north: Hospital) -> None:
     site = north.receive().config_records[keys.SITE]
 
-    signed = Signed.from_json(str(site[keys.DECISION]), "the answer")
-    assert site[keys.NAME] == "north"
+    signed = Signed.from_json(str(site["decision"]), "the answer")
+    assert site["name"] == "north"
     assert signed.signers(north.release.authority, "site") == ("north",)
     told = json.loads(signed.content)
     assert (told["decision"], told["by"]) == ("approved", "Dr. Curie")
@@ -177,7 +175,7 @@ def test_a_released_model_is_kept_byte_for_byte_and_can_be_verified(
 
     reply = north.deliver(sent)
 
-    assert reply.config_records[keys.SITE] == ConfigRecord({keys.NAME: "north"})
+    assert reply.config_records[keys.SITE] == ConfigRecord({"name": "north"})
     kept = north.state_dir / "models" / "run-1.fedgex"
     assert kept.read_bytes() == sent
     assert bundle.verify(kept, released.authority).release.run == "run-1"

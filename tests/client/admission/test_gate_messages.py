@@ -24,8 +24,8 @@ from ...support.hospital import as_bytes, code, join_and_approve, of_study
 
 ONCE = [keys.STATISTICS, keys.CROSS_PRODUCTS]
 EXTRA: dict[str, Any] = {
-    keys.EXCHANGE: ConfigRecord({keys.ATTEMPT: 2, keys.RUN_NAME: "run-1"}),
-    keys.ROUND: ConfigRecord({keys.PHASE: "pretraining", keys.NUMBER: 1}),
+    keys.EXCHANGE: ConfigRecord({keys.ATTEMPT: 2, "run": "run-1"}),
+    keys.ROUND: ConfigRecord({"phase": "pretraining", "number": 1}),
     keys.MODEL: to_record({"weight": np.ones(1)}),
     "note": ConfigRecord({"again": True}),
 }
@@ -43,12 +43,12 @@ class North:
         records = of_study(Contract.read_signed(self.contract).study, 0)
         names = [keys.STUDY, keys.VOCABULARY]
         names += [keys.STANDARDISATION] * (kind == keys.CROSS_PRODUCTS)
-        run = {keys.CONTRACT_HASH: self.contract.hash, keys.RUN_NAME: "run-1"}
+        run = {"contract": self.contract.hash, "run": "run-1"}
         return RecordDict(
             {name: records[name] for name in names}
             | {
                 keys.RUN: ConfigRecord(dict(run)),
-                keys.SERVER: ConfigRecord({keys.VERSION: version("fedgex")}),
+                keys.SERVER: ConfigRecord({"version": version("fedgex")}),
             }
         )
 
@@ -104,7 +104,7 @@ def test_no_number_of_attempts_has_the_cross_products_computed_again(
     kind = keys.CROSS_PRODUCTS
     north.ask(kind, north.content(kind))
     chosen = north.content(kind)
-    chosen[keys.EXCHANGE] = ConfigRecord({keys.ATTEMPT: attempt, keys.RUN_NAME: "r"})
+    chosen[keys.EXCHANGE] = ConfigRecord({keys.ATTEMPT: attempt, "run": "r"})
     arrays = dict(to_arrays(chosen.array_records[keys.STANDARDISATION]))
     chosen[keys.STANDARDISATION] = to_record(arrays | {"sd": np.full(2, attempt / 9)})
 

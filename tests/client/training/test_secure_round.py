@@ -97,7 +97,7 @@ class Coordinator:
 
     def asked(self, kind: type[Asked], **records: Any) -> Asked:
         """Return a request as a site reads it."""
-        told = {keys.ATTEMPT: self.attempt, keys.RUN_NAME: "run-1"}
+        told = {keys.ATTEMPT: self.attempt, "run": "run-1"}
         record = ConfigRecord(told | records.pop("lists", {}))
         order = Round(phase=self.phase, number=self.number)
         asked = KeysRequest(
@@ -140,7 +140,7 @@ class Coordinator:
         scale = {"mean": np.zeros(GENES), "sd": np.ones(GENES)}
         request = self.asked(
             TrainRequest,
-            lists={keys.SHARERS: list(sharers)},
+            lists={"sharers": list(sharers)},
             **{
                 keys.BOXES: ConfigRecord(dict(own if boxes is None else boxes)),
                 keys.STANDARDISATION: to_record(scale),
@@ -159,7 +159,7 @@ class Coordinator:
     def confirm(
         self, name: str, survivors: Collection[str] = NAMES, sharers: Any = NAMES
     ) -> dict[str, str]:
-        lists = {keys.SHARERS: list(sharers), keys.SURVIVORS: list(survivors)}
+        lists = {"sharers": list(sharers), "survivors": list(survivors)}
         request = self.asked(ConfirmRequest, lists=lists)
         reply = secure_round.confirm(request, self.settings(name))
         return hexadecimal(reply.confirmations)
@@ -172,7 +172,7 @@ class Coordinator:
         sharers: Any = NAMES,
     ) -> tuple[set[str], set[str]]:
         """Return for whose seed and for whose mask key the site gave a share."""
-        lists = {keys.SHARERS: list(sharers), keys.SURVIVORS: list(survivors)}
+        lists = {"sharers": list(sharers), "survivors": list(survivors)}
         own = {sender: each[name] for sender, each in tags.items() if sender != name}
         record = ConfigRecord(dict(own))
         request = self.asked(UnmaskRequest, lists=lists, **{keys.CONFIRMATIONS: record})
@@ -388,7 +388,7 @@ def test_fewer_participants_than_the_quorum_are_refused(
         coordinator.share("east")
 
 
-@pytest.mark.parametrize("key", [keys.CHANNEL, keys.MASK, keys.MEASURED])
+@pytest.mark.parametrize("key", ["channel", "mask", "measured"])
 def test_own_keys_that_were_changed_are_refused(
     coordinator: Coordinator, key: str
 ) -> None:
@@ -617,7 +617,7 @@ def deployed(
         authority = signers.authority
 
     monkeypatch.setattr(secure_round.Identity, "load", lambda folder: Known)
-    run = {keys.CONTRACT_HASH: "c" * 64, keys.RUN_NAME: "run-1"}
+    run = {"contract": "c" * 64, "run": "run-1"}
     coordinator.records = {keys.RUN: ConfigRecord(dict(run))}
     coordinator.make_keys()
     for name in NAMES:
@@ -652,7 +652,7 @@ def test_keys_under_another_authority_are_refused(deployed: Coordinator) -> None
         deployed.share("east")
 
 
-@pytest.mark.parametrize("key", [keys.CHANNEL, keys.MASK, keys.MEASURED])
+@pytest.mark.parametrize("key", ["channel", "mask", "measured"])
 def test_a_replaced_key_does_not_fit_its_owners_signature(
     deployed: Coordinator, key: str
 ) -> None:
@@ -691,7 +691,7 @@ def test_keys_of_another_attempt_are_refused(
 
 
 def test_a_run_under_another_contract_is_refused(deployed: Coordinator) -> None:
-    run = {keys.CONTRACT_HASH: "d" * 64, keys.RUN_NAME: "run-1"}
+    run = {"contract": "d" * 64, "run": "run-1"}
     deployed.records = {keys.RUN: ConfigRecord(dict(run))}
     with pytest.raises(ExchangeError, match="another contract"):
         deployed.advertise("east")

@@ -194,14 +194,14 @@ def test_a_part_of_a_revoked_site_or_with_another_text_is_not_trusted():
 def request(**changes: Any) -> RecordDict:
     records = {
         "model": to_record({"a": np.ones(3, np.float32)}),
-        keys.ROUND: ConfigRecord({keys.PHASE: "survival", keys.NUMBER: 2}),
+        keys.ROUND: ConfigRecord({"phase": "survival", "number": 2}),
     }
     return RecordDict(records | changes)
 
 
 def test_asking_the_same_again_gives_the_same_digest_whatever_travels_along():
     travelling = request(
-        server=ConfigRecord({keys.VERSION: "0.1.1"}),
+        server=ConfigRecord({"version": "0.1.1"}),
         receipt=ConfigRecord({keys.JSON: "..."}),
     )
 
@@ -209,7 +209,7 @@ def test_asking_the_same_again_gives_the_same_digest_whatever_travels_along():
 
 
 def test_another_type_round_or_model_gives_another_digest():
-    other_round = ConfigRecord({keys.PHASE: "survival", keys.NUMBER: 3})
+    other_round = ConfigRecord({"phase": "survival", "number": 3})
     other_model = to_record({"a": np.array([1, 1, 1.0000001], np.float32)})
 
     digests = {
@@ -224,7 +224,7 @@ def test_another_type_round_or_model_gives_another_digest():
 
 def test_a_reply_is_digested_without_the_part_that_signs_it():
     part = ConfigRecord({keys.JSON: "..."})
-    run = ConfigRecord({keys.RUN_NAME: "run-1"})
+    run = ConfigRecord({"run": "run-1"})
 
     assert reply_digest(request(part=part)) == reply_digest(request())
     assert reply_digest(request(run=run)) != reply_digest(request())

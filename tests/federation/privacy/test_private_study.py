@@ -167,14 +167,14 @@ def test_sums_over_patients_are_refused(
     for kind in (keys.STATISTICS, keys.CROSS_PRODUCTS):
         content = RecordDict(
             {
-                keys.STUDY: ConfigRecord({keys.JSON: of.to_json(), keys.HASH: of.hash}),
-                keys.SERVER: ConfigRecord({keys.VERSION: version("fedgex")}),
+                keys.STUDY: ConfigRecord({keys.JSON: of.to_json(), "hash": of.hash}),
+                keys.SERVER: ConfigRecord({"version": version("fedgex")}),
             }
         )
         grid.pull_messages(grid.push_messages([Message(content, 100, kind)]))
         reply = grid.exchanges[-1].reply
         assert _keys(reply) == {"refusal": {"code"}}
-        assert reply.config_records[keys.REFUSAL][keys.CODE] == "FX-SITE-002"
+        assert reply.config_records[keys.REFUSAL]["code"] == "FX-SITE-002"
 
 
 def _rule() -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _genes(finished: Finished, name: str) -> list[str]:
         for e in finished.exchanges
         if e.site == name and e.message_type == keys.PREPARE
     )
-    genes = reply.config_records[keys.SITE][keys.GENES]
+    genes = reply.config_records[keys.SITE]["genes"]
     assert isinstance(genes, list)
     assert not any(isinstance(gene, float) and math.isnan(gene) for gene in genes)
     return [str(gene) for gene in genes]

@@ -84,7 +84,7 @@ def gone_from(kind: str, *sites: str) -> Callable[[str, Message], None]:
 
     def alter(name: str, message: Message) -> None:
         if name in sites and message.metadata.message_type == kind:
-            message.content[keys.STUDY] = ConfigRecord({keys.JSON: "{", keys.HASH: ""})
+            message.content[keys.STUDY] = ConfigRecord({keys.JSON: "{", "hash": ""})
 
     return alter
 
@@ -104,7 +104,7 @@ def killed_after(messages: int) -> Callable[[str, Message], None]:
 def common(finished: Finished, *without: str) -> NDArray[np.bool_]:
     """Return which genes three hospitals or more measure, shape (V,)."""
     told = {
-        each.site: each.reply.config_records[keys.SITE][keys.GENES]
+        each.site: each.reply.config_records[keys.SITE]["genes"]
         for each in of_type(finished, keys.PREPARE)
         if each.site not in without
     }
@@ -476,7 +476,7 @@ def test_a_key_that_the_coordinator_replaces_is_found_by_its_signature(
         told = message.content.config_records.get(keys.PUBLIC_KEYS)
         if told is not None and site == lied_to:
             own = json.loads(str(told[victim]))
-            told[victim] = json.dumps(own | {keys.MASK: "09" * 32})
+            told[victim] = json.dumps(own | {"mask": "09" * 32})
 
     contract = alliance.agree(contracted())
     alliance.conduct(contract, before=replace)
@@ -513,7 +513,7 @@ def test_a_gate_answers_for_planned_rounds_of_such_studies_alone(
     again = grid.ask(name, _message(sent, node))
     assert packed_keys(again) == packed_keys(sent)
 
-    sent.message.config_records[keys.ROUND][keys.NUMBER] = 2
+    sent.message.config_records[keys.ROUND]["number"] = 2
     assert code(grid.ask(name, _message(sent, node)).content) == "FX-STUDY-006"
 
 

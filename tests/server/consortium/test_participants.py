@@ -165,7 +165,7 @@ def sign(admitted: Any, contract: str) -> Callable[..., RecordDict]:
     """Return a reply with its part, as north signs it but for what is given."""
 
     def sign(signer: str = "north", **changed: Any) -> RecordDict:
-        reply = RecordDict({keys.SITE: ConfigRecord({keys.NAME: "north"})})
+        reply = RecordDict({keys.SITE: ConfigRecord({"name": "north"})})
         values = {
             "contract": contract,
             "run": "small-1",
@@ -231,8 +231,8 @@ def test_a_part_of_something_else_is_refused_and_says_of_what(
 def test_a_reply_without_a_part_is_refused_unless_it_is_a_refusal(
     deployed: Deployment,
 ) -> None:
-    unsigned = RecordDict({keys.SITE: ConfigRecord({keys.NAME: "north"})})
-    refusal = RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: "FX-RUN-002"})})
+    unsigned = RecordDict({keys.SITE: ConfigRecord({"name": "north"})})
+    refusal = RecordDict({keys.REFUSAL: ConfigRecord({"code": "FX-RUN-002"})})
 
     with pytest.raises(TrustError, match="the reply is not signed"):
         deployed.verify("north", ROUND_3, ASKED, unsigned)
@@ -252,7 +252,7 @@ def test_a_committed_receipt_and_its_heads_travel_with_the_next_message(
     deployed: Deployment, sign: Callable[..., RecordDict]
 ) -> None:
     before = deployed.envelope("north").to_records()
-    assert before[keys.RECEIPT] == {keys.JSON: "", keys.HEAD: ""}
+    assert before[keys.RECEIPT] == {keys.JSON: "", "head": ""}
     signed = cast(SignedReply, deployed.verify("north", ROUND_3, ASKED, sign()))
     receipt = deployed.sign(
         Receipt.read(
@@ -277,14 +277,14 @@ def test_a_committed_receipt_and_its_heads_travel_with_the_next_message(
     authority = deployed.consortium.authority
     assert receipt.signers(authority, "coordinator") == ("alliance",)
     records = deployed.envelope("north").to_records().config_records
-    assert records[keys.RECEIPT][keys.HEAD] == f"7:{'a' * 64}"
+    assert records[keys.RECEIPT]["head"] == f"7:{'a' * 64}"
     assert records[keys.RECEIPT][keys.JSON] == receipt.to_json()
     south = deployed.envelope("south").receipt
     assert south is not None
     assert south.head == ""
     assert records[keys.RUN] == {
-        keys.CONTRACT_HASH: deployed.signed.hash,
-        keys.RUN_NAME: "small-1",
+        "contract": deployed.signed.hash,
+        "run": "small-1",
     }
 
 
@@ -313,7 +313,7 @@ class Sites:
 
 
 def refusal(code: str) -> RecordDict:
-    return RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: code})})
+    return RecordDict({keys.REFUSAL: ConfigRecord({"code": code})})
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def approval(admitted: Any, contract: str) -> Callable[[str], RecordDict]:
         signed = Signed(json.dumps(decision)).signed_by(
             admitted.sites[site], certificate
         )
-        told = ConfigRecord({keys.NAME: site, keys.DECISION: signed.to_json()})
+        told = ConfigRecord({"name": site, "decision": signed.to_json()})
         return RecordDict({keys.SITE: told})
 
     return approval
@@ -392,7 +392,7 @@ def test_a_released_model_is_delivered_byte_for_byte_and_noted(
 ) -> None:
     bundle = admitted.folder / "releases" / "small-1.fedgex"
     bundle.write_bytes(bytes(range(256)))
-    got = RecordDict({keys.SITE: ConfigRecord({keys.NAME: "north"})})
+    got = RecordDict({keys.SITE: ConfigRecord({"name": "north"})})
     grid = Sites({11: got})
 
     deliver(cast(Grid, grid), settings)

@@ -36,11 +36,11 @@ None is silence. The last stands for all that follow."""
 
 
 def yes(note: str = "yes") -> RecordDict:
-    return RecordDict({keys.SITE: ConfigRecord({keys.NAME: note})})
+    return RecordDict({keys.SITE: ConfigRecord({"name": note})})
 
 
 def no(code: str) -> RecordDict:
-    return RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: code})})
+    return RecordDict({keys.REFUSAL: ConfigRecord({"code": code})})
 
 
 CRASHED = Error(code=8, reason="ClientApp stopped responding")
@@ -189,9 +189,7 @@ def test_every_message_says_which_version_the_server_runs(
     ask(grid, path)
 
     (_, message), *_ = grid.sent
-    assert message.content.config_records[keys.SERVER] == {
-        keys.VERSION: version("fedgex")
-    }
+    assert message.content.config_records[keys.SERVER] == {"version": version("fedgex")}
 
 
 def test_a_site_whose_app_died_is_asked_again(clock: Clock, path: Path) -> None:

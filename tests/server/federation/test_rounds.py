@@ -42,9 +42,9 @@ NAMES = ("h1", "h2", "h3")
 GOOD_METRICS: dict[str, float] = {
     keys.NUM_EXAMPLES: 40,
     keys.NUM_LOSS_TERMS: 400,
-    keys.TRAIN_LOSS: 0.5,
+    "train-loss": 0.5,
     keys.PRE_TRAINING_LOSS: 0.75,
-    keys.SECONDS: 2.5,
+    "seconds": 2.5,
 }
 
 Reply = RecordDict | Error | None
@@ -107,7 +107,7 @@ def reply(arrays: Arrays | None = None, **metrics: Any) -> RecordDict:
 
 
 def refusal(code: str) -> RecordDict:
-    return RecordDict({keys.REFUSAL: ConfigRecord({keys.CODE: code})})
+    return RecordDict({keys.REFUSAL: ConfigRecord({"code": code})})
 
 
 def without(record: str) -> RecordDict:
@@ -258,7 +258,7 @@ def withholding(*names: str) -> RecordDict:
 
 
 def test_a_withheld_number_is_none_and_never_nought(run: Run) -> None:
-    outcome = run(h2=withholding(keys.TRAIN_LOSS, keys.SECONDS))
+    outcome = run(h2=withholding("train-loss", "seconds"))
 
     assert outcome.sites["h2"].to_json() == {
         "state": "contributed",

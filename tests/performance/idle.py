@@ -23,6 +23,8 @@ N_SITES = 3
 SETTLE_S, MEASURED_S = 60.0, 60.0
 GOAL = 3.0
 """Per cent of a core, all processes together."""
+PROCESSES = 2 + 3 * N_SITES
+"""Server and SuperLink; each hospital's daemon, SuperNode and worker."""
 TICKS = os.sysconf("SC_CLK_TCK")
 SCENARIO = {
     "study": {"name": "idle", "pretraining": {"rounds": 1}},
@@ -62,12 +64,16 @@ def main(settle_s: float) -> int:
             before, started = cpu_seconds(), time.monotonic()
             time.sleep(MEASURED_S)
             after, seconds = cpu_seconds(), time.monotonic() - started
+    if before.keys() != after.keys() or len(after) < PROCESSES:
+        print(
+            f"processes died: {len(before)} before, {len(after)} after", file=sys.stderr
+        )
+        return 1
     total = 0.0
     for pid, (used, command) in sorted(after.items()):
-        if pid in before:
-            share = 100 * (used - before[pid][0]) / seconds
-            total += share
-            print(f"{share:6.2f} %  {command}")
+        share = 100 * (used - before[pid][0]) / seconds
+        total += share
+        print(f"{share:6.2f} %  {command}")
     print(f"{total:6.2f} %  all, goal below {GOAL:g} % of a core")
     return int(total >= GOAL)
 

@@ -55,7 +55,10 @@ class DataSettings(Settings):
     orientation: Literal["auto", "samples-by-genes", "genes-by-samples"] = "auto"
     """What the rows are; `auto` looks at the labels."""
     hgnc_table: Path | None = None
-    """HGNC's complete set; needed for Ensembl ids and to update retired symbols."""
+    """HGNC's complete set; needed to update retired symbols."""
+    unknown_genes: Literal["refuse", "keep"] = "refuse"
+    """What becomes of a file of whose labels fewer than half name known human genes,
+    and whether labels of no known gene may leave as names of genes."""
     opt_outs: Path | None = None
     """Text file of patients to leave out, one identifier a line; # begins a comment."""
     columns: DataColumns = DataColumns()

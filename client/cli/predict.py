@@ -415,6 +415,7 @@ def _data(
         clinical=options.clinical if needed else None,
         scale=scale,
         orientation=options.orientation.value,
+        unknown_genes="keep",  # a model may be of others, and nothing leaves
         hgnc_table=table,
         columns=DataColumns() if ours is None else ours.columns,
     )

@@ -131,6 +131,7 @@ def check(
     sheet, linked = _link(in_file, clinical, findings)
     if raw.opt_outs is not None and (clinical is None or linked is not None):
         sheet, linked = _leave_out(sheet, linked, raw.opt_outs, findings)
+    expressions.check_labels(sheet, raw.gene_table, data, findings)
     expressions.check_cells(sheet, findings)
     sheet = expressions.one_column_per_gene(sheet, raw.gene_table, findings)
     columns = dict(zip(sheet.labels, sheet.columns.tolist(), strict=True))

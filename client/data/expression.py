@@ -190,6 +190,28 @@ def check_cells(sheet: Sheet, findings: Findings) -> None:
         )
 
 
+def check_labels(
+    sheet: Sheet, table: GeneTable | None, data: DataSettings, findings: Findings
+) -> None:
+    """Check that the labels of genes name genes, as those of patients would not."""
+    known = gene_names.count_genes(sheet.labels, table)
+    total = len(sheet.labels)
+    if data.unknown_genes == "refuse" and known < gene_names.KNOWN_SHARE * total:
+        kind = gene_names.kind_of(sheet.labels)
+        where = sheet.file
+        findings.add(Code.LABELS_NOT_GENES, where, known=known, total=total, kind=kind)
+
+
+def known_genes(
+    genes: Sequence[str], data: DataSettings, fixed: Collection[str]
+) -> tuple[str, ...]:
+    """Return the genes whose names may leave: HGNC's, and those that a study fixes."""
+    if data.unknown_genes == "keep" or data.hgnc_table is not None:
+        return tuple(genes)  # all of them are the table's
+    table, asked = GeneTable.packaged(), set(fixed)
+    return tuple(gene for gene in genes if gene in asked or table.knows(gene))
+
+
 def one_column_per_gene(
     sheet: Sheet, table: GeneTable | None, findings: Findings
 ) -> Sheet:

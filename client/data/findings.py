@@ -65,8 +65,9 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.LIBRARY_SIZE_UNUSABLE: ("{n:sample} whose library size is missing, not above zero, or less than its counts add up to", "all reads of the sample", "Correct the library sizes in the clinical table."),
     Code.COUNTS_PER_MILLION: ("counts, taken as counts per million of the library size", "TPM, FPKM or RSEM normalised, which account for gene length or the like", "Export normalised values if other sites do; else make sure that all use CPM."),
 
-    Code.NO_GENES: ("no gene is left", "HGNC symbols, or Ensembl gene ids and a {hgnc_table}", "Check the labels of the genes; Ensembl ids need HGNC's complete set."),
-    Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a {hgnc_table}, which Ensembl ids need, or correct the names (spreadsheets turn SEPT2 into a date)."),
+    Code.NO_GENES: ("no gene is left", "HGNC symbols or Ensembl gene ids", "Check the labels of the genes."),
+    Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a newer {hgnc_table}, or correct the names (spreadsheets turn SEPT2 into a date)."),
+    Code.LABELS_NOT_GENES: ("{known} of {total} labels of genes that name a known human gene; the others look like {kind}", "HGNC symbols or Ensembl gene ids for half of them or more", "Correct the orientation if the labels are patients; else rename the genes. data.unknown_genes = \"keep\" takes other names, and lets them leave."),
     Code.GENES_AMBIGUOUS: ("{genes} that several genes were called, left out", "names of one gene each", "Use current symbols or Ensembl gene ids for these."),
     Code.GENES_UPDATED: ("{genes} renamed to current symbols", "retired symbols are fine", "Nothing."),
     Code.GENES_REPEATED: ("{genes} with several columns, of which one is kept: the one under the current symbol, or one of equal ones", "one column a gene", "Nothing, unless another column is the right one."),

@@ -360,6 +360,7 @@ def _write_site(
         'clinical = "clinical.csv"',
         f'scale = "{scenario.data.scale}"',
         'orientation = "samples-by-genes"',
+        'unknown_genes = "keep"',
         f'time_unit = "{scenario.data.time_unit}"',
     ]
     (folder / "site.toml").write_text("\n".join(lines) + "\n")

@@ -116,7 +116,11 @@ def wide(mean: float, **data: Any) -> Case:
     rng = np.random.default_rng(0)
     names = [*GENES, *(f"G{i}X" for i in range(150))]
     values = rng.normal(mean, 0.1, (20, 156))
-    return pd.DataFrame(values, PATIENTS, names), None, data
+    return (
+        pd.DataFrame(values, PATIENTS, names),
+        None,
+        {"unknown_genes": "keep", **data},
+    )
 
 
 def with_hgnc(folder: Path) -> Case:
@@ -157,6 +161,7 @@ CASES: dict[str, Case | Any] = {
     "FX-DATA-034": wide(3.0),
     "FX-DATA-035": spread(1.0, scale=S.LOG2P1, target=S.RELATIVE),
     "FX-DATA-041": (expression().rename(columns={"VIM": "2-Sep"}), None, {}),
+    "FX-DATA-049": (expression().add_prefix("X"), clinical(), {}),
     "FX-DATA-042": with_hgnc,
     "FX-DATA-043": with_hgnc,
     "FX-DATA-044": twice("TP53", 0.0),

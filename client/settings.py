@@ -61,6 +61,8 @@ class DataSettings(Settings):
     and whether labels of no known gene may leave as names of genes."""
     opt_outs: Path | None = None
     """Text file of patients to leave out, one identifier a line; # begins a comment."""
+    unknown_opt_outs: Literal["warn", "refuse"] = "warn"
+    """What a line of `opt_outs` that matches nobody does: warn, or refuse the data."""
     columns: DataColumns = DataColumns()
     time_unit: Literal["days", "months", "years"] = "days"
     """Unit of the duration; a month is 30.4375 days, a year 365.25."""

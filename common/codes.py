@@ -99,6 +99,8 @@ class Code(StrEnum):
     TASK_WITHOUT_COLUMNS = "FX-DATA-072", "warning", "A task lacks its clinical columns; the site contributes nothing to it", "Add or name the columns, or remove the task"
     OPTED_OUT = "FX-DATA-073", "note", 'Patients of `data.opt_outs` are left out; how many, or "suppressed" below `minimum_cohort`', "Nothing"
     PANEL_CHANGED = "FX-DATA-074", "error", "Other genes, or another scale, than when the run began", "Put the file back; a new export is for the next run"
+    ID_AMBIGUOUS = "FX-DATA-075", "error", "Identifiers of patients or samples that differ only in case, quotes, spaces, leading zeros, decimals or invisible characters: one key, so one patient or several cannot be decided", "Write one spelling for one patient; let letters or digits of several differ"
+    OPT_OUTS_UNKNOWN = "FX-DATA-076", "warning", 'Lines of `data.opt_outs` match nobody; how many. An error with `data.unknown_opt_outs = "refuse"`', "Compare the list with the files; remove the lines of people who are not in them"
 
     # what a site answers instead of an update
     FAILED = "FX-SITE-001", "error", "Something unforeseen failed at the site", "Read the service's log of that time; report it if the fault is in fedgex"

@@ -196,6 +196,12 @@ CASES: dict[str, Case | Any] = {
         clinical(),
         {"opt_outs": opt_outs(folder, "PAT-003")},
     ),
+    "FX-DATA-075": (expression().rename({"PAT-003": "pat-002"}), None, {}),
+    "FX-DATA-076": lambda folder: (
+        expression(),
+        clinical(),
+        {"opt_outs": opt_outs(folder, "nobody")},
+    ),
 }
 ELSEWHERE = {f"FX-DATA-0{i}" for i in (28, 29, 36, 37, 40, 50, 51, 74)}
 IN_SOURCES = {f"FX-DATA-00{i}" for i in (1, 2, 3, 4, 5, 7)}

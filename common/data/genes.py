@@ -69,14 +69,12 @@ class GeneTable:
             return cls.read(path)
 
     def knows(self, label: str) -> bool:
-        """Return whether a label is a symbol, an earlier one, or an Ensembl gene id.
+        """Return whether a label is a symbol, an earlier one, or of Ensembl's form.
 
         Aliases do not count: P16 and P53 are genes' and patients'.
         """
-        ensembl = _ENSEMBL.fullmatch(label)
-        if ensembl:
-            return ensembl[1] in self.by_ensembl
-        return label in self.symbols or label in self.by_previous
+        named = label in self.symbols or label in self.by_previous
+        return named or _ENSEMBL.fullmatch(label) is not None
 
     @classmethod
     def read(cls, path: Path) -> Self:

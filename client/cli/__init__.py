@@ -6,7 +6,7 @@ from __future__ import annotations
 import typer
 
 from fedgex.common.system.lazy_commands import lazy_group
-from fedgex.common.system.processes import set_proxy
+from fedgex.common.system.processes import begin_command
 
 # fmt: off
 _PLACES = {
@@ -43,4 +43,4 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Serve a hospital's operator: join, decide about studies, use a finished model."""
-    set_proxy(None)
+    begin_command()

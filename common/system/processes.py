@@ -37,10 +37,16 @@ def log_to_stderr() -> None:
 
 
 def begin() -> None:
-    """Begin a child process: log to stderr, no proxy, end when the parent is gone."""
+    """Begin a child process, which ends when the parent is gone."""
     log_to_stderr()
-    set_proxy(None)
+    begin_command()
     end_with_parent()
+
+
+def begin_command() -> None:
+    """Begin a process: no proxy of the environment, files for their owner only."""
+    set_proxy(None)
+    os.umask(0o077)
 
 
 def set_proxy(url: str | None) -> None:

@@ -33,7 +33,7 @@ from fedgex.common.study import (
 from fedgex.simulations import resumable, training
 from fedgex.simulations.evaluation.protocol import Split
 
-FEDERATED, POOLED, LOCAL = "federated", "pooled", "alone"
+FEDERATED, POOLED, LOCAL = "federated", "pooled", "local"
 LOCAL_SITES = 8
 """Sites with a local model, the largest, unless all are asked for."""
 MEAN, SD = "standardisation.mean", "standardisation.sd"

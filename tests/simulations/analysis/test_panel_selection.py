@@ -159,14 +159,14 @@ def test_the_discriminant_says_which_normal_density_is_the_highest() -> None:
     expected = np.argmax(densities, axis=0)
 
     types = types_of(values, labels)
-    told = panel_selection.told(types, np.array(panel), unseen)
+    found = panel_selection.classify(types, np.array(panel), unseen)
     right = panel_selection.n_right(types, np.array(panel), unseen, truth)
 
-    assert told.tolist() == expected.tolist()
+    assert found.tolist() == expected.tolist()
     assert right == (np.array(NAMES)[expected] == np.array(truth)).sum()
 
 
-def test_a_patient_of_another_or_no_type_is_never_told_right() -> None:
+def test_a_patient_of_another_or_no_type_is_never_classified_right() -> None:
     values, labels = patients()
 
     found = panel_selection.n_right(

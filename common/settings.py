@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import ConfigError
@@ -40,10 +41,16 @@ class Settings(BaseModel):
         except ValidationError as error:
             lines = [
                 f"{source}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
-                + ("" if e["type"] == "missing" else f" (found {e['input']!r:.80})")
+                + ("" if cls._hides(e) else f" (found {e['input']!r:.80})")
                 for e in error.errors()
             ]
             raise ConfigError("\n".join(lines)) from error
+
+    @classmethod
+    def _hides(cls, error: ErrorDetails) -> bool:
+        """Whether an error's value is absent, or may be a secret (`repr=False`)."""
+        field = cls.model_fields.get(str(error["loc"][0])) if error["loc"] else None
+        return error["type"] == "missing" or (field is not None and not field.repr)
 
     def to_json(self) -> str:
         """Return the canonical form, which is hashed and signed."""

@@ -117,10 +117,8 @@ def models(
     )
     for arm, path in zip(wanted, paths, strict=True):
         found = resumable.load(path)
-        scale = Standardisation(
-            mean=found.pop(MEAN).astype(np.float64),
-            sd=found.pop(SD).astype(np.float64),
-        )
+        mean, sd = (found.pop(key).astype(np.float64) for key in (MEAN, SD))
+        scale = Standardisation(mean=mean, sd=sd)
         model = Model(
             study=arm.study, genes=split.genes, standardisation=scale, parameters=found
         )

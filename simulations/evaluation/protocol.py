@@ -145,12 +145,11 @@ class Split:
     def standardisation(self) -> Standardisation:
         """The federation's scale of the genes, on which every arm is trained."""
         least = self.study.minimum_cohort
-        return federation.standardisation(
-            {
-                name: federation.gene_moments(cohort, self.genes, least)
-                for name, cohort in self.sites.items()
-            }
-        )
+        moments = {
+            name: federation.gene_moments(cohort, self.genes, least)
+            for name, cohort in self.sites.items()
+        }
+        return federation.standardisation(moments)
 
     def seeded(self, seed: int) -> Study:
         """Return the study with another seed."""
@@ -163,9 +162,8 @@ class Split:
     @cached_property
     def pooled(self) -> Patients:
         """All sites' patients, in order of site."""
-        return Patients.joined(
-            [self.patients(cohort) for _, cohort in sorted(self.sites.items())]
-        )
+        cohorts = [cohort for _, cohort in sorted(self.sites.items())]
+        return Patients.joined([*map(self.patients, cohorts)])
 
 
 def prepare(

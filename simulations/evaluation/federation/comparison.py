@@ -111,9 +111,7 @@ def _central(
         )
         ratio = ratios[m.key] = m.against(federated, pooled)
         p = p_values[m.key] = _p(bench, m, both[FEDERATED], both[POOLED])
-        row = against[m.name] = dict.fromkeys(
-            ("how much worse", "p", "within 2 %"), "-"
-        )
+        row = against[m.name] = dict.fromkeys(AGAINST, "-")
         if not math.isnan(p):
             row["p"] = f"{p:.2g}"
         if not math.isnan(ratio):

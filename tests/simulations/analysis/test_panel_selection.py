@@ -140,7 +140,7 @@ def test_a_covariance_that_no_patients_can_have_is_mended_before_genes_are_chose
 def test_fewer_than_two_types_are_refused() -> None:
     values, _ = patients(n=20)
 
-    with pytest.raises(ConfigError, match="tell of 1 of the cancer types A, B, C"):
+    with pytest.raises(ConfigError, match="describe 1 of the cancer types A, B, C"):
         types_of(values, ["A"] * 20)
 
 

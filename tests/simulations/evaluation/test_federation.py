@@ -339,7 +339,7 @@ def test_no_line_of_the_page_names_a_patient(outcome: Results) -> None:
 
 def test_all_questions_of_the_command_have_an_answer() -> None:
     for question in get_args(Question):
-        module = import_module(f"fedgex.simulations.evaluation.{question.value}")
+        module = import_module(f"fedgex.simulations.evaluation.{question}")
         page = resources.files("fedgex.simulations.evaluation") / "pages"
 
         assert callable(module.run)

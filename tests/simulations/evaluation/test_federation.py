@@ -343,7 +343,7 @@ def test_all_questions_of_the_command_have_an_answer() -> None:
         page = resources.files("fedgex.simulations.evaluation") / "pages"
 
         assert callable(module.run)
-        assert (page / f"{question.value}.md").is_file()
+        assert (page / f"{question}.md").is_file()
 
 
 def test_an_unknown_question_is_a_usage_error(tmp_path: Path) -> None:

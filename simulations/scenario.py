@@ -43,7 +43,7 @@ class Columns(Settings):
 
 
 class Data(Settings):
-    """Where the real data lie, relative to the data folder, and what they mean."""
+    """Files of the real data, relative to the data folder, and their meaning."""
 
     expression: str = Field(min_length=1)
     """File, or glob of several: samples in rows, genes in columns."""
@@ -94,7 +94,7 @@ class Sites(Settings):
 
 
 class Apart(Settings):
-    """Whole institutions, of which no site has a patient."""
+    """Institutions of which no site has a patient."""
 
     institutions: tuple[str, ...] = Field(min_length=1)
     """Values of the site column."""
@@ -116,7 +116,7 @@ class Public(Apart):
 
 
 class Reference(Settings):
-    """What the simulation computes beside the federation, to compare with."""
+    """Models that the simulation computes to compare the federation with."""
 
     alone: bool = True
     """Each site trains by itself."""
@@ -146,6 +146,11 @@ class Scenario(Settings):
     reference: Reference = Reference()
     run: Run = Run()
 
+    @property
+    def public_institutions(self) -> tuple[str, ...]:
+        """Institutions of the public cohort, none without it."""
+        return self.public.institutions if self.public else ()
+
     @model_validator(mode="after")
     def _public_fits(self) -> Self:
         wanted = self.study.public.statistics or self.study.public.epochs
@@ -154,8 +159,8 @@ class Scenario(Settings):
                 "study.public takes from a public cohort, and there is none; name "
                 "its institutions in [public]"
             )
-        named = set() if self.public is None else set(self.public.institutions)
-        if both := sorted(named & set(self.holdout.institutions)):
+        both = sorted({*self.public_institutions} & {*self.holdout.institutions})
+        if both:
             raise ValueError(
                 f"holdout and public both name {', '.join(both)}; what the models "
                 "learn from cannot judge them"

@@ -163,7 +163,7 @@ def load(folder: Path) -> Checkpoint:
             if receipt.name in manifest.files
             else None,
         )
-    except Exception as error:  # its maker is whoever handed the folder on
+    except Exception as error:  # another party may have made it
         raise CheckpointError(
             f"{folder} cannot be read ({error!s:.300}); expected a checkpoint that "
             "fedgex wrote. Fetch it again."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import Context, Message, RecordDict
 
 import fedgex.client.app
@@ -22,6 +24,7 @@ from fedgex.common import keys
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import (
     ConfigError,
+    FederationError,
     FedgexError,
     MessageError,
     TrustError,
@@ -38,7 +41,13 @@ from fedgex.server.consortium import contracts, members
 from fedgex.server.consortium.store import Consortium as Store
 from fedgex.server.consortium.store import ConsortiumSettings
 
-from ..federation.conftest import Consortium, Finished, consortium  # noqa: F401
+from ..federation.conftest import (
+    Consortium,
+    Finished,
+    InProcessGrid,
+    consortium,  # noqa: F401
+)
+from ..federation.privacy.test_secure_aggregation import secure
 
 QUICK_S = 2.0
 """Seconds in which a bomb is refused; twenty and more were seen."""
@@ -363,20 +372,10 @@ def test_a_hospital_with_a_malformed_reply_is_left_out_and_the_run_goes_on(
     consortium: Consortium,  # noqa: F811
     message_type: str,
     tamper: Callable[[RecordDict], None],
+    tampered: Callable[..., None],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    honest, bad = fedgex.client.app.app, consortium.names[1]
-
-    def app(message: Message, context: Context) -> Message:
-        reply = honest(message, context)
-        if message.metadata.message_type == message_type and bad in str(
-            context.node_config["site-toml"]
-        ):
-            tamper(reply.content)
-        return reply
-
-    monkeypatch.setattr(fedgex.client.app, "app", app)
+    tampered(consortium.names[1], message_type, tamper)
     study = consortium.study(
         cross_products=False,
         pretraining={"rounds": 1},
@@ -388,6 +387,102 @@ def test_a_hospital_with_a_malformed_reply_is_left_out_and_the_run_goes_on(
 
     assert run.events("run-finished")
     assert list(left_out(run).values()) == ["quarantined"]
+
+
+@pytest.fixture
+def tampered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what has one hospital's replies of a type changed before they leave."""
+    honest = fedgex.client.app.app
+
+    def of(site: str, message_type: str, tamper: Callable[[RecordDict], None]) -> None:
+        def app(message: Message, context: Context) -> Message:
+            reply = honest(message, context)
+            asked = message.metadata.message_type == message_type
+            if asked and site in str(context.node_config["site-toml"]):
+                tamper(reply.content)
+            return reply
+
+        monkeypatch.setattr(fedgex.client.app, "app", app)
+
+    return of
+
+
+def one_key_for_both(reply: RecordDict) -> None:
+    record = reply.config_records[keys.PUBLIC_KEYS]
+    record["mask"] = record["channel"]
+
+
+def of_small_order(reply: RecordDict) -> None:
+    reply.config_records[keys.PUBLIC_KEYS]["channel"] = "00" * 32
+
+
+@pytest.mark.parametrize("tamper", [one_key_for_both, of_small_order])
+def test_a_hospital_with_useless_keys_is_left_out_of_the_secure_sum(
+    consortium: Consortium,  # noqa: F811
+    tampered: Callable[..., None],
+    tamper: Callable[[RecordDict], None],
+    tmp_path: Path,
+) -> None:
+    bad = consortium.names[1]
+    tampered(bad, keys.SECURE_KEYS, tamper)
+    shutil.copytree(consortium.sites, tmp_path / "sites")
+
+    run = consortium.conduct(
+        secure(consortium), tmp_path / "run", sites=tmp_path / "sites"
+    )
+
+    assert run.events("run-finished")
+    assert left_out(run) == {bad: "quarantined"}
+
+
+def test_hospitals_with_one_key_are_left_out_of_the_secure_sum(
+    consortium: Consortium,  # noqa: F811
+    tampered: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    key = X25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+
+    def tamper(reply: RecordDict) -> None:
+        reply.config_records[keys.PUBLIC_KEYS]["channel"] = key
+
+    tampered("hospital-0", keys.SECURE_KEYS, tamper)  # all of them
+    shutil.copytree(consortium.sites, tmp_path / "sites")
+
+    with pytest.raises(FederationError, match="a key that another site does too"):
+        consortium.conduct(
+            secure(consortium), tmp_path / "run", sites=tmp_path / "sites"
+        )
+
+
+def test_a_reply_that_flower_cannot_read_ends_its_sender_only(
+    consortium: Consortium,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    honest, bad = InProcessGrid.pull_messages, consortium.names[1]
+
+    def pull(self: InProcessGrid, message_ids: Iterable[str]) -> Any:
+        pulled = list(honest(self, message_ids))
+        for message in pulled:
+            trained = self.exchanges[-1].message_type == keys.TRAIN
+            if trained and self.names[message.metadata.src_node_id] == bad:
+                raise ValueError("Unsupported record type: None")
+        return pulled
+
+    monkeypatch.setattr(InProcessGrid, "pull_messages", pull)
+
+    run = consortium.conduct(
+        consortium.study(
+            cross_products=False,
+            pretraining={"rounds": 1},
+            classification={"rounds": 0},
+            survival={"rounds": 0},
+        ),
+        tmp_path / "run",
+    )
+
+    assert run.events("run-finished")
+    assert left_out(run) == {bad: "quarantined"}
 
 
 def left_out(run: Finished) -> dict[str, str]:

@@ -71,7 +71,7 @@ class Code(StrEnum):
     COUNTS_PER_MILLION = "FX-DATA-037", "warning", "Counts were taken as counts per million, which is not TPM", "Export normalised values, or make sure that all sites use CPM"
 
     # genes
-    NO_GENES = "FX-DATA-040", "error", "No gene is left", "Use HGNC symbols, or Ensembl gene ids and a `data.hgnc_table`"
+    NO_GENES = "FX-DATA-040", "error", "No gene is left", "Use HGNC symbols or Ensembl gene ids"
     GENES_UNMAPPED = "FX-DATA-041", "warning", "Labels name no known gene and are left out", "Name a (newer) `data.hgnc_table`; mend names that a spreadsheet made into dates"
     GENES_AMBIGUOUS = "FX-DATA-042", "warning", "Names that several genes had are left out", "Use current symbols or Ensembl ids for them"
     GENES_UPDATED = "FX-DATA-043", "note", "Retired symbols and aliases were renamed", "Nothing"
@@ -80,6 +80,7 @@ class Code(StrEnum):
     GENES_EMPTY = "FX-DATA-046", "note", "Genes without a single value are left out", "Nothing"
     GENES_CONSTANT = "FX-DATA-047", "warning", "Genes have the same value in every sample", "Leave cells empty where a gene was not measured"
     GENES_OFTEN_MISSING = "FX-DATA-048", "warning", "Genes are missing in more samples than `max_missing_per_gene`", "Nothing if that is known"
+    LABELS_NOT_GENES = "FX-DATA-049", "error", "Fewer than half of the labels on the gene axis name a known human gene; they could be patients", "Correct `data.orientation`, or name genes by HGNC symbols or Ensembl gene ids; `data.unknown_genes = \"keep\"` takes other names, and lets them leave"
     SAMPLES_EMPTY = "FX-DATA-050", "warning", "Samples without a single value are left out", "Remove them, or export their values"
     SAMPLES_OFTEN_MISSING = "FX-DATA-051", "warning", "Samples lack more genes than `max_missing_per_patient`", "Nothing if that is known"
 
@@ -98,6 +99,8 @@ class Code(StrEnum):
     TASK_WITHOUT_COLUMNS = "FX-DATA-072", "warning", "A task lacks its clinical columns; the site contributes nothing to it", "Add or name the columns, or remove the task"
     OPTED_OUT = "FX-DATA-073", "note", 'Patients of `data.opt_outs` are left out; how many, or "suppressed" below `minimum_cohort`', "Nothing"
     PANEL_CHANGED = "FX-DATA-074", "error", "Other genes, or another scale, than when the run began", "Put the file back; a new export is for the next run"
+    ID_AMBIGUOUS = "FX-DATA-075", "error", "Identifiers of patients or samples that differ only in case, quotes, spaces, leading zeros, decimals or invisible characters: one key, so one patient or several cannot be decided", "Write one spelling for one patient; let letters or digits of several differ"
+    OPT_OUTS_UNKNOWN = "FX-DATA-076", "warning", 'Lines of `data.opt_outs` match nobody; how many. An error with `data.unknown_opt_outs = "refuse"`', "Compare the list with the files; remove the lines of people who are not in them"
 
     # what a site answers instead of an update
     FAILED = "FX-SITE-001", "error", "Something unforeseen failed at the site", "Read the service's log of that time; report it if the fault is in fedgex"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedgex.common import parsing
 from fedgex.common.canonical import canonical_json
@@ -45,12 +46,18 @@ class Settings(BaseModel):
             wrong = error.errors()
             lines = [
                 f"{source}: {'.'.join(map(_part, e['loc'])) or 'settings'}: {e['msg']}"
-                + ("" if e["type"] == "missing" else f" (found {shown(e['input'])})")
+                + ("" if cls._hides(e) else f" (found {shown(e['input'])})")
                 for e in wrong[:MAX_ERRORS]
             ]
             if len(wrong) > MAX_ERRORS:
                 lines.append(f"{source}: and {len(wrong) - MAX_ERRORS} errors more")
             raise ConfigError("\n".join(lines)) from error
+
+    @classmethod
+    def _hides(cls, error: ErrorDetails) -> bool:
+        """Whether an error's value is absent, or may be a secret (`repr=False`)."""
+        field = cls.model_fields.get(str(error["loc"][0])) if error["loc"] else None
+        return error["type"] == "missing" or (field is not None and not field.repr)
 
     def to_json(self) -> str:
         """Return the canonical form, which is hashed and signed."""

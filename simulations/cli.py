@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from fedgex.common.errors import FedgexError
+from fedgex.common.system.processes import set_proxy
 from fedgex.simulations import scenario
 from fedgex.simulations.privacy import effort
 
@@ -50,6 +51,7 @@ Form = Annotated[Format, typer.Option("--format", help="A table for people, or J
 @app.callback()
 def main() -> None:
     """Run federations on this machine: `run` with the apps that hospitals run."""
+    set_proxy(None)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
 

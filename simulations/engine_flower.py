@@ -31,9 +31,8 @@ import httpx
 from fedgex.client.app import SITES_VARIABLE
 from fedgex.common.errors import FederationError
 from fedgex.common.system.processes import (
+    begin,
     child_environment,
-    end_with_parent,
-    log_to_stderr,
 )
 from fedgex.server import journal
 from fedgex.server.service.flower import BUNDLE
@@ -62,8 +61,7 @@ def main(settings_file: Path, sites: Path, workers: int) -> None:
     FederationError
         If Ray is not installed, the SuperLink does not start, or the run failed.
     """
-    log_to_stderr()
-    end_with_parent()
+    begin()
     if find_spec("ray") is None:
         raise FederationError(
             'engine = "flower" needs Ray, which is not installed; install '

@@ -6,6 +6,7 @@ from __future__ import annotations
 import typer
 
 from fedgex.common.system.lazy_commands import lazy_group
+from fedgex.common.system.processes import set_proxy
 
 # fmt: off
 _PLACES = {
@@ -42,3 +43,4 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Serve a hospital's operator: join, decide about studies, use a finished model."""
+    set_proxy(None)

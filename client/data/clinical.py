@@ -15,6 +15,7 @@ from fedgex.client.data.readers import RawClinical
 from fedgex.client.data.tables import MISSING, parse
 from fedgex.client.settings import DataColumns
 from fedgex.common.codes import Code
+from fedgex.common.data.patients import ambiguous, patient_key
 
 DAYS_PER = {"days": 1.0, "months": 30.4375, "years": 365.25}
 """Length of each unit of time, days."""
@@ -77,17 +78,25 @@ def name_columns(
 
 
 def check_ids(clinical: Clinical, findings: Findings) -> None:
-    """Check that every row names its patient, and that no row repeats."""
+    """Check that every row names its patient, and that no row repeats.
+
+    One patient, or one sample, has one spelling.
+    """
     key, patient = clinical.text[clinical.key], clinical.text["patient"]
     where = clinical.where("patient")
-    findings.add_if(patient.isna().sum(), Code.ID_MISSING, where)
+    missing = patient.fillna("").map(patient_key) == ""
+    findings.add_if(missing.sum(), Code.ID_MISSING, where)
+    for name in {"patient", clinical.key}:
+        spelt, where = ambiguous(clinical.text[name].dropna()), clinical.where(name)
+        findings.add_if(spelt, Code.ID_AMBIGUOUS, where)
     repeated, where = key.dropna().duplicated().sum(), clinical.where(clinical.key)
     findings.add_if(repeated, Code.CLINICAL_ROW_REPEATED, where, key=clinical.key)
 
 
 def check_patients(clinical: Clinical, findings: Findings) -> None:
     """Check that all samples of a patient have the same follow-up and sex."""
-    of_patient, where = clinical.text.groupby("patient"), clinical.where("patient")
+    key = clinical.text["patient"].map(patient_key, na_action="ignore")
+    of_patient, where = clinical.text.groupby(key), clinical.where("patient")
     several = int((of_patient.size() > 1).sum())
     if not several or clinical.key == "patient":
         return

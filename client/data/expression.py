@@ -19,6 +19,7 @@ from fedgex.client.settings import DataSettings
 from fedgex.common.codes import Code
 from fedgex.common.data import genes as gene_names
 from fedgex.common.data.genes import GeneTable
+from fedgex.common.data.patients import ambiguous, patient_key
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def orient(
     Parameters
     ----------
     ids
-        Identifiers of the clinical table.
+        Keys of the identifiers in the clinical table.
     """
     evidence = _evidence(table.rows, table.columns, ids, gene_table)
     if table.rows_are_samples:
@@ -148,18 +149,20 @@ def orient(
 
 
 def check_samples(sheet: Sheet, findings: Findings) -> None:
-    """Check that every sample has a label, and that no label repeats."""
-    labels = pd.Series(sheet.samples)
+    """Check that every sample has a label of its own, in one spelling."""
+    labels = pd.Series(sheet.samples, dtype=object)
+    missing = labels.map(patient_key) == ""
     findings.add_if(
-        (labels == "").sum(),
+        missing.sum(),
         Code.ID_MISSING,
         sheet.file,
         found="{n:sample} without a label",
         expected="one for every sample",
         action="Complete the labels, or remove the samples.",
     )
-    repeated = labels[labels != ""].duplicated().sum()
+    repeated = labels[~missing].duplicated().sum()
     findings.add_if(repeated, Code.SAMPLE_REPEATED, sheet.file)
+    findings.add_if(ambiguous(labels[~missing]), Code.ID_AMBIGUOUS, sheet.file)
 
 
 def check_cells(sheet: Sheet, findings: Findings) -> None:
@@ -188,6 +191,28 @@ def check_cells(sheet: Sheet, findings: Findings) -> None:
             action="Export again; log(0) is a usual cause, so add 1 before the "
             "logarithm.",
         )
+
+
+def check_labels(
+    sheet: Sheet, table: GeneTable | None, data: DataSettings, findings: Findings
+) -> None:
+    """Check that the labels of genes name genes, as those of patients would not."""
+    known = gene_names.count_genes(sheet.labels, table)
+    total = len(sheet.labels)
+    if data.unknown_genes == "refuse" and known < gene_names.KNOWN_SHARE * total:
+        kind = gene_names.kind_of(sheet.labels)
+        where = sheet.file
+        findings.add(Code.LABELS_NOT_GENES, where, known=known, total=total, kind=kind)
+
+
+def known_genes(
+    genes: Sequence[str], data: DataSettings, fixed: Collection[str]
+) -> tuple[str, ...]:
+    """Return the genes whose names may leave: HGNC's, and those that a study fixes."""
+    if data.unknown_genes == "keep" or data.hgnc_table is not None:
+        return tuple(genes)  # all of them are the table's
+    table, asked = GeneTable.packaged(), set(fixed)
+    return tuple(gene for gene in genes if gene in asked or table.knows(gene))
 
 
 def one_column_per_gene(
@@ -250,7 +275,10 @@ def _evidence(
     table: GeneTable | None,
 ) -> tuple[bool, str] | None:
     """Return whether the rows are samples, and why; None without evidence."""
-    in_rows, in_columns = (sum(x in ids for x in axis) for axis in (rows, columns))
+    in_rows, in_columns = (
+        sum(patient_key(x) in ids for x in axis) if ids else 0
+        for axis in (rows, columns)
+    )
     if in_rows != in_columns:
         return in_rows > in_columns, "by the identifiers in the clinical table"
     in_rows, in_columns = (gene_names.count_genes(x, table) for x in (rows, columns))

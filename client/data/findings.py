@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from fedgex.common.codes import Code
-from fedgex.common.errors import DataError, Finding
+from fedgex.common.errors import DataError, Finding, Severity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.CLINICAL_WITHOUT_SAMPLE: ("{n:clinical row} without a sample, left out", "rows without a sample are fine", "Nothing, unless their samples should be there."),
     Code.SEVERAL_SAMPLES: ("{n:patient} with several samples", "one sample or more a patient", "Nothing: a patient's samples count, and are split, as one patient."),
     Code.PATIENT_CONTRADICTORY: ("{n:patient} whose rows differ in {columns}", "the same follow-up and sex in all rows of a patient", "Correct the rows."),
+    Code.ID_AMBIGUOUS: ("{n:identifier} that are the same as another but for case, quotes, spaces, leading zeros, decimals or invisible characters", "one spelling for each patient and each sample", "If they are one, write them alike; if they are several, let their letters or digits differ."),
 
     Code.NOT_A_NUMBER: ("{n:cell} that are no numbers", "numbers, or empty cells or NA where nothing is known", "Correct the cells."),
     Code.INFINITE: ("{n:infinite value}", "finite numbers", "Correct the cells, or leave them empty."),
@@ -65,8 +66,9 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.LIBRARY_SIZE_UNUSABLE: ("{n:sample} whose library size is missing, not above zero, or less than its counts add up to", "all reads of the sample", "Correct the library sizes in the clinical table."),
     Code.COUNTS_PER_MILLION: ("counts, taken as counts per million of the library size", "TPM, FPKM or RSEM normalised, which account for gene length or the like", "Export normalised values if other sites do; else make sure that all use CPM."),
 
-    Code.NO_GENES: ("no gene is left", "HGNC symbols, or Ensembl gene ids and a {hgnc_table}", "Check the labels of the genes; Ensembl ids need HGNC's complete set."),
-    Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a {hgnc_table}, which Ensembl ids need, or correct the names (spreadsheets turn SEPT2 into a date)."),
+    Code.NO_GENES: ("no gene is left", "HGNC symbols or Ensembl gene ids", "Check the labels of the genes."),
+    Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a newer {hgnc_table}, or correct the names (spreadsheets turn SEPT2 into a date)."),
+    Code.LABELS_NOT_GENES: ("{known} of {total} labels of genes that name a known human gene; the others look like {kind}", "HGNC symbols or Ensembl gene ids for half of them or more", "Correct the orientation if the labels are patients; else rename the genes. data.unknown_genes = \"keep\" takes other names, and lets them leave."),
     Code.GENES_AMBIGUOUS: ("{genes} that several genes were called, left out", "names of one gene each", "Use current symbols or Ensembl gene ids for these."),
     Code.GENES_UPDATED: ("{genes} renamed to current symbols", "retired symbols are fine", "Nothing."),
     Code.GENES_REPEATED: ("{genes} with several columns, of which one is kept: the one under the current symbol, or one of equal ones", "one column a gene", "Nothing, unless another column is the right one."),
@@ -89,6 +91,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.FEW_EVENTS: ("{n:patient} with an observed event", "{least} or more for survival", "Follow up longer; without any event a site contributes nothing to survival."),
     Code.TASK_WITHOUT_COLUMNS: ("no {lacking} for {task}, to which nothing is contributed", "clinical columns {needed}", "Add them, or name them in data.columns; else remove the task."),
     Code.OPTED_OUT: ("patients who opted out are left out: {count}", "the patients of data.opt_outs, who may be unknown here", "Nothing."),
+    Code.OPT_OUTS_UNKNOWN: ("{count} identifiers of the opt-out list match nobody", "identifiers of the patient column, or of the samples without a clinical table", "Compare the list with the files; remove lines of people who are not in them. data.unknown_opt_outs says whether the data are refused."),
 
     Code.NO_VOCABULARY_GENE: ("none of the vocabulary's {n_vocabulary} genes is measured", "HGNC symbols as in the study, or Ensembl ids and an HGNC table", "Check the names of the genes, and which axis they are on."),
     Code.FEW_VOCABULARY_GENES: ("{n_genes} of the vocabulary's {n_vocabulary} genes are measured", "{share:.0%} or more", "Trust the predictions little; they rest on few genes."),
@@ -133,6 +136,7 @@ class Findings:
         found: str | None = None,
         expected: str | None = None,
         action: str | None = None,
+        severity: Severity | None = None,
         **fields: object,
     ) -> None:
         """Add a finding, see `Finding`.
@@ -143,6 +147,8 @@ class Findings:
             Count of patients, samples or cells.
         found, expected, action
             Templates in place of those of `TEXTS`.
+        severity
+            In place of the code's own.
         fields
             Further fields of the templates.
         """
@@ -152,7 +158,8 @@ class Findings:
             (theirs if ours is None else ours).format_map(fields)
             for ours, theirs in zip(own, TEXTS[code], strict=True)
         ]
-        self.found.append(code.finding(where, *texts))
+        finding = code.finding(where, *texts)
+        self.found.append(replace(finding, severity=severity or finding.severity))
 
     def add_if(self, n: int, code: Code, where: str, **fields: Any) -> None:
         """Add a finding about a count, see `add`, unless the count is zero."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgex.client.data.cohort import assay, load_cohort
+from fedgex.client.data.expression import known_genes
 from fedgex.client.ledger import debit
 from fedgex.client.settings import SiteSettings
 from fedgex.client.training import local_round
@@ -61,7 +62,8 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
 
     A gene observed in fewer samples than the small-cell threshold, or than the study's
     share of them, counts as not measured. Under patient-level privacy every column of
-    the study's genes counts as measured, and patients are not counted.
+    the study's genes counts as measured, and patients are not counted. Labels that are
+    neither known genes nor the study's do not leave.
 
     When a restarted server asks again, the panel must be that of the run's start.
     """
@@ -78,10 +80,12 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
             min_count=_min_cell_count(settings, study),
             min_share=study.vocabulary.min_patient_share,
         )
+        reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, cohort.genes, reported, run)
     else:
         assayed, asked = assay(settings), set(study.vocabulary.genes)
         reported = tuple(g for g in assayed if not asked or g in asked)
+        reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, assayed, reported, run)
     site_panel.remember_panel(_state_dir(settings, study), panel)
     introduction = Introduction(

@@ -75,8 +75,7 @@ def to_patients(
 
     One patient is one unit of privacy and of splitting, hence one row.
     """
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    first.sort()
+    first = cohort.first_samples()
     placed = vocabulary.place(cohort.genes, cohort.expression[first])
     clinical = cohort.clinical.iloc[first]
 

@@ -110,8 +110,7 @@ def read_cohort(folder: Path, study: Study) -> Cohort:
     """Read and check the patients in a folder of a split, the first sample of each."""
     settings = SiteSettings.load(folder / "site.toml")
     cohort, _ = load_cohort(settings, study.scale, tuple(study.phases))
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    return cohort.take(np.sort(first))
+    return cohort.take(cohort.first_samples())
 
 
 def slugs(names: Iterable[str], reserved: Collection[str] = ()) -> dict[str, str]:
@@ -360,6 +359,7 @@ def _write_site(
         'clinical = "clinical.csv"',
         f'scale = "{scenario.data.scale}"',
         'orientation = "samples-by-genes"',
+        'unknown_genes = "keep"',
         f'time_unit = "{scenario.data.time_unit}"',
     ]
     (folder / "site.toml").write_text("\n".join(lines) + "\n")

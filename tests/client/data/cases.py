@@ -116,7 +116,11 @@ def wide(mean: float, **data: Any) -> Case:
     rng = np.random.default_rng(0)
     names = [*GENES, *(f"G{i}X" for i in range(150))]
     values = rng.normal(mean, 0.1, (20, 156))
-    return pd.DataFrame(values, PATIENTS, names), None, data
+    return (
+        pd.DataFrame(values, PATIENTS, names),
+        None,
+        {"unknown_genes": "keep", **data},
+    )
 
 
 def with_hgnc(folder: Path) -> Case:
@@ -157,6 +161,7 @@ CASES: dict[str, Case | Any] = {
     "FX-DATA-034": wide(3.0),
     "FX-DATA-035": spread(1.0, scale=S.LOG2P1, target=S.RELATIVE),
     "FX-DATA-041": (expression().rename(columns={"VIM": "2-Sep"}), None, {}),
+    "FX-DATA-049": (expression().add_prefix("X"), clinical(), {}),
     "FX-DATA-042": with_hgnc,
     "FX-DATA-043": with_hgnc,
     "FX-DATA-044": twice("TP53", 0.0),
@@ -190,6 +195,12 @@ CASES: dict[str, Case | Any] = {
         expression(),
         clinical(),
         {"opt_outs": opt_outs(folder, "PAT-003")},
+    ),
+    "FX-DATA-075": (expression().rename({"PAT-003": "pat-002"}), None, {}),
+    "FX-DATA-076": lambda folder: (
+        expression(),
+        clinical(),
+        {"opt_outs": opt_outs(folder, "nobody")},
     ),
 }
 ELSEWHERE = {f"FX-DATA-0{i}" for i in (28, 29, 36, 37, 40, 50, 51, 74)}

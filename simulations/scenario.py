@@ -6,7 +6,6 @@ by name (`demo`, `release`), any other by its path.
 
 from __future__ import annotations
 
-import tomllib
 from difflib import get_close_matches
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -15,6 +14,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fedgex.common import parsing
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Settings
@@ -186,10 +186,8 @@ class Scenario(Settings):
 
     @classmethod
     def _parse(cls, file: Path | Traversable, source: str) -> Self:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source}: not a TOML file: {error}") from error
+        most = parsing.LONG_BYTES
+        values = parsing.toml_table(file.read_bytes(), f"{source}:", most=most)
         return cls.read(values, source)
 
 

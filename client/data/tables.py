@@ -151,7 +151,10 @@ def _read_text(path: Path, delimiter: str) -> Any:
             path,
             # One row of 60 000 genes must fit into a block.
             read_options=pa.csv.ReadOptions(
-                skip_rows=1, column_names=positions, block_size=1 << 26
+                skip_rows=1,
+                column_names=positions,
+                block_size=1 << 26,
+                use_threads=False,  # with threads, processes were seen to abort
             ),
             parse_options=pa.csv.ParseOptions(
                 delimiter=delimiter, invalid_row_handler=skip
@@ -188,11 +191,24 @@ def _read_header(path: Path, delimiter: str) -> list[str]:
 def _read_parquet(path: Path) -> Any:
     try:
         table = pa.parquet.ParquetFile(path).read(use_threads=False)
+        table.validate(full=True)  # text that is UTF-8
     except (OSError, pa.ArrowException):
         refuse(Code.FILE_UNREADABLE, path, found="a damaged file, or no Parquet")
-    if any(pa.types.is_nested(t) or pa.types.is_binary(t) for t in table.schema.types):
-        refuse(Code.FILE_UNREADABLE, path, found="columns that hold lists or bytes")
+    if not all(map(_is_number_or_text, table.schema.types)):
+        found = "columns that hold neither numbers nor text"
+        refuse(Code.FILE_UNREADABLE, path, found=found)
     return table
+
+
+def _is_number_or_text(kind: Any) -> bool:
+    """Return whether every value of a type can be written as text."""
+    if pa.types.is_nested(kind) or "binary" in str(kind):
+        return False
+    try:
+        pa.nulls(0, kind).cast(pa.string())
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def _is_number(kind: Any) -> bool:

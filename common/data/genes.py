@@ -93,7 +93,7 @@ class GeneTable:
                 keep_default_na=False,
                 usecols=list(TABLE_COLUMNS),
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # torn gzip has its own, and others
             raise ConfigError(
                 f"{path.name}: cannot be read as a gene table; expected HGNC's "
                 f"complete set, tab-separated, with columns {', '.join(TABLE_COLUMNS)}."

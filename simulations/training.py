@@ -96,9 +96,9 @@ def begin(
     if public is not None and study.public.statistics:
         scale = federation.public_standardisation(public, genes)
         if study.linear_rank:
-            patients = to_patients(public, genes, scale)
+            patients = to_patients(public, genes)
             least = federation.MIN_PUBLIC_PATIENTS
-            groups = federation.cross_products(study, patients, least)
+            groups = federation.cross_products(study, patients, least, scale)
     else:
         if scale is None:
             moments = {
@@ -115,14 +115,14 @@ def begin(
             names, scale = sorted(moments), federation.standardisation(moments)
         if study.linear_rank:
             patients_of = {
-                name: to_patients(sites[name], genes, scale)
+                name: to_patients(sites[name], genes)
                 for name in names
                 if _policy(policies, name).share_cross_products
             }
             groups = factor_model.pool_completed(
                 lambda: (
                     federation.cross_products(
-                        study, patients, _min_cell_count(study, policies, name)
+                        study, patients, _min_cell_count(study, policies, name), scale
                     )
                     for name, patients in patients_of.items()
                 ),

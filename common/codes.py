@@ -122,6 +122,7 @@ class Code(StrEnum):
     TIME_LIMIT = "FX-SITE-007", "error", "An answer took longer than `message_limit_s`", "Raise it in `policy.toml`, or give the site a faster machine"
     DEVICE_LOST = "FX-SITE-008", "error", "The GPU failed while it computed", "See to the GPU and its driver, then restart the service"
     DISK_FULL = "FX-SITE-009", "error", "The site's disk is full, over its quota, or read-only", "Free space, or mount it for writing; the run waits"
+    FOREIGN_TO_STUDY = "FX-SITE-010", "error", "The means of the site's genes are not on the scale of the study's", "Correct `data.scale`, or the export; natural logarithms called `log2p1` are .69 of what they should be"
     NOT_APPROVED = "FX-STUDY-001", "error", "No person at the site has approved the contract", "Read it, approve or reject it; the run waits"
     REJECTED = "FX-STUDY-002", "error", "The contract was rejected", "Nothing, or approve it"
     WITHDRAWN = "FX-STUDY-003", "error", "The approval was withdrawn", "Nothing: it is final for this contract; participating again needs a new one"
@@ -130,6 +131,7 @@ class Code(StrEnum):
     OUTSIDE_CONTRACT = "FX-STUDY-006", "error", "A message is not what the contract says", "Inform the administrator: the coordinator runs something else"
     OUTSIDE_VERSIONS = "FX-STUDY-007", "error", "The installed fedgex is not the contract's", "Install the release that the contract names"
     AGAINST_POLICY = "FX-STUDY-008", "error", "`policy.toml` refuses what the contract asks for", "`study show` names it; change the policy, or ask for another contract"
+    STANDARDISATION_CHANGED = "FX-STUDY-009", "error", "Another standardisation than the first of this run", "Inform the administrator; nothing was computed with it"
     DELTA_TOO_LARGE = "FX-PRIV-001", "error", "The study's delta, or the hospital's `privacy_delta`, is not below 1 / patients", "Ask for a study with a smaller delta; set a smaller `privacy_delta`"
     BUDGET_EXCEEDED = "FX-PRIV-002", "error", "The round would exceed the hospital's privacy budget; nothing was computed", "Nothing: the budget is spent. `fedgex-site ledger show` lists on what; [privacy.md](privacy.md#the-budget)"
     LEDGER_UNUSABLE = "FX-PRIV-003", "error", "The privacy ledger is missing, unreadable, changed, or restored from a backup", "Put the newest ledger back, see [hospital-operation.md](hospital-operation.md#7-the-privacy-ledger)"
@@ -138,6 +140,7 @@ class Code(StrEnum):
     LOG_RESTORED = "FX-RUN-003", "error", "The site's audit log lacks a line that the server holds its signature over", "Put the newest log back, see [hospital-operation.md](hospital-operation.md#8-keys-backup-leaving)"
     RELEASE_UNVERIFIED = "FX-RUN-004", "error", "A released model could not be verified, or is another run's; it was not kept", "Inform the administrator; use none that came another way"
     EXCHANGE_REFUSED = "FX-RUN-005", "error", "Secure aggregation: changed or unsigned keys, a second or too short list, or a round that is over", "Inform the administrator: the log says what, and no share has left; [privacy.md](privacy.md#secure-aggregation)"
+    SUMS_TOO_CLOSE = "FX-RUN-006", "error", "Sums over patients would differ by fewer than the minimum from some that left before; or the record of those is damaged", "Nothing: the site trains without them; the log says which. [privacy.md](privacy.md#sums-over-patients)"
 
     # predictions
     NO_VOCABULARY_GENE = "FX-PREDICT-001", "error", "No gene of the vocabulary is measured", "Check the names of the genes and their axis; Ensembl ids need `--hgnc-table`"

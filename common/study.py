@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedgex.common.data.moments import OTHERS
+from fedgex.common.data.cross_products import OTHERS
 from fedgex.common.data.scales import Scale
 from fedgex.common.settings import Name, Settings, retired
 

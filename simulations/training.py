@@ -92,9 +92,9 @@ def begin(
     if public is not None and study.public.statistics:
         scale = federation.public_standardisation(public, genes)
         if study.linear_rank:
-            patients = to_patients(public, genes, scale)
+            patients = to_patients(public, genes)
             fewest = federation.MIN_PUBLIC_PATIENTS
-            groups = federation.cross_products(study, patients, fewest)
+            groups = federation.cross_products(study, patients, fewest, scale)
     else:
         if scale is None:
             moments = {
@@ -108,13 +108,13 @@ def begin(
             names, scale = sorted(moments), federation.standardisation(moments)
         if study.linear_rank:
             patients_of = {
-                name: to_patients(sites[name], genes, scale)
+                name: to_patients(sites[name], genes)
                 for name in names
                 if _policy(policies, name).share_cross_products
             }
             groups = factor_model.pool_completed(
                 lambda: (
-                    federation.cross_products(study, patients, least(name))
+                    federation.cross_products(study, patients, least(name), scale)
                     for name, patients in patients_of.items()
                 ),
                 study.linear_types,

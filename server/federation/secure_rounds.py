@@ -193,7 +193,10 @@ class _Exchange:
             public = {k: v for k, v in advertised.encode().items() if k != keys.ATTEMPT}
             return public | proof(answer.signed)
 
-        request = KeysRequest(**self._asked, attempt=Attempt(**self._attempt))
+        scale = self._train_request().standardisation
+        request = KeysRequest(
+            **self._asked, standardisation=scale, attempt=Attempt(**self._attempt)
+        )
         found, lost = self._request_all(
             keys.SECURE_KEYS, self.sites, lambda: request, parse
         )

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedgex.common.data.cross_products import MIN_SITES
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import MIN_SITES, GeneMoments, pool
+from fedgex.common.data.moments import GeneMoments, pool
 from fedgex.common.models.gexbert import Encoder, GexBert, differentiable_factors
 from fedgex.common.models.heads import ClassificationHead
 

@@ -1,8 +1,8 @@
 """Selection of the smallest gene panel that separates cancer types, from pooled sums.
 
 The sites send what they send for the linear start, cross-products by cancer type (see
-`moments.by_type`), and no more; the server pools them and chooses genes. To find the
-number of genes that is enough, each site counts its own patients whom a panel
+`cross_products.by_type`), and no more; the server pools them and chooses genes. To find
+the number of genes that is enough, each site counts its own patients whom a panel
 classifies correctly. V genes, K types, N patients, P pairs of types.
 
 Types are taken as normal, each with a mean of its own and all with one covariance. Two
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from fedgex.common.data.moments import CrossProducts
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.errors import ConfigError
 from fedgex.common.evaluation.imputers import RIDGE
 
@@ -58,7 +58,7 @@ class Types:
         Parameters
         ----------
         groups
-            Pooled over the sites, see `moments.pool_types`.
+            Pooled over the sites, see `cross_products.pool_types`.
         types
             To separate; one that is not in `groups` is left out.
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_selection import f_classif
 
+from fedgex.common.data.cross_products import by_type, pool_types
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import by_type, pool_types
 from fedgex.common.models import predict as predictions
 from fedgex.common.models import tasks
 from fedgex.common.models.losses import eligible

@@ -20,8 +20,8 @@ from rich.console import Console
 from scipy.stats import norm
 from torch import Tensor
 
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import CrossProducts
 from fedgex.common.evaluation.imputation import restoration
 from fedgex.common.evaluation.imputers import (
     Float,

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import CrossProducts, pool
+from fedgex.common.data.moments import pool
 from fedgex.common.evaluation.imputers import GaussianImputer, Imputer, MeanImputer
 from fedgex.common.evaluation.survival import kaplan_meier
 from fedgex.common.models import masking, tasks

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
-from fedgex.common.data.moments import CrossProducts, by_type, pool_types
+from fedgex.common.data.cross_products import CrossProducts, by_type, pool_types
 from fedgex.common.errors import ConfigError
 from fedgex.common.evaluation.imputers import RIDGE
 from fedgex.simulations.analysis import panel_selection

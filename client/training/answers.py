@@ -213,11 +213,10 @@ def _people(
     settings: SiteSettings, study: Study, cohort: Cohort, vocabulary: Vocabulary
 ) -> People:
     """Return today's patients, to be compared with those behind earlier sums."""
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    first.sort()
+    first = cohort.first_samples()
     patients = to_patients(cohort, vocabulary)
     return People(
-        patients=[cohort.patients[row] for row in first],
+        patients=[cohort.keys[row] for row in first],
         profiles=_cohort(settings, study, settings.data.scale).expression[first],
         values=patients.values.numpy(),
         genes=vocabulary.genes,

@@ -71,9 +71,14 @@ class DataSettings(Settings):
     orientation: Literal["auto", "samples-by-genes", "genes-by-samples"] = "auto"
     """What the rows are; `auto` looks at the labels."""
     hgnc_table: Path | None = None
-    """HGNC's complete set; needed for Ensembl ids and to update retired symbols."""
+    """HGNC's complete set; needed to update retired symbols."""
+    unknown_genes: Literal["refuse", "keep"] = "refuse"
+    """What becomes of a file of whose labels fewer than half name known human genes,
+    and whether labels of no known gene may leave as names of genes."""
     opt_outs: Path | None = None
     """Text file of patients to leave out, one identifier a line; # begins a comment."""
+    unknown_opt_outs: Literal["warn", "refuse"] = "warn"
+    """What a line of `opt_outs` that matches nobody does: warn, or refuse the data."""
     columns: DataColumns = DataColumns()
     time_unit: Literal["days", "months", "years"] = "days"
     """Unit of the duration; a month is 30.4375 days, a year 365.25."""

@@ -41,7 +41,7 @@ def start(
     Parameters
     ----------
     settings
-        Of the server; written beside `log`.
+        Of the server; written next to `log`.
     sites
         Folder of the sites' folders.
     workers

@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from fedgex.common.system.processes import (
 from fedgex.server import journal
 from fedgex.server.service.flower import BUNDLE
 from fedgex.server.settings import ServerSettings
+from fedgex.simulations.daemons import free_ports
 
 RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -68,7 +68,8 @@ def main(settings_file: Path, sites: Path, workers: int) -> None:
             'fedgex[flower-engine], or set engine = "local" in [run].'
         )
     settings = ServerSettings.load(settings_file)
-    home, port = Path(tempfile.mkdtemp(prefix="fedgex-flower-")), _free_port()
+    home = Path(tempfile.mkdtemp(prefix="fedgex-flower-"))
+    [port] = free_ports(1)
     app = home / "bundle"
     app.mkdir()
     (app / "pyproject.toml").write_text(BUNDLE.format(version=version("fedgex")))
@@ -88,7 +89,7 @@ def main(settings_file: Path, sites: Path, workers: int) -> None:
         [
             *(sys.executable, "-m", MODULE, "superlink"),
             *("--insecure", "--simulation", "--isolation", "subprocess"),
-            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--host", "127.0.0.1", "--port", port),
         ],
         env=environment,
         stdin=subprocess.PIPE,
@@ -131,7 +132,7 @@ def _run(
     )
 
 
-def _wait(superlink: subprocess.Popen[bytes], port: int) -> None:
+def _wait(superlink: subprocess.Popen[bytes], port: str) -> None:
     """Wait until the SuperLink answers."""
     end = time.monotonic() + START_S
     while superlink.poll() is None and time.monotonic() < end:
@@ -141,12 +142,6 @@ def _wait(superlink: subprocess.Popen[bytes], port: int) -> None:
         except httpx.TransportError:
             time.sleep(0.2)
     raise FederationError("Flower's SuperLink did not start; its last lines say why.")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _superlink() -> None:

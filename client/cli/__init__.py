@@ -36,7 +36,7 @@ app = typer.Typer(
     cls=lazy_group(COMMANDS),
     add_completion=False,
     no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
 )
 
 

@@ -176,11 +176,13 @@ def uncertainty(options: _Options, genes: Genes = None) -> None:
         job.write(inference.uncertainty(job.checkpoint, expression, genes=wanted))
 
 
-predict.command(
-    "spread",
-    deprecated="it is called uncertainty now.",
-    hidden=True,
-)(_with_options(uncertainty))
+def _spread(options: _Options, genes: Genes = None) -> None:
+    """Write what `uncertainty` writes, under the name of before."""
+    typer.echo("Warning: spread is called uncertainty now.", err=True)
+    uncertainty(options, genes)
+
+
+predict.command("spread", hidden=True)(_with_options(_spread))
 
 
 @contextmanager
@@ -415,6 +417,7 @@ def _data(
         clinical=options.clinical if needed else None,
         scale=scale,
         orientation=options.orientation.value,
+        unknown_genes="keep",  # a model may be of others, and nothing leaves
         hgnc_table=table,
         columns=DataColumns() if ours is None else ours.columns,
     )

@@ -116,6 +116,6 @@ def write_number(state_dir: Path, node: int | None) -> None:
 if __name__ == "__main__":
     begin()
     main(
-        SuperNodeSettings.read(json.loads(sys.argv[1]), "the daemon's word"),
+        SuperNodeSettings.from_json(sys.argv[1], "the daemon's word"),
         os.environ.pop(SECRET_VARIABLE),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Any
 
+from fedgex.common import parsing
 from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.system import failpoints
 
@@ -319,7 +319,11 @@ def _write(file: FileIO, content: bytes) -> None:
 
 
 def read_json(
-    path: Path, expected: str, *, missing: type[ConfigError] = ConfigError
+    path: Path,
+    expected: str,
+    *,
+    missing: type[ConfigError] = ConfigError,
+    most: int = parsing.MAX_BYTES,
 ) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -329,20 +333,13 @@ def read_json(
         What the file should be, for the message.
     missing
         Error to raise if the file cannot be read.
+    most
+        Most bytes that it may have.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read, or holds something else.
+        If the file cannot be read, is longer, or holds something else.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise missing(
-            f"{path}: cannot be read ({error.strerror}); expected {expected}."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON; expected {expected}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: is not a JSON object; expected {expected}.")
-    return values
+    content = parsing.read_bytes(path, expected, error=missing, most=most)
+    return parsing.json_object(content, f"{path}:", expected, most=most)

@@ -259,7 +259,7 @@ def _is_audited(
 
 
 def _order(signed: Signed) -> Order:
-    return Order.model_validate_json(signed.content)
+    return Order.from_json(signed.content, "the order")
 
 
 def _audit(consortium: Consortium, digest: str) -> Path:

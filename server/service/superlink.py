@@ -256,7 +256,7 @@ if __name__ == "__main__":
     begin()
     asyncio.run(
         serve(
-            SuperLinkSettings.read(json.loads(sys.argv[1]), "the supervisor's word"),
+            SuperLinkSettings.from_json(sys.argv[1], "the supervisor's word"),
             os.environ.pop(SECRET_VARIABLE),
         )
     )

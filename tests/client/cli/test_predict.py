@@ -485,7 +485,9 @@ def test_the_uncertainty_of_counts_is_on_the_studys_scale(tmp_path: Path) -> Non
     trained = model(tmp_path / "model", study=linear)
     per_million = counts(tmp_path)
 
-    result = predict("uncertainty", tmp_path, scale="counts", clinical=tmp_path / "c.csv")
+    result = predict(
+        "uncertainty", tmp_path, scale="counts", clinical=tmp_path / "c.csv"
+    )
 
     assert result.exit_code == 0, result.output
     out = table(tmp_path / "out.csv").replace("", "nan").astype(float)

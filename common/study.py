@@ -12,9 +12,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedgex.common.data.moments import OTHERS
+from fedgex.common.data.cross_products import OTHERS
 from fedgex.common.data.scales import Scale
-from fedgex.common.settings import Name, Settings, retired
+from fedgex.common.settings import Name, Noise, Norm, Rate, Settings, retired
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
 """Names of the phases, which are the tasks that a site permits."""
@@ -51,16 +51,7 @@ ROBUST = {
 
 Symbol = Annotated[str, Field(pattern=r"^\S+$")]
 Weight = Annotated[float, Field(gt=0, le=1e9)]
-Norm = Annotated[float, Field(ge=1e-6, le=1e6)]
-"""Euclidean norm; beyond, float32 loses what is clipped to it, or added."""
-Noise = Annotated[float, Field(gt=0, le=1e4)]
-"""Standard deviation of noise, in the unit that its field names."""
-Rate = Annotated[float, Field(ge=1e-6, le=1e3)]
-"""Learning rate."""
-MOST_STEPS = 10_000_000
-"""Most private steps of all planned rounds at a site."""
-
-
+MOST_STEPS = 10_000_000  # private ones, of all planned rounds at a site
 Head = Annotated[
     Literal["shared"],
     retired(
@@ -104,7 +95,7 @@ class MaskingRule(Settings):
     """Weight of hiding completely at random: each measured cell with the same
     probability, by itself."""
     panel: float = Field(default=0.2, ge=0)
-    """Weight of hiding whole genes, the same for every patient of a batch."""
+    """Weight of hiding entire genes, the same for every patient of a batch."""
     mnar: float = Field(default=0.2, ge=0)
     """Weight of low expression dropping out (missing not at random): the log-odds rise
     by 2 for each standard deviation down, with an intercept for each patient that keeps
@@ -443,13 +434,9 @@ class Study(Settings):
         rule = self.privacy.patient
         if rule is None:
             return
-        planned = self.phases.values()
-        steps = sum(each.rounds * each.local_epochs for each in planned)
-        if steps / rule.sample_rate > MOST_STEPS:
-            yield (
-                f"privacy.patient: rounds x local_epochs / sample_rate is "
-                f"{steps / rule.sample_rate:.3g} steps; expected {MOST_STEPS:,} or less"
-            )
+        epochs = sum(each.rounds * each.local_epochs for each in self.phases.values())
+        if (steps := epochs / rule.sample_rate) > MOST_STEPS:
+            yield f"privacy.patient: {steps:.3g} steps; expected {MOST_STEPS:,} or less"
         if self.strategy.weights not in ("equal", "fixed"):
             yield (
                 f'privacy.patient: weights = "{self.strategy.weights}" counts patients;'

@@ -71,7 +71,28 @@ def load_cohort(
     raw = read(settings.data)
     findings = Findings(settings.policy.minimum_cohort)
     checked = check(raw, settings.data, canonical_scale, tasks, findings)
-    return checked.cohort, tuple(findings.found)
+    return _best_first(checked), tuple(findings.found)
+
+
+def _best_first(checked: CheckedCohort) -> Cohort:
+    """Return the cohort with each patient's best sample before the others.
+
+    A tumour before normal tissue, then the sample with most genes, then the first: one
+    sample a patient is used (`Cohort.first_samples`).
+    """
+    cohort = checked.cohort
+    order = np.arange(len(cohort.patients))
+    if cohort.n_patients == len(order):
+        return cohort
+    labels = [checked.sheet.samples[i] for i in checked.rows]
+    normal = [expressions.is_normal(label) for label in labels]
+    genes = np.isfinite(cohort.expression).sum(axis=1)
+    places: dict[str, list[int]] = {}
+    for row, key in enumerate(cohort.keys):
+        places.setdefault(key, []).append(row)
+    for rows in places.values():
+        order[rows] = sorted(rows, key=lambda row: (normal[row], -genes[row], row))
+    return cohort.take(order)
 
 
 def assay(settings: SiteSettings) -> tuple[str, ...]:
@@ -127,14 +148,22 @@ def check(
             clinicals.to_values(clinical, data.time_unit, findings)
         findings.refuse()
 
-    in_file = Sheet.parse(raw.expression, axes)
+    in_file = expressions.drop_annotation(
+        Sheet.parse(raw.expression, axes), data, findings
+    )
     expressions.check_samples(in_file, findings)
     sheet, linked = _link(in_file, clinical, findings)
     if raw.opt_outs is not None and (clinical is None or linked is not None):
         known = _patients(in_file, clinical)
         opted_out = _opted_out(raw.opt_outs, known, data, findings)
         sheet, linked = _leave_out(sheet, linked, opted_out, findings)
+    if clinical is None:
+        expressions.check_persons(sheet, findings)
+    expressions.check_normal(sheet, findings)
+    named = expressions.check_labels(sheet, raw.gene_table, data, findings)
     expressions.check_cells(sheet, findings)
+    if not named:
+        findings.refuse()
     sheet = expressions.one_column_per_gene(sheet, raw.gene_table, findings)
     columns = dict(zip(sheet.labels, sheet.columns.tolist(), strict=True))
     if clinical is not None and linked is None:
@@ -214,7 +243,7 @@ def _link(
     rows = np.array([row_of[samples[i]] for i in linked], dtype=np.intp)
     used = clinical.take(rows)
     clinicals.check_patients(used, findings)
-    return sheet.take(np.array(linked, dtype=np.intp)), used
+    return sheet.take(np.array(linked, dtype=np.intp)), clinicals.complete(used)
 
 
 def _patients(sheet: Sheet, clinical: Clinical | None) -> set[str]:

@@ -26,6 +26,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
+from fedgex.common import parsing
 from fedgex.common.data.dataset import Patients
 from fedgex.common.models import survival
 from fedgex.common.models.gexbert import Encoder, GexBert
@@ -353,7 +354,8 @@ def noised_log_share(
     """
     path = state_dir / COUNTS
     if path.exists():
-        counted = torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
+        kept = parsing.json_value(path.read_bytes(), "counts")
+        counted = torch.tensor(kept, dtype=torch.float64)
     elif number > 1:
         return torch.full((len(classes),), -math.log(len(classes)))
     else:

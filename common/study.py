@@ -96,7 +96,7 @@ class MaskingRule(Settings):
     """Weight of hiding completely at random: each measured cell with the same
     probability, by itself."""
     panel: float = Field(default=0.2, ge=0)
-    """Weight of hiding whole genes, the same for every patient of a batch."""
+    """Weight of hiding entire genes, the same for every patient of a batch."""
     mnar: float = Field(default=0.2, ge=0)
     """Weight of low expression dropping out (missing not at random): the log-odds rise
     by 2 for each standard deviation down, with an intercept for each patient that keeps

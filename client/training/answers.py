@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgex.client.data.cohort import assay, load_cohort
+from fedgex.client.data.expression import known_genes
 from fedgex.client.ledger import debit, released_sums
 from fedgex.client.ledger.released_sums import People
 from fedgex.client.settings import SiteSettings
@@ -62,7 +63,8 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
 
     A gene observed in fewer samples than the small-cell threshold, or than the study's
     share of them, counts as not measured. Under patient-level privacy every column of
-    the study's genes counts as measured, and patients are not counted.
+    the study's genes counts as measured, and patients are not counted. Labels that are
+    neither known genes nor the study's do not leave.
 
     When a restarted server asks again, the panel must be that of the run's start.
     """
@@ -79,10 +81,12 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
             min_count=_min_cell_count(settings, study),
             min_share=study.vocabulary.min_patient_share,
         )
+        reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, cohort.genes, reported, run)
     else:
         assayed, asked = assay(settings), set(study.vocabulary.genes)
         reported = tuple(g for g in assayed if not asked or g in asked)
+        reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, assayed, reported, run)
     site_panel.remember_panel(_state_dir(settings, study), panel)
     introduction = Introduction(
@@ -209,11 +213,10 @@ def _people(
     settings: SiteSettings, study: Study, cohort: Cohort, vocabulary: Vocabulary
 ) -> People:
     """Return today's patients, to be compared with those behind earlier sums."""
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    first.sort()
+    first = cohort.first_samples()
     patients = to_patients(cohort, vocabulary)
     return People(
-        patients=[cohort.patients[row] for row in first],
+        patients=[cohort.keys[row] for row in first],
         profiles=_cohort(settings, study, settings.data.scale).expression[first],
         values=patients.values.numpy(),
         genes=vocabulary.genes,

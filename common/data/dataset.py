@@ -79,8 +79,7 @@ def to_patients(
     standardisation, values stay on the canonical scale.
     """
     unit = Standardisation.identity(len(vocabulary))
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    first.sort()
+    first = cohort.first_samples()
     placed = vocabulary.place(cohort.genes, cohort.expression[first])
     clinical = cohort.clinical.iloc[first]
 

@@ -105,10 +105,11 @@ class Initialization:
 
     def sites(self, vocabulary: Vocabulary) -> list[Site]:
         """Return the present sites with their measured genes."""
+        panels = {name: set(each.genes) for name, each in self.present.items()}
         return [
             Site(
                 name=name,
-                measured=np.isin(vocabulary.genes, introduction.genes),
+                measured=np.array([gene in panels[name] for gene in vocabulary.genes]),
                 n_patients=introduction.num_patients,
             )
             for name, introduction in self.present.items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,14 @@ class _Exchange:
         found, lost = self._request_all(
             keys.SECURE_KEYS, self.sites, lambda: request, parse
         )
+        times = Counter(
+            each[part] for each in found.values() for part in ("channel", "mask")
+        )
+        for name, each in list(found.items()):
+            if times[each["channel"]] + times[each["mask"]] > 2:
+                reason = "it advertises a key that another site does too"
+                lost[name] = SiteOutcome(state="quarantined", reason=reason)
+                del found[name]
         self.record.lose(lost)
         self._require(found, FEWEST_SUMMED, "made keys")
         return found

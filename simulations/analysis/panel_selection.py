@@ -70,7 +70,7 @@ class Types:
         names = tuple(name for name in types if name in groups)
         if len(names) < 2:
             raise ConfigError(
-                f"cross-products tell of {len(names)} of the cancer types "
+                f"cross-products describe {len(names)} of the cancer types "
                 f"{', '.join(types)}; expected two or more. Lower minimum_cohort, or "
                 "let more sites share cross-products."
             )
@@ -135,7 +135,7 @@ def select(types: Types, size: int) -> Selection:
     return Selection(genes=genes, bound=bounds)
 
 
-def told(
+def classify(
     types: Types, panel: NDArray[np.intp], standardised: NDArray[np.floating[Any]]
 ) -> NDArray[np.intp]:
     """Return the type of each patient by the linear discriminant of a panel's genes.
@@ -169,7 +169,7 @@ def n_right(
     """Count a site's patients whom a panel classifies correctly."""
     names = np.array(types.names)
     truth = np.array([name or "" for name in cancer_type])
-    return int((names[told(types, panel, standardised)] == truth).sum())
+    return int((names[classify(types, panel, standardised)] == truth).sum())
 
 
 def enough(right: Mapping[int, float], share: float) -> int:

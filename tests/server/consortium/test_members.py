@@ -16,6 +16,14 @@ from fedgex.server.consortium.store import (
 Ask = Callable[..., Any]
 
 
+@pytest.fixture
+def founded(founded: Consortium, tmp_path: Path) -> Consortium:
+    """Return a consortium with one administrator, whose key every kit names."""
+    path, asked = members.new_administrator("cy", tmp_path / "cy")
+    members.add_administrator(founded, path, asked.fingerprint)
+    return founded
+
+
 def test_the_kit_holds_what_the_hospital_needs_and_no_private_key(
     founded: Consortium, ask: Ask
 ) -> None:
@@ -30,6 +38,9 @@ def test_the_kit_holds_what_the_hospital_needs_and_no_private_key(
         "server",
         "authority",
         "certificate",
+        "administrators",
+        "signatures",
+        "revoked",
     }
     assert (kit["site"], kit["server"]) == ("north", "fed.example.org:9092")
     certificate = pki.from_pem(kit["certificate"])

@@ -16,9 +16,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +83,7 @@ class Consent(Settings):
     subject: str
     """The run."""
     administrator: Name
-    at: datetime
+    at: AwareDatetime
     run: Literal[""] = ""
     model: Digest
     """SHA-256 of the manifest of the checkpoint that is to be released."""
@@ -226,13 +224,7 @@ def administrators(path: Path) -> tuple[str, ...]:
     TrustError
         If the file is no bundle.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise TrustError(
-            f"{path} cannot be read as a bundle ({error}); restore it from the backup."
-        ) from error
+    names = archive.members(path)
     return tuple(sorted(Path(n).stem for n in names if n.startswith("orders/")))
 
 
@@ -273,10 +265,7 @@ def _release(folder: Path, authority: x509.Certificate) -> Release:
     that can be written in two ways: text, base64 and certificate are compared whole.
     """
     signed = _signed(folder, RELEASE)
-    try:
-        release = Release.read(json.loads(signed.content), RELEASE)
-    except (ValueError, RecursionError) as error:
-        raise TrustError(f"{RELEASE} holds no JSON.") from error
+    release = Release.from_json(signed.content, RELEASE)
     if signed.signers(authority, "coordinator", at=release.released) == ():
         raise TrustError(f"{RELEASE} is not signed; expected the coordinator.")
     first, *more = signed.signatures
@@ -383,8 +372,8 @@ def _consenting(
         signed.signers(authority, "administrator", at=release.released)
         signers = pinned_signers(signed, contract.administrator_keys, "the contract")
         try:
-            consent = Consent.model_validate_json(signed.content)
-        except ValueError as error:
+            consent = Consent.from_json(signed.content, name)
+        except ConfigError as error:
             raise TrustError(f"{name} is no order to release a model.") from error
         if (
             signers != (consent.administrator,)
@@ -408,7 +397,7 @@ def _verify_checkpoint(
 ) -> None:
     """Compare the model with the manifest, the last receipt and the contract."""
     found = checkpoints.load(folder / "checkpoint")
-    listed = json.loads((folder / "checkpoint" / "manifest.json").read_text())["files"]
+    listed = checkpoints.read_manifest(folder / "checkpoint").files
     expected = {f"checkpoint/{name}" for name in (*listed, "manifest.json")}
     if {name for name in names if name.startswith("checkpoint/")} != expected:
         raise TrustError("its checkpoint holds other files than its manifest lists.")

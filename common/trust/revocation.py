@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 
 from fedgex.common.errors import TrustError
@@ -53,7 +52,8 @@ def read_list(text: str, authority: x509.Certificate) -> x509.CertificateRevocat
     try:
         found = x509.load_pem_x509_crl(text.encode())
         held = found.is_signature_valid(authority.public_key())  # type: ignore[arg-type]
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        _ = serials(found), found.last_update_utc
+    except Exception as error:  # the library parses each part when it is asked for
         raise TrustError(
             "the list of revoked certificates cannot be read; expected an X.509 CRL in "
             "PEM. Ask the administrator to send it again."

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
+from pydantic import AwareDatetime
 
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, TrustError
@@ -43,7 +44,7 @@ class Answer(Settings):
     contract: str
     decision: Literal["approved", "rejected", "withdrawn"]
     by: str = ""
-    at: datetime
+    at: AwareDatetime
     expires: date | None = None
     """Last day of an approval."""
     reason: str = ""
@@ -344,8 +345,8 @@ def _answers(consortium: Consortium, hash: str) -> dict[str, Signed]:
 
 def _answer(signed: Signed, site: str) -> Answer:
     try:
-        return Answer.model_validate_json(signed.content)
-    except ValueError as error:
+        return Answer.from_json(signed.content, "the answer")
+    except ConfigError as error:
         raise TrustError(
             f"the answer of {site} cannot be read; expected a decision as fedgex-site "
             "signs it."

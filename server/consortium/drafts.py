@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -11,11 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fedgex.common import parsing
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import FEWEST_SUMMED
 from fedgex.common.trust import pki
-from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.contract import MAX_BYTES, Contract
 from fedgex.server.consortium import annotated_toml, members
 from fedgex.server.consortium.contracts import read_text
 from fedgex.server.consortium.store import Consortium, listed
@@ -144,7 +144,4 @@ def _genes(path: Path) -> tuple[str, ...]:
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
+    return parsing.toml_table(read_text(path), f"{path}:", most=MAX_BYTES)

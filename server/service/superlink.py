@@ -11,6 +11,7 @@ The guard also records each node's last activity, on which a round's deadline de
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import os
@@ -194,7 +195,7 @@ class LoopbackGuard:
         """Serve one request, or the app's start and end."""
         if scope["type"] == "http" and scope["path"].startswith("/v1/control/"):
             given = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
-            if given != self.secret:
+            if not hmac.compare_digest(given, self.secret):
                 await _answer(send, 401)
                 return
         await self.app(scope, receive, send)
@@ -253,7 +254,7 @@ if __name__ == "__main__":
     begin()
     asyncio.run(
         serve(
-            SuperLinkSettings.read(json.loads(sys.argv[1]), "the supervisor's word"),
+            SuperLinkSettings.from_json(sys.argv[1], "the supervisor's word"),
             os.environ.pop(SECRET_VARIABLE),
         )
     )

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, TypeAdapter
 
+from fedgex.common import parsing
 from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import TrustError
 from fedgex.common.settings import Settings
@@ -163,9 +164,10 @@ def _steps(
 ) -> tuple[Step, ...]:
     try:
         content = pki.replacements(of)
-        if len(content) > MAX_BYTES:
-            raise ValueError("too long")
-        return _STEPS.validate_json(content) if content else ()
+        if not content:
+            return ()
+        found = parsing.json_value(content, "the statements", most=MAX_BYTES)
+        return _STEPS.validate_python(found)
     except Exception as error:  # the library parses extensions when asked for them
         raise TrustError(
             "the statements by which a key replaces another cannot be read; expected "

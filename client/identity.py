@@ -117,8 +117,8 @@ class Identity:
         ConfigError
             If the hospital has not joined yet.
         TrustError
-            If key and certificate do not belong together, or the list of revoked
-            certificates was changed.
+            If key and certificate do not belong together, authority.crt is not the
+            kit's, or the list of revoked certificates was changed.
         """
         folder = state_dir / "identity"
         if not (folder / "kit.json").exists():
@@ -132,6 +132,7 @@ class Identity:
         certificate = pki.from_pem(kit.certificate)
         _belongs(certificate, key)
         authority, held = pki.from_pem(kit.authority), _revocations(folder)
+        _same_authority(folder, authority)
         revoked = revocation.read_list(held, authority) if held else None
         return cls(
             name=kit.site,

@@ -193,11 +193,13 @@ class Rehearsal(Daemons):
         genes = self.folder / "genes.txt"
         genes.write_text("\n".join(self.study.vocabulary.genes) + "\n")
         expires = (datetime.now(UTC) + timedelta(days=30)).date()
+        open_ = self.study.secure_aggregation is None
+        reason = ("--no-secure-aggregation", "as in the simulator") if open_ else ()
         drafted = self.admin(
             "study", "new", "--study", study, "--genes", genes,
             "--purpose", "Rehearsal of a federation on one machine",
             "--expires", str(expires), "--sites", ",".join(self.sites),
-            "--out", self.contract,
+            "--out", self.contract, *reason,
         )  # fmt: skip
         self.admin("study", "sign", self.contract, "--key", self.key(ADMINISTRATORS[0]))
         return str(drafted["hash"])

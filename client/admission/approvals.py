@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, Field, model_validator
 
-from fedgex.client.identity import AUDIT, Identity
+from fedgex.client.identity import AUDIT, Identity, described
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
@@ -29,6 +29,7 @@ from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pinning import PinError
 from fedgex.common.trust.signed import Signed
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,11 @@ class ApprovalStore:
         state_dir = settings.state_dir
         audit = Chain(state_dir / AUDIT)
         return cls(state_dir, Identity.load(state_dir), audit, settings.policy)
+
+    @property
+    def administrators(self) -> str:
+        """Whose signatures a contract needs here, in words."""
+        return described(self._identity)
 
     def receive(self, signed: Signed) -> Received:
         """Verify a contract and keep it for a person to decide about.
@@ -258,6 +264,15 @@ class ApprovalStore:
         )
         return made
 
+    def signed_decision(self, hash: str) -> str:
+        """Return the stored decision, signed anew if our keys were replaced since."""
+        path, ours = self._decisions / f"{hash}.json", self._identity
+        signed = Signed.from_json(path.read_text(encoding="utf-8"), path.name)
+        if [s.certificate for s in signed.signatures] != [pki.to_pem(ours.certificate)]:
+            signed = Signed(signed.content).signed_by(ours.key, ours.certificate)
+            write_atomic(path, signed.to_json().encode(), point="decision")
+        return signed.to_json()
+
     def decision(self, hash: str) -> Decision | None:
         """Return the valid decision about a contract, None without one.
 
@@ -347,13 +362,21 @@ class ApprovalStore:
         """Return a contract whose signatures held at that time; None is now."""
         name = f"contract {signed.hash[:16]}"
         try:
-            signers = signed.signers(self._identity.authority, "administrator", at=at)
+            signers = signed.signers(
+                self._identity.authority,
+                "administrator",
+                at=at,
+                revoked=self._identity.revoked,
+            )
             if not signers:
                 raise TrustError(
                     "it bears no signature; expected an administrator's. Ask the "
                     "coordinator to have it signed."
                 )
             contract = Contract.read_signed(signed)
+            signers = self._identity.counted(signed, contract.administrator_keys)
+        except PinError as error:
+            raise Refusal(Code.NOT_PINNED, f"{name}: {error}") from error
         except (TrustError, ConfigError) as error:
             raise Refusal(Code.UNTRUSTED, f"{name}: {error}") from error
         if self._identity.name not in contract.sites:
@@ -419,6 +442,23 @@ def runs_of(decision: Decision) -> str:
     if decision.runs is None:
         return "any number of runs"
     return f"{decision.runs} run{'' if decision.runs == 1 else 's'}"
+
+
+def require_pins(contract: Contract) -> None:
+    """Refuse secure aggregation under a contract that pins no keys.
+
+    Raises
+    ------
+    Refusal
+        `Code.NOT_PINNED`.
+    """
+    if contract.study.secure_aggregation is not None and not contract.site_keys:
+        raise Refusal(
+            Code.NOT_PINNED,
+            "the contract asks for secure aggregation and pins no keys, so that who "
+            "holds the authority's key could play the other hospitals. Ask the "
+            "coordinator for a new contract, which pins them.",
+        )
 
 
 def _expired_contract(contract: Contract) -> str:

@@ -15,6 +15,8 @@ from fedgex.client.admission.approvals import (
     ApprovalStore,
     Decision,
     Received,
+    Refusal,
+    require_pins,
     runs_of,
 )
 from fedgex.client.cli.options import (
@@ -29,6 +31,7 @@ from fedgex.client.ledger.budget import Account
 from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError
+from fedgex.common.trust.contract import remaining
 
 study = typer.Typer(
     no_args_is_help=True,
@@ -202,6 +205,10 @@ def _facts(
             f"The contract is for fedgex {contract.code_version}, and "
             f"{version('fedgex')} is installed."
         )
+    try:
+        require_pins(contract)
+    except Refusal as refusal:
+        refused.append(str(refusal))
     decided = None if decision is None else decision.model_dump(mode="json")
     return _summary(approvals, received) | {
         "sites": list(contract.sites),
@@ -209,6 +216,9 @@ def _facts(
         "code_version": contract.code_version,
         "privacy": contract.study.privacy.model_dump(mode="json"),
         "secure_aggregation": contract.study.secure_aggregation is not None,
+        "no_secure_aggregation": _printable(contract.no_secure_aggregation),
+        "not_protected": [_printable(each) for each in remaining(contract)],
+        "administrators": approvals.administrators,
         "cost": _cost(received, settings),
         "samples_are_patients": settings.data.clinical is None
         and settings.data.expression.suffix != ".h5ad",
@@ -227,10 +237,12 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
         f"contract     {facts['hash']}",
         f"purpose      {facts['purpose']}",
         f"hospitals    {', '.join(facts['sites'])}",
-        f"signed by    {', '.join(facts['signed_by'])}",
+        f"signed by    {', '.join(facts['signed_by'])}; we want "
+        f"{facts['administrators']}",
         f"expires      {facts['expires']}",
         f"trains       {', '.join(facts['tasks'])}",
         *(f"privacy      {each}" for each in _privacy(facts)),
+        *(f"remains      {each}" for each in facts["not_protected"]),
         f"release      by {facts['release_by']} administrator(s)",
         f"code         fedgex {facts['code_version']}",
         f"patients     {facts['minimum_cohort']} or more here, or we take no part "

@@ -23,8 +23,9 @@ from fedgex.common.arrays import Arrays
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.settings import Digest, Name, Settings
 from fedgex.common.transport.records import digest
-from fedgex.common.trust import pki
+from fedgex.common.trust import pinning, pki
 from fedgex.common.trust.audit_log import Head
+from fedgex.common.trust.pinning import Pins
 from fedgex.common.trust.signed import Signed, check_signature
 
 NO_RECEIPT = "0" * 64
@@ -179,6 +180,7 @@ def verify_part(
     *,
     at: datetime | None = None,
     revoked: Collection[int] = (),
+    pins: Pins | None = None,
 ) -> Part:
     """Return a part once certificate and signature are verified.
 
@@ -194,14 +196,20 @@ def verify_part(
         Time for which the certificate must be valid; now, if absent.
     revoked
         Serial numbers.
+    pins
+        The contract's `site_keys`; none if it pins none, or is not at hand.
 
     Raises
     ------
+    PinError
+        If the contract pins another key of the site.
     TrustError
         If certificate or signature cannot be trusted, or name another site.
     """
     holder = pki.from_pem(certificate)
     name = pki.verify(holder, authority, "site", at=at, revoked=revoked)
+    if pins:
+        pinning.require(holder, pins, "the contract")
     check_signature(holder, text.encode(), signature)
     part = Part.from_json(text, f"the part signed by {name}")
     if part.site != name:
@@ -212,7 +220,9 @@ def verify_part(
     return part
 
 
-def verify_chain(receipts: Sequence[Signed], authority: x509.Certificate) -> None:
+def verify_chain(
+    receipts: Sequence[Signed], authority: x509.Certificate, pins: Pins | None = None
+) -> None:
     """Refuse receipts that are not one run's, without a gap from its first to the last.
 
     Verified: the coordinator's signature under each receipt; that each names the one
@@ -224,6 +234,11 @@ def verify_chain(receipts: Sequence[Signed], authority: x509.Certificate) -> Non
     Not verified: that nothing was cut off at the end (compare the last receipt's hash
     with what a site or a release holds), that the coordinator's clock was right, and
     that the parameters follow from the updates, which are not kept.
+
+    Parameters
+    ----------
+    pins
+        As for `verify_part`.
 
     Raises
     ------
@@ -238,7 +253,7 @@ def verify_chain(receipts: Sequence[Signed], authority: x509.Certificate) -> Non
                 raise TrustError("it bears no signature; expected the coordinator's")
             _verify_order(receipt, before)
             for name, entry in receipt.sites.items():
-                _verify_entry(receipt, name, entry, authority)
+                _verify_entry(receipt, name, entry, authority, pins)
         except TrustError as error:
             raise TrustError(f"receipt {place} does not hold: {error}") from error
         before.append((signed.hash, receipt))
@@ -266,7 +281,11 @@ def _verify_order(receipt: Receipt, before: Sequence[tuple[str, Receipt]]) -> No
 
 
 def _verify_entry(
-    receipt: Receipt, name: str, entry: SitePart, authority: x509.Certificate
+    receipt: Receipt,
+    name: str,
+    entry: SitePart,
+    authority: x509.Certificate,
+    pins: Pins | None,
 ) -> None:
     if entry.part is None or entry.signature is None or entry.certificate is None:
         if entry.state == "contributed":
@@ -277,7 +296,12 @@ def _verify_entry(
             )
         return
     part = verify_part(
-        entry.part, entry.signature, entry.certificate, authority, at=receipt.time
+        entry.part,
+        entry.signature,
+        entry.certificate,
+        authority,
+        at=receipt.time,
+        pins=pins,
     )
     expected = {
         "site": name,

@@ -76,6 +76,7 @@ def test_show_tells_everything_that_a_person_needs(
     site_toml: Path, contract: Signed
 ) -> None:
     result = site("study", "show", site_toml, contract.hash[:12])
+    kit = json.loads((site_toml.parent / "state/identity/kit.json").read_text())
 
     assert result.exit_code == 0
     assert (
@@ -84,10 +85,18 @@ def test_show_tells_everything_that_a_person_needs(
 contract     {contract.hash}
 purpose      Learn to restore missing genes
 hospitals    north, south
-signed by    ada
+signed by    ada; we want 1 of ada {kit["administrators"]["ada"][:16]}
 expires      {NEXT_MONTH}
 trains       pretraining
 privacy      no differential privacy; updates leave as they are
+remains      The server sees this hospital's update of each round (no reason is \
+given).
+remains      The contract pins no keys: who holds the authority's key can act under \
+the name of any hospital or administrator.
+remains      Nothing bounds what the model reveals of a patient.
+remains      Sums over this hospital's patients go to the server before round 1.
+remains      The server holds the model after each round. Who runs it can use it, or \
+give it away, without the administrators; what has left cannot be taken back.
 release      by 2 administrator(s)
 code         fedgex 0.1
 patients     10 or more here, or we take no part (the stricter of contract and policy)
@@ -126,6 +135,9 @@ def test_a_contract_cannot_steer_the_operators_terminal(
     key = pki.new_key()
     csr = pki.request(key, "eve", "administrator")
     eve = pki.issue(*authority, csr, name="eve", role="administrator", days=9)
+    kit = site_toml.parent / "state/identity/kit.json"
+    pins = {"administrators": {"eve": pki.fingerprint(eve)}}
+    kit.write_text(json.dumps(json.loads(kit.read_text()) | pins))
     text = TEXT.replace("Learn to", "Learn \\u001b[2J\\u202Eto")
     signed = Signed(text + "# \u202e\n", ()).signed_by(key, eve)
     ApprovalStore.of(SiteSettings.load(site_toml)).receive(signed)

@@ -125,6 +125,7 @@ class Code(StrEnum):
     LOG_RESTORED = "FX-RUN-003", "error", "The site's audit log lacks a line that the server holds its signature over", "Put the newest log back, see [hospital-operation.md](hospital-operation.md#8-keys-backup-leaving)"
     RELEASE_UNVERIFIED = "FX-RUN-004", "error", "A released model could not be verified, or is another run's; it was not kept", "Inform the administrator; use none that came another way"
     EXCHANGE_REFUSED = "FX-RUN-005", "error", "Secure aggregation: changed or unsigned keys, a second or too short list, or a round that is over", "Inform the administrator: the log says what, and no share has left; [privacy.md](privacy.md#secure-aggregation)"
+    ANOTHER_MODEL = "FX-RUN-007", "error", "A model is not the one that the run's receipts name: hospitals were sent different ones", "Keep receipts and log; compare them with another hospital's: `fedgex-site log compare`"
 
     # predictions
     NO_VOCABULARY_GENE = "FX-PREDICT-001", "error", "No gene of the vocabulary is measured", "Check the names of the genes and their axis; Ensembl ids need `--hgnc-table`"

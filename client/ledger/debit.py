@@ -129,8 +129,7 @@ def heads(state_dir: Path) -> list[Head]:
     """Return every head of the ledger that the audit log holds, oldest first."""
     return [
         Head(**line["ledger"])
-        for line in audit_log.read(state_dir / AUDIT)
-        if line["event"] in (CREATED, DEBITED)
+        for line in audit_log.events(state_dir / AUDIT, CREATED, DEBITED)
     ]
 
 

@@ -27,6 +27,8 @@ ASKED = "asked"
 """Event of the audit log before a computation; with the digest of a model sent."""
 RECEIVED = "receipt"
 """Event of the audit log for a receipt that was kept."""
+CONTRADICTED = "contradicted"
+"""Event of the audit log for a receipt that names another model than we were sent."""
 
 
 class Receipts:
@@ -46,8 +48,12 @@ class Receipts:
         Refusal
             `Code.UNTRUSTED` if the coordinator did not sign it, or signed another of
             the same index; `Code.OUTSIDE_CONTRACT` if it is of another run;
-            `Code.ANOTHER_MODEL` if it names another model than we were sent.
+            `Code.ANOTHER_MODEL` if it, or an earlier one, names another model than we
+            were sent: nothing more of that run is answered.
         """
+        for line in events(audit.path, CONTRADICTED):
+            if line["run"] == self.run:
+                raise _another_model(line["index"], self.folder)
         if last is None or not last.json_:
             return
         try:
@@ -76,12 +82,8 @@ class Receipts:
         asked = (line for line in events(audit.path, ASKED) if "model" in line)
         for line in asked_of(receipt, asked):
             if receipt.model_sent not in (None, line["model"]):
-                raise Refusal(
-                    Code.ANOTHER_MODEL,
-                    f"receipt {receipt.index} names another model than we were sent in "
-                    f"{receipt.phase} {receipt.round}: hospitals received different "
-                    f"ones. Keep {path} and the log.",
-                )
+                audit.append(CONTRADICTED, run=self.run, index=receipt.index)
+                raise _another_model(receipt.index, self.folder)
 
     def follow(self, request: TrainRequest) -> str:
         """Return the digest of the model sent, if the last receipt announced it.
@@ -116,6 +118,15 @@ class Receipts:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.json"
+
+
+def _another_model(index: int, folder: Path) -> Refusal:
+    return Refusal(
+        Code.ANOTHER_MODEL,
+        f"receipt {index} of the run names another model than we were sent: hospitals "
+        f"received different ones. Nothing more of it is answered. Keep {folder} and "
+        "the log.",
+    )
 
 
 def asked_of(receipt: Receipt, asked: Iterable[Mapping[str, Any]]) -> list[Any]:

@@ -19,10 +19,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgex.client.ledger.ledger import LedgerError
+from fedgex.client.ledger.released_sums import SumsError
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.client.training import answers, secure_round
 from fedgex.client.training.secure_round import ExchangeError
+from fedgex.client.training.standardisation import ScaleError
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, DataError, MessageError
 from fedgex.common.messages.fields import Server
@@ -67,7 +69,7 @@ def answer(handler: Handler) -> Callable[[Message, Context], Message]:
         except (ConfigError, MessageError) as error:
             logger.error("refused: %s", error)
             reply = Refusal.of(Code.STUDY_REFUSED)
-        except (LedgerError, ExchangeError) as error:
+        except (LedgerError, ExchangeError, ScaleError, SumsError) as error:
             logger.error("refused: %s", error)
             reply = Refusal.of(error.code)
         except Exception as error:  # its text could name a patient and must not leave

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedgex.common import keys
+from fedgex.common import keys, parsing
 from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Settings
 from fedgex.common.study import Study
@@ -177,17 +176,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     ConfigError
         If it cannot be read.
     """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); expected a TOML file."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: is not TOML ({error}). Write Windows paths in single quotes."
-        ) from error
+    return parsing.toml_table(parsing.read_bytes(path, "a TOML file"), f"{path}:")
 
 
 def _proposal() -> dict[str, Any]:
-    return tomllib.loads(TEMPLATE)
+    return parsing.toml_table(TEMPLATE, "the template")

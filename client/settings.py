@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fedgex.client import policy as policies
 from fedgex.client.policy import Policy, read_toml
@@ -16,7 +17,22 @@ from fedgex.common.settings import NAME_PATTERN, Settings
 SERVER_PATTERN = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$"
 """host:port."""
 
+PROXY_PATTERN = r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}"
+
 Anchored = TypeVar("Anchored", bound=Settings)
+
+
+def _without_login(proxy: str) -> str:
+    """Refuse what is not a proxy's address, such as one with a login.
+
+    The field's value is not printed (`repr=False`): it may hold a password.
+    """
+    if not re.fullmatch(PROXY_PATTERN, proxy):
+        raise ValueError(
+            "expected http(s)://host:port without a login; ask for a rule at the "
+            "proxy that lets this machine pass"
+        )
+    return proxy
 
 
 class DataColumns(Settings):
@@ -55,9 +71,14 @@ class DataSettings(Settings):
     orientation: Literal["auto", "samples-by-genes", "genes-by-samples"] = "auto"
     """What the rows are; `auto` looks at the labels."""
     hgnc_table: Path | None = None
-    """HGNC's complete set; needed for Ensembl ids and to update retired symbols."""
+    """HGNC's complete set; needed to update retired symbols."""
+    unknown_genes: Literal["refuse", "keep"] = "refuse"
+    """What becomes of a file of whose labels fewer than half name known human genes,
+    and whether labels of no known gene may leave as names of genes."""
     opt_outs: Path | None = None
     """Text file of patients to leave out, one identifier a line; # begins a comment."""
+    unknown_opt_outs: Literal["warn", "refuse"] = "warn"
+    """What a line of `opt_outs` that matches nobody does: warn, or refuse the data."""
     columns: DataColumns = DataColumns()
     time_unit: Literal["days", "months", "years"] = "days"
     """Unit of the duration; a month is 30.4375 days, a year 365.25."""
@@ -79,8 +100,8 @@ class SiteSettings(Settings):
     server: str | None = Field(default=None, pattern=SERVER_PATTERN)
     """host:port of the consortium's server; a kit must name the same. None: the kit's
     is taken as it comes."""
-    proxy: str | None = Field(
-        default=None, pattern=r"^https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}$"
+    proxy: Annotated[str, AfterValidator(_without_login)] | None = Field(
+        default=None, repr=False
     )
     """Proxy on the way to the server, as http(s)://host:port; None: none."""
     server_authority: Path | None = None

@@ -42,6 +42,7 @@ class Code(StrEnum):
     RAGGED_ROWS = "FX-DATA-005", "error", "Rows have more or fewer cells than the header", "Name the column of labels (in R: `col.names = NA`); quote cells that hold the delimiter"
     DECIMAL_COMMA = "FX-DATA-006", "error", "Numbers have a decimal comma", "Export with decimal points"
     GENE_TABLE_UNUSABLE = "FX-DATA-007", "error", "The gene table cannot be read", "Download HGNC's complete set again, or remove `data.hgnc_table`"
+    THOUSANDS_SEPARATORS = "FX-DATA-008", "error", "Numbers have thousands separators", "Export without them (1234, not 1,234)"
 
     # orientation
     ORIENTATION_RECOGNISED = "FX-DATA-010", "note", "Which axis holds the samples, and how that was recognised", "Set `data.orientation` if it is wrong"
@@ -57,7 +58,11 @@ class Code(StrEnum):
     NOTHING_LINKED = "FX-DATA-025", "error", "No sample has a clinical row", "Name the column that holds the labels of the expression file"
     SAMPLE_WITHOUT_CLINICAL = "FX-DATA-026", "warning", "Samples have no clinical row and are left out", "Add rows for them; all but the identifier may be empty"
     CLINICAL_WITHOUT_SAMPLE = "FX-DATA-027", "note", "Clinical rows have no sample and are left out", "Nothing"
-    SEVERAL_SAMPLES = "FX-DATA-028", "note", "Patients have several samples; each remains one patient for privacy and for splits", "Nothing"
+    SEVERAL_SAMPLES = "FX-DATA-028", "warning", "Patients have several samples, of which one is used: a tumour's before normal tissue, then the one with most genes, then the first", "Leave in the file the sample that should be used"
+    NORMAL_TISSUE = "FX-DATA-082", "warning", "Labels are barcodes of normal tissue (TCGA sample types 10 to 19)", "Remove these samples unless the study is about normal tissue"
+    ONE_PERSON = "FX-DATA-083", "warning", "Labels are of one person: barcodes with the same patient, or names that pandas numbered (`P001.1`)", "Add a clinical table that names the patient of each sample"
+    ANNOTATION = "FX-DATA-084", "note", "Columns among the samples, or among the genes, are annotation (Entrez id, length, patient) and are left out", "Nothing"
+    RESULT_OF_ONE_SAMPLE = "FX-DATA-085", "error", "All columns are those of one sample's quantification, or of a test's result", "Put the samples together: one column each, TPM or the like"
     PATIENT_CONTRADICTORY = "FX-DATA-029", "warning", "Rows of one patient differ in time, event or sex", "Correct the rows"
 
     # expression
@@ -71,7 +76,7 @@ class Code(StrEnum):
     COUNTS_PER_MILLION = "FX-DATA-037", "warning", "Counts were taken as counts per million, which is not TPM", "Export normalised values, or make sure that all sites use CPM"
 
     # genes
-    NO_GENES = "FX-DATA-040", "error", "No gene is left", "Use HGNC symbols, or Ensembl gene ids and a `data.hgnc_table`"
+    NO_GENES = "FX-DATA-040", "error", "No gene is left", "Use HGNC symbols or Ensembl gene ids"
     GENES_UNMAPPED = "FX-DATA-041", "warning", "Labels name no known gene and are left out", "Name a (newer) `data.hgnc_table`; mend names that a spreadsheet made into dates"
     GENES_AMBIGUOUS = "FX-DATA-042", "warning", "Names that several genes had are left out", "Use current symbols or Ensembl ids for them"
     GENES_UPDATED = "FX-DATA-043", "note", "Retired symbols and aliases were renamed", "Nothing"
@@ -80,6 +85,7 @@ class Code(StrEnum):
     GENES_EMPTY = "FX-DATA-046", "note", "Genes without a single value are left out", "Nothing"
     GENES_CONSTANT = "FX-DATA-047", "warning", "Genes have the same value in every sample", "Leave cells empty where a gene was not measured"
     GENES_OFTEN_MISSING = "FX-DATA-048", "warning", "Genes are missing in more samples than `max_missing_per_gene`", "Nothing if that is known"
+    LABELS_NOT_GENES = "FX-DATA-049", "error", "Fewer than half of the labels on the gene axis name a known human gene; they could be patients", "Correct `data.orientation`, or name genes by HGNC symbols or Ensembl gene ids; `data.unknown_genes = \"keep\"` takes other names, and lets them leave"
     SAMPLES_EMPTY = "FX-DATA-050", "warning", "Samples without a single value are left out", "Remove them, or export their values"
     SAMPLES_OFTEN_MISSING = "FX-DATA-051", "warning", "Samples lack more genes than `max_missing_per_patient`", "Nothing if that is known"
 
@@ -89,6 +95,11 @@ class Code(StrEnum):
     TIME_IMPOSSIBLE = "FX-DATA-062", "error", "A time is longer than 120 years", "Correct `data.time_unit`"
     TIME_ZERO = "FX-DATA-063", "note", "Times are zero; these samples are left out of survival", "Nothing, unless zero stands for unknown"
     FOLLOW_UP_MISSING = "FX-DATA-064", "note", "Time or event is missing; these samples are left out of survival", "Nothing"
+    EVENTS_IN_WORDS = "FX-DATA-067", "note", "Events are in words (`1:DECEASED`, `Alive`, `TRUE`) and were recognised", "Nothing, if they are deaths"
+    NOBODY_CENSORED = "FX-DATA-068", "warning", "Every patient with follow-up has the event", "Check the coding: 1 observed, 0 follow-up ended before; R's `Surv` has 2 and 1"
+    TIME_UNIT_DOUBTFUL = "FX-DATA-069", "warning", "The column's name, or the follow-up as such, speaks for another unit of time", "Check `data.time_unit`"
+    TIMES_ARE_DATES = "FX-DATA-080", "error", "No follow-up is below 40 years: the numbers are dates", "Export the days from diagnosis to death or last contact"
+    AGES_CAPPED = "FX-DATA-081", "note", "Ages such as `90+` or `>89` are taken as 90", "Nothing"
     AGE_IMPOSSIBLE = "FX-DATA-065", "error", "An age is outside 0 to 120", "Give years, neither days nor a year of birth"
     SEX_UNKNOWN = "FX-DATA-066", "warning", "A sex is not recognised and taken as unknown", "Write female, male, f or m, or leave it empty"
 
@@ -98,6 +109,8 @@ class Code(StrEnum):
     TASK_WITHOUT_COLUMNS = "FX-DATA-072", "warning", "A task lacks its clinical columns; the site contributes nothing to it", "Add or name the columns, or remove the task"
     OPTED_OUT = "FX-DATA-073", "note", 'Patients of `data.opt_outs` are left out; how many, or "suppressed" below `minimum_cohort`', "Nothing"
     PANEL_CHANGED = "FX-DATA-074", "error", "Other genes, or another scale, than when the run began", "Put the file back; a new export is for the next run"
+    ID_AMBIGUOUS = "FX-DATA-075", "error", "Identifiers of patients or samples that differ only in case, quotes, spaces, leading zeros, decimals or invisible characters: one key, so one patient or several cannot be decided", "Write one spelling for one patient; let letters or digits of several differ"
+    OPT_OUTS_UNKNOWN = "FX-DATA-076", "warning", 'Lines of `data.opt_outs` match nobody; how many. An error with `data.unknown_opt_outs = "refuse"`', "Compare the list with the files; remove the lines of people who are not in them"
 
     # what a site answers instead of an update
     FAILED = "FX-SITE-001", "error", "Something unforeseen failed at the site", "Read the service's log of that time; report it if the fault is in fedgex"
@@ -109,6 +122,7 @@ class Code(StrEnum):
     TIME_LIMIT = "FX-SITE-007", "error", "An answer took longer than `message_limit_s`", "Raise it in `policy.toml`, or give the site a faster machine"
     DEVICE_LOST = "FX-SITE-008", "error", "The GPU failed while it computed", "See to the GPU and its driver, then restart the service"
     DISK_FULL = "FX-SITE-009", "error", "The site's disk is full, over its quota, or read-only", "Free space, or mount it for writing; the run waits"
+    FOREIGN_TO_STUDY = "FX-SITE-010", "error", "The means of the site's genes are not on the scale of the study's", "Correct `data.scale`, or the export; natural logarithms called `log2p1` are .69 of what they should be"
     NOT_APPROVED = "FX-STUDY-001", "error", "No person at the site has approved the contract", "Read it, approve or reject it; the run waits"
     REJECTED = "FX-STUDY-002", "error", "The contract was rejected", "Nothing, or approve it"
     WITHDRAWN = "FX-STUDY-003", "error", "The approval was withdrawn", "Nothing: it is final for this contract; participating again needs a new one"
@@ -117,6 +131,7 @@ class Code(StrEnum):
     OUTSIDE_CONTRACT = "FX-STUDY-006", "error", "A message is not what the contract says", "Inform the administrator: the coordinator runs something else"
     OUTSIDE_VERSIONS = "FX-STUDY-007", "error", "The installed fedgex is not the contract's", "Install the release that the contract names"
     AGAINST_POLICY = "FX-STUDY-008", "error", "`policy.toml` refuses what the contract asks for", "`study show` names it; change the policy, or ask for another contract"
+    STANDARDISATION_CHANGED = "FX-STUDY-009", "error", "Another standardisation than the first of this run", "Inform the administrator; nothing was computed with it"
     DELTA_TOO_LARGE = "FX-PRIV-001", "error", "The study's delta, or the hospital's `privacy_delta`, is not below 1 / patients", "Ask for a study with a smaller delta; set a smaller `privacy_delta`"
     BUDGET_EXCEEDED = "FX-PRIV-002", "error", "The round would exceed the hospital's privacy budget; nothing was computed", "Nothing: the budget is spent. `fedgex-site ledger show` lists on what; [privacy.md](privacy.md#the-budget)"
     LEDGER_UNUSABLE = "FX-PRIV-003", "error", "The privacy ledger is missing, unreadable, changed, or restored from a backup", "Put the newest ledger back, see [hospital-operation.md](hospital-operation.md#7-the-privacy-ledger)"
@@ -125,6 +140,7 @@ class Code(StrEnum):
     LOG_RESTORED = "FX-RUN-003", "error", "The site's audit log lacks a line that the server holds its signature over", "Put the newest log back, see [hospital-operation.md](hospital-operation.md#8-keys-backup-leaving)"
     RELEASE_UNVERIFIED = "FX-RUN-004", "error", "A released model could not be verified, or is another run's; it was not kept", "Inform the administrator; use none that came another way"
     EXCHANGE_REFUSED = "FX-RUN-005", "error", "Secure aggregation: changed or unsigned keys, a second or too short list, or a round that is over", "Inform the administrator: the log says what, and no share has left; [privacy.md](privacy.md#secure-aggregation)"
+    SUMS_TOO_CLOSE = "FX-RUN-006", "error", "Sums over patients would differ by fewer than the minimum from some that left before; or the record of those is damaged", "Nothing: the site trains without them; the log says which. [privacy.md](privacy.md#sums-over-patients)"
     ANOTHER_MODEL = "FX-RUN-007", "error", "A model is not the one that the run's receipts name: hospitals were sent different ones", "Keep receipts and log; compare them with another hospital's: `fedgex-site log compare`"
 
     # predictions

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from fedgex.common.arrays import Arrays, check
 from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.cross_products import CrossProducts, by_type
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.data.moments import (
     FEWEST_TO_COMPARE,
-    CrossProducts,
     GeneMoments,
     Standardisation,
-    by_type,
     foreign_scales,
     pool,
 )
@@ -113,16 +112,25 @@ def gene_moments(
     cohort: Cohort, vocabulary: Vocabulary, min_cell_count: int
 ) -> GeneMoments:
     """Return the moments of a cohort's genes, suppressed where patients are few."""
-    raw = to_patients(cohort, vocabulary, Standardisation.identity(len(vocabulary)))
+    raw = to_patients(cohort, vocabulary)
     return GeneMoments.of(raw.values.numpy()).suppressed(min_cell_count)
 
 
 def cross_products(
-    study: Study, patients: Patients, min_cell_count: int
+    study: Study,
+    patients: Patients,
+    min_cell_count: int,
+    scale: Standardisation | None = None,
 ) -> dict[str, CrossProducts]:
-    """Return cross-products of the study's cancer types, see `moments.by_type`."""
+    """Return cross-products of the study's cancer types, see `cross_products.by_type`.
+
+    Parameters
+    ----------
+    scale
+        By which the sums are standardised; None: the patients are.
+    """
     values, types = patients.values.numpy(), patients.cancer_type
-    return by_type(values, types, study.linear_types, min_cell_count)
+    return by_type(values, types, study.linear_types, min_cell_count, scale)
 
 
 # ---- before the first round ----
@@ -171,7 +179,7 @@ def foreign_sites(study: Study, moments: Mapping[str, GeneMoments]) -> dict[str,
 
 
 def standardisation(moments: Mapping[str, GeneMoments]) -> Standardisation:
-    """Return mean and SD of each gene over all sites' patients.
+    """Return mean and SD of each gene over all sites' patients, as they are published.
 
     Parameters
     ----------
@@ -183,8 +191,7 @@ def standardisation(moments: Mapping[str, GeneMoments]) -> Standardisation:
     UpdateError
         If there is no site.
     """
-    pooled = pool(moments[name] for name in sorted(moments))
-    return Standardisation(mean=pooled.mean, sd=pooled.sd)
+    return Standardisation.published(pool(moments[name] for name in sorted(moments)))
 
 
 def public_standardisation(public: Cohort, vocabulary: Vocabulary) -> Standardisation:

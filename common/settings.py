@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
+from fedgex.common import parsing
 from fedgex.common.canonical import canonical_json
 from fedgex.common.errors import ConfigError
 
@@ -17,6 +19,9 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal."""
+
+MAX_ERRORS = 50
+"""Errors of one text that are named."""
 
 
 class Settings(BaseModel):
@@ -38,12 +43,21 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
+            wrong = error.errors()
             lines = [
-                f"{source}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
-                + ("" if e["type"] == "missing" else f" (found {e['input']!r:.80})")
-                for e in error.errors()
+                f"{source}: {'.'.join(map(_part, e['loc'])) or 'settings'}: {e['msg']}"
+                + ("" if cls._hides(e) else f" (found {shown(e['input'])})")
+                for e in wrong[:MAX_ERRORS]
             ]
+            if len(wrong) > MAX_ERRORS:
+                lines.append(f"{source}: and {len(wrong) - MAX_ERRORS} errors more")
             raise ConfigError("\n".join(lines)) from error
+
+    @classmethod
+    def _hides(cls, error: ErrorDetails) -> bool:
+        """Whether an error's value is absent, or may be a secret (`repr=False`)."""
+        field = cls.model_fields.get(str(error["loc"][0])) if error["loc"] else None
+        return error["type"] == "missing" or (field is not None and not field.repr)
 
     def to_json(self) -> str:
         """Return the canonical form, which is hashed and signed."""
@@ -58,11 +72,8 @@ class Settings(BaseModel):
         ConfigError
             If the text is not JSON, or holds anything wrong.
         """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from error
-        return cls.read(values, source)
+        most = parsing.LONG_BYTES
+        return cls.read(parsing.json_value(text, source, most=most), source)
 
 
 def added(default: Any, **bounds: Any) -> Any:
@@ -91,3 +102,32 @@ def retired(value: str, instead: str) -> BeforeValidator:
         return found
 
     return BeforeValidator(refuse)
+
+
+class _Shown(reprlib.Repr):
+    """Values that were refused, for an error's text: short, printable, no password."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        """Leave out what stands before an @, as the password in a proxy's address."""
+        _, at, rest = x.rpartition("@")
+        return super().repr_str(f"...@{rest}" if at else x, level)
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Name only the size of what Python does not print."""
+        if x.bit_length() > 512:
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_SHOWN = _Shown()
+_SHOWN.maxstring = 60
+
+
+def shown(value: object) -> str:
+    """Return what was found instead of a value, in at most 80 characters."""
+    return f"{_SHOWN.repr(value):.80}"
+
+
+def _part(key: object) -> str:
+    """Return a part of the path to a value, which another party may have named."""
+    return repr(str(key))[1:-1][:80]

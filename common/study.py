@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedgex.common.data.moments import OTHERS
+from fedgex.common.data.cross_products import OTHERS
 from fedgex.common.data.scales import Scale
 from fedgex.common.settings import Name, Settings, retired
 
@@ -96,7 +96,7 @@ class MaskingRule(Settings):
     """Weight of hiding completely at random: each measured cell with the same
     probability, by itself."""
     panel: float = Field(default=0.2, ge=0)
-    """Weight of hiding whole genes, the same for every patient of a batch."""
+    """Weight of hiding entire genes, the same for every patient of a batch."""
     mnar: float = Field(default=0.2, ge=0)
     """Weight of low expression dropping out (missing not at random): the log-odds rise
     by 2 for each standard deviation down, with an intercept for each patient that keeps

@@ -34,7 +34,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedgex.common.errors import FedgexError
+from fedgex.common import parsing
+from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.system import failpoints, files
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,8 @@ def _events(content: bytes, path: Path, start: int) -> tuple[list[dict[str, Any]
     position = start
     for line in content[:length].splitlines(keepends=True):
         try:
-            event = json.loads(line)
-        except ValueError as error:  # also what is not UTF-8
+            event = parsing.json_value(line, "the line", most=parsing.LONG_BYTES)
+        except ConfigError as error:
             raise _not_an_event(path, position) from error
         if not isinstance(event, dict) or "event" not in event:
             raise _not_an_event(path, position)

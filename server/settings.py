@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedgex.common import parsing
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import Study
+from fedgex.common.system.files import read_json
 
 PREFIX = "FEDGEX_SERVER_"
 
@@ -90,7 +90,7 @@ class ServerSettings(BaseSettings):
         ConfigError
             With every missing or unusable setting.
         """
-        values = {} if path is None else _read_json(path)
+        values = {} if path is None else read_json(path, "the server's settings")
         try:
             return cls(**values)
         except ValidationError as error:
@@ -108,26 +108,10 @@ class ServerSettings(BaseSettings):
         ConfigError
             If it cannot be read, or is invalid.
         """
-        try:
-            text = self.study.read_text()
-            values = (
-                json.loads(text)
-                if self.study.suffix == ".json"
-                else tomllib.loads(text)
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.study} cannot be read: {error}") from error
-        return Study.read(values, str(self.study))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no JSON object; expected the server's settings.")
-    return values
+        path, most = self.study, parsing.LONG_BYTES
+        content = parsing.read_bytes(path, "a study", most=most)
+        read = parsing.json_value if path.suffix == ".json" else parsing.toml_table
+        return Study.read(read(content, f"{path}:", most=most), str(path))
 
 
 def _setting_name(path: Path | None, name: str) -> str:

@@ -1,21 +1,23 @@
-"""`fedgex-sim`: whole federations on one machine, for method developers."""
+"""`fedgex-sim`: federations on one machine, for method developers."""
 
 from __future__ import annotations
 
 import logging
 import time
-from enum import StrEnum
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.console import Console
 
 from fedgex.common.errors import FedgexError
+from fedgex.common.system.processes import set_proxy
 from fedgex.simulations import scenario
 from fedgex.simulations.privacy import effort
 
-# What a command needs is imported by its function: all of it takes seconds.
+# Each function imports what its command needs: importing all takes seconds.
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -23,23 +25,10 @@ app = typer.Typer(
 errors = Console(stderr=True)
 
 
-class Format(StrEnum):
-    """How a result is printed."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-class Question(StrEnum):
-    """What a benchmark asks."""
-
-    IMPUTATION = "imputation"
-    SURVIVAL = "survival"
-    CLASSIFICATION = "classification"
-    INTERPRETATION = "interpretation"
-    FEDERATION = "federation"
-
-
+Format = Literal["text", "json"]
+Question = Literal[
+    "imputation", "survival", "classification", "interpretation", "federation"
+]
 Scenario = Annotated[
     str, typer.Argument(metavar="SCENARIO", help="Scenario: a TOML file or a name.")
 ]
@@ -50,6 +39,7 @@ Form = Annotated[Format, typer.Option("--format", help="A table for people, or J
 @app.callback()
 def main() -> None:
     """Run federations on this machine: `run` with the apps that hospitals run."""
+    set_proxy(None)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
 
@@ -62,10 +52,8 @@ def run(
     """Run a scenario to its report; a run that was stopped goes on."""
     from fedgex.simulations import run as simulation
 
-    try:
+    with _refusals():
         lines = simulation.run(scenario.find(name), data, out, errors)
-    except FedgexError as error:
-        _refuse(error)
     for line in lines:
         typer.echo(line)
     typer.echo(f"report: {(out / 'report.html').resolve().as_uri()}")
@@ -83,7 +71,7 @@ def new_data(
     """Write a synthetic consortium with known truth."""
     from fedgex.simulations.data import synthetic
 
-    try:
+    with _refusals():
         synthetic.new_data(
             out,
             seed=seed,
@@ -92,8 +80,6 @@ def new_data(
             n_genes=genes,
             n_cancer_types=cancer_types,
         )
-    except FedgexError as error:
-        _refuse(error)
     typer.echo(f"wrote {out}")
 
 
@@ -117,13 +103,11 @@ def rehearse(
 
     started = time.monotonic()
 
-    def told(line: str) -> None:
+    def report(line: str) -> None:
         typer.echo(f"{time.monotonic() - started:6.1f} s  {line}")
 
-    try:
-        rehearsal.rehearse(data, out, sites, told, compare=compare)
-    except FedgexError as error:
-        _refuse(error)
+    with _refusals():
+        rehearsal.rehearse(data, out, sites, report, compare=compare)
 
 
 @app.command()
@@ -142,24 +126,18 @@ def audit(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small audit, to see that it works.")
     ] = False,
-    form: Form = Format.TEXT,
+    form: Form = "text",
 ) -> None:
     """Attack a scenario's model, with and without privacy (docs/audit.md)."""
     from fedgex.simulations.privacy import membership as auditing
     from fedgex.simulations.privacy.shadow_models import Effort
 
-    try:
+    with _refusals():
         asked = Effort(shadows=shadows, canaries=canaries)
         if quick:
             asked = auditing.QUICK
         report = auditing.audit(scenario.find(name), data, out, errors, asked)
-    except FedgexError as error:
-        _refuse(error)
-    if form is Format.JSON:
-        typer.echo(report.to_json(), nl=False)
-        return
-    for line in auditing.table(report):
-        typer.echo(line)
+    _print(report.to_json(), auditing.table(report), form)
 
 
 @app.command()
@@ -178,7 +156,7 @@ def utility(
     quick: Annotated[
         bool, typer.Option("--quick", help="A small run, to see that it works.")
     ] = False,
-    form: Form = Format.TEXT,
+    form: Form = "text",
 ) -> None:
     """Measure what privacy costs a scenario's model (docs/results/privacy.md)."""
     from fedgex.simulations.privacy import utility as usefulness
@@ -189,29 +167,19 @@ def utility(
         raise typer.BadParameter(
             f"{epsilons}: expected numbers with commas between, such as 1,3,8."
         ) from error
-    try:
+    with _refusals():
+        chosen = scenario.find(name)
         report = usefulness.utility(
-            scenario.find(name),
-            data,
-            out,
-            errors,
-            epsilons=values,
-            seeds=seeds,
-            quick=quick,
+            chosen, data, out, errors, epsilons=values, seeds=seeds, quick=quick
         )
-    except FedgexError as error:
-        _refuse(error)
-    if form is Format.JSON:
-        typer.echo(report.to_json(), nl=False)
-        return
-    for line in usefulness.table(report):
-        typer.echo(line)
+    _print(report.to_json(), usefulness.table(report), form)
 
 
 @app.command("benchmark")
 def compare(
     question: Annotated[
-        Question, typer.Argument(metavar="QUESTION", help=f"{', '.join(Question)}.")
+        Question,
+        typer.Argument(metavar="QUESTION", help=f"{', '.join(get_args(Question))}."),
     ],
     data: Data,
     out: Annotated[
@@ -235,7 +203,7 @@ def compare(
     """Judge every method on the same hospitals never seen, one question at a time."""
     from fedgex.simulations import evaluation
 
-    try:
+    with _refusals():
         page = evaluation.evaluate(
             question,
             data,
@@ -246,12 +214,18 @@ def compare(
             workers=workers,
             quick=quick,
         )
-    except FedgexError as error:
-        _refuse(error)
     typer.echo(page, nl=False)
 
 
-def _refuse(error: FedgexError) -> NoReturn:
+def _print(json: str, lines: Iterable[str], form: Format) -> None:
+    typer.echo(json if form == "json" else "\n".join(lines), nl=form != "json")
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
     """Print an error in one piece and leave with exit code 1."""
-    typer.echo(f"Error: {error}", err=True)
-    raise typer.Exit(1) from error
+    try:
+        yield
+    except FedgexError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error

@@ -111,7 +111,7 @@ class Daemons:
         Raises
         ------
         FederationError
-            If it takes longer than `limit_s`, or server or a hospital ended.
+            After `limit_s`, or if server or a hospital ended.
         """
         end = time.monotonic() + limit_s
         while not reached():

@@ -21,9 +21,8 @@ from flwr.app import Context, RecordDict
 
 from fedgex.common.system.processes import (
     OFFLINE,
+    begin,
     child_environment,
-    end_with_parent,
-    log_to_stderr,
 )
 from fedgex.server.settings import ServerSettings
 from fedgex.simulations.grid import SERVER_NODE, LocalGrid
@@ -42,7 +41,7 @@ def start(
     Parameters
     ----------
     settings
-        Of the server; written beside `log`.
+        Of the server; written next to `log`.
     sites
         Folder of the sites' folders.
     workers
@@ -68,8 +67,7 @@ def main(settings: Path, sites: Path, workers: int) -> None:
     """Run the server's app in this process, and the sites' in a pool."""
     import fedgex.server.app
 
-    log_to_stderr()
-    end_with_parent()
+    begin()
     context = Context(
         run_id=1,
         node_id=SERVER_NODE,

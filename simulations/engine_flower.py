@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,13 +30,13 @@ import httpx
 from fedgex.client.app import SITES_VARIABLE
 from fedgex.common.errors import FederationError
 from fedgex.common.system.processes import (
+    begin,
     child_environment,
-    end_with_parent,
-    log_to_stderr,
 )
 from fedgex.server import journal
 from fedgex.server.service.flower import BUNDLE
 from fedgex.server.settings import ServerSettings
+from fedgex.simulations.daemons import free_ports
 
 RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -62,15 +61,15 @@ def main(settings_file: Path, sites: Path, workers: int) -> None:
     FederationError
         If Ray is not installed, the SuperLink does not start, or the run failed.
     """
-    log_to_stderr()
-    end_with_parent()
+    begin()
     if find_spec("ray") is None:
         raise FederationError(
             'engine = "flower" needs Ray, which is not installed; install '
             'fedgex[flower-engine], or set engine = "local" in [run].'
         )
     settings = ServerSettings.load(settings_file)
-    home, port = Path(tempfile.mkdtemp(prefix="fedgex-flower-")), _free_port()
+    home = Path(tempfile.mkdtemp(prefix="fedgex-flower-"))
+    [port] = free_ports(1)
     app = home / "bundle"
     app.mkdir()
     (app / "pyproject.toml").write_text(BUNDLE.format(version=version("fedgex")))
@@ -90,7 +89,7 @@ def main(settings_file: Path, sites: Path, workers: int) -> None:
         [
             *(sys.executable, "-m", MODULE, "superlink"),
             *("--insecure", "--simulation", "--isolation", "subprocess"),
-            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--host", "127.0.0.1", "--port", port),
         ],
         env=environment,
         stdin=subprocess.PIPE,
@@ -133,7 +132,7 @@ def _run(
     )
 
 
-def _wait(superlink: subprocess.Popen[bytes], port: int) -> None:
+def _wait(superlink: subprocess.Popen[bytes], port: str) -> None:
     """Wait until the SuperLink answers."""
     end = time.monotonic() + START_S
     while superlink.poll() is None and time.monotonic() < end:
@@ -143,12 +142,6 @@ def _wait(superlink: subprocess.Popen[bytes], port: int) -> None:
         except httpx.TransportError:
             time.sleep(0.2)
     raise FederationError("Flower's SuperLink did not start; its last lines say why.")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _superlink() -> None:

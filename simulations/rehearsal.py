@@ -1,7 +1,7 @@
-"""A whole consortium on this machine, over the network: real processes, keys and TLS.
+"""A consortium on this machine, over the network: real processes, keys and TLS.
 
-What people do by hand between hospitals happens here by the same commands, one after
-the other: found the consortium, admit administrators and hospitals, publish and approve
+The same commands that people type at server and hospitals run one after the other:
+found the consortium, admit administrators and hospitals, publish and approve
 a study, run it, release the model, predict. The tests of failures use the same class,
 and kill what it started.
 """
@@ -46,8 +46,8 @@ CHANGES: Mapping[str, Any] = {
 }
 """Of the scenario's study, so that a rehearsal takes minutes."""
 
-Told = Callable[[str], None]
-"""Takes one line of what is happening."""
+Reporter = Callable[[str], None]
+"""Receives one line for each step."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class Rehearsal(Daemons):
     study: Study
     sites: Sequence[str]
     """Hospitals; their data lie in `folder/split/sites/NAME`."""
-    told: Told = print
+    report: Reporter = print
     host: str = HOST
     """Name or address under which hospitals find the server."""
     interface: str = "127.0.0.1"
@@ -96,28 +96,25 @@ class Rehearsal(Daemons):
     # ---- commands ----
 
     def admin(self, *arguments: str | Path) -> Any:
-        """Run `fedgex-admin`, and return what it says as JSON."""
+        """Run `fedgex-admin`, and return its JSON."""
         words = [*map(str, arguments), "--format", "json"]
-        return _json(self._command("fedgex-admin", words))
+        text = self._command("fedgex-admin", words)
+        return json.loads(text) if text.strip() else None
 
     def site(self, *arguments: str | Path) -> str:
-        """Run `fedgex-site`, and return what it prints."""
+        """Run `fedgex-site`, and return its output."""
         return self._command("fedgex-site", [str(each) for each in arguments])
 
     def _command(self, command: str, words: list[str]) -> str:
         # Ends with the same exit code and message as for a person at a terminal.
         program = Path(sys.executable).with_name(command)
+        environment = self.environment("commands")
         done = subprocess.run(
-            [program, *words],
-            capture_output=True,
-            text=True,
-            env=self.environment("commands"),
+            [program, *words], capture_output=True, text=True, env=environment
         )
         if done.returncode:
-            shown = " ".join([command, *words])
-            raise FederationError(
-                f"{shown} ended with {done.returncode}: {done.stderr.strip()}"
-            )
+            shown, reason = " ".join([command, *words]), done.stderr.strip()
+            raise FederationError(f"{shown} ended with {done.returncode}: {reason}")
         return done.stdout
 
     def environment(self, who: str) -> dict[str, str]:
@@ -147,7 +144,7 @@ class Rehearsal(Daemons):
         for apart in (HOLDOUT, PUBLIC):
             if self._checked(apart).exists():
                 shutil.copytree(self._checked(apart), self.state / apart)
-        self.told(f"provisioned: {len(self.sites)} hospitals, {len(ADMINISTRATORS)} "
+        self.report(f"provisioned: {len(self.sites)} hospitals, {len(ADMINISTRATORS)} "
                   f"administrators, one port ({port})")  # fmt: skip
 
     def admit(self, name: str, server: str) -> None:
@@ -187,7 +184,7 @@ class Rehearsal(Daemons):
         self.start_server()
         for name in self.sites:
             self.start_site(name)
-        self.told("started: server and daemons")
+        self.report("started: server and daemons")
 
     def draft(self) -> str:
         """Write and sign the contract; return its hash."""
@@ -214,7 +211,7 @@ class Rehearsal(Daemons):
         for name in self.sites:
             path = self.site_state(name) / "contracts" / f"{hash}.json"
             self.until(f"{name} received the contract", path.exists)
-        self.told(f"published: contract {hash[:12]}")
+        self.report(f"published: contract {hash[:12]}")
         return hash
 
     def approve(self, hash: str, sites: Iterable[str] | None = None) -> None:
@@ -225,7 +222,7 @@ class Rehearsal(Daemons):
                 "study", "approve", self.site_toml(name), hash, "--by", "data-officer",
                 "--expires", str(expires),
             )  # fmt: skip
-        self.told("approved: by a person at every hospital")
+        self.report("approved: by a person at every hospital")
 
     def launch(self, hash: str, run: str) -> None:
         """Order a run of a contract."""
@@ -254,7 +251,7 @@ class Rehearsal(Daemons):
             path = self.site_state(name) / "models" / f"{run}.fedgex"
             self.until(f"{name} received the model", path.exists)
         bundle = self.state / "releases" / f"{run}.fedgex"
-        self.told(f"released: by {len(ADMINISTRATORS)} administrators, delivered")
+        self.report(f"released: by {len(ADMINISTRATORS)} administrators, delivered")
         return bundle
 
     def predict(self, name: str, run: str) -> Path:
@@ -266,7 +263,7 @@ class Rehearsal(Daemons):
             "predict", "impute", "--site", self.site_toml(name), "--model", model,
             "--input", samples, "--output", out,
         )  # fmt: skip
-        self.told(f"predicted: {out}")
+        self.report(f"predicted: {out}")
         return out
 
     def simulate(self) -> str:
@@ -286,11 +283,8 @@ class Rehearsal(Daemons):
             poll_s=engine.POLL_S,
         )
         log = self.folder / "engine.log"
-        process = engine.start("local", settings, sites, workers=1, log=log)
-        if process.wait():
-            raise FederationError(
-                f"the simulator ended with {process.returncode}; see {log}"
-            )
+        if code := engine.start("local", settings, sites, workers=1, log=log).wait():
+            raise FederationError(f"the simulator ended with {code}; see {log}")
         return digest(run_dir)
 
     def _checked(self, apart: str) -> Path:
@@ -305,9 +299,9 @@ class Rehearsal(Daemons):
     def state_of(self, run: str) -> str:
         """Return how a run stands: ordered, running, stopped, failed or finished."""
         path = self.run_dir(run) / "state.json"
-        return (
-            str(json.loads(path.read_text())["state"]) if path.exists() else "ordered"
-        )
+        if not path.exists():
+            return "ordered"
+        return str(json.loads(path.read_text())["state"])
 
     def digest(self, run: str) -> str:
         """Return the SHA-256 of a run's last model."""
@@ -316,14 +310,14 @@ class Rehearsal(Daemons):
     def _tell(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "round":
             states = [site["state"] for site in event["sites"].values()]
-            self.told(
+            self.report(
                 f"{event['phase']} {event['round']}/{event['rounds']}: "
                 f"{states.count('contributed')} of {len(states)} contributed, "
                 f"{event['seconds'] or 0:.1f} s"
             )
         elif event["event"] in ("run-failed", "run-finished", "asked-again"):
             reason = event.get("reason", "")
-            self.told(f"{event['event']} {event.get('site', '')} {reason}".strip())
+            self.report(f"{event['event']} {event.get('site', '')} {reason}".strip())
 
     def _healthy(self) -> bool:
         path = self.state / "nodes.json"
@@ -331,7 +325,7 @@ class Rehearsal(Daemons):
 
 
 def rehearse(
-    data: Path | None, folder: Path, n_sites: int, told: Told, *, compare: bool
+    data: Path | None, folder: Path, n_sites: int, report: Reporter, *, compare: bool
 ) -> None:
     """Take a study from founding the consortium to a prediction at a hospital.
 
@@ -358,7 +352,7 @@ def rehearse(
         data = folder / "data"
         new_data(data)
     study, sites = prepare(scenario, data.resolve(), folder, n_sites, CHANGES)
-    with Rehearsal(folder=folder, study=study, sites=sites, told=told) as rehearsal:
+    with Rehearsal(folder=folder, study=study, sites=sites, report=report) as rehearsal:
         rehearsal.provision()
         rehearsal.start()
         contract = rehearsal.publish()
@@ -368,14 +362,14 @@ def rehearse(
         if state != "finished":
             folder = rehearsal.run_dir(study.name)
             raise FederationError(f"the run {state}: see {folder}")
-        told(f"model {rehearsal.digest(study.name)[:16]}")
+        report(f"model {rehearsal.digest(study.name)[:16]}")
         rehearsal.release(study.name)
         rehearsal.predict(sites[0], study.name)
         if compare:
             simulated = rehearsal.simulate()
             if simulated != rehearsal.digest(study.name):
                 raise FederationError(f"the simulator's model is {simulated[:16]}")
-            told("the simulator's model is the same, bit for bit")
+            report("the simulator's model is the same, bit for bit")
 
 
 def prepare(
@@ -395,7 +389,7 @@ def prepare(
     parts = split(scenario, data, folder / "split")
     by_size = sorted(parts.sites, key=lambda name: (-parts.sizes[name], name))
     sites = sorted(by_size[:n_sites])
-    for apart in (HOLDOUT, PUBLIC) if parts.public_size else (HOLDOUT,):
+    for apart in parts.apart:
         checked(folder / "split" / apart, scenario.study)
     cohort = load_cohort(folder / "split" / HOLDOUT / "checked")
     values = json.loads(scenario.study.to_json())
@@ -408,7 +402,3 @@ def prepare(
 def digest(run_dir: Path) -> str:
     """Return the SHA-256 of the last model of a run."""
     return checkpoint.digest(checkpoint.find(run_dir) / "model.safetensors")
-
-
-def _json(text: str) -> Any:
-    return json.loads(text) if text.strip() else None

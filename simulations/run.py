@@ -1,4 +1,4 @@
-"""A whole simulated federation: split, run, compare, report."""
+"""A simulated federation: split, run, compare, report."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from fedgex.client.data.cohort import load_cohort as check_cohort
 from fedgex.client.settings import SiteSettings
-from fedgex.common.data.cohort import load_cohort, save_cohort
-from fedgex.common.data.dataset import to_patients
+from fedgex.common.data.cohort import Cohort, load_cohort, save_cohort
+from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.errors import CheckpointError, ConfigError, FederationError
 from fedgex.common.models import checkpoint
 from fedgex.common.privacy.summary import protections
@@ -43,6 +42,8 @@ from fedgex.simulations.scenario import Scenario
 
 logger = logging.getLogger(__name__)
 
+GENE_RATE = "0.5"
+"""Missing rate of the comparison gene by gene."""
 VERSIONS = ("fedgex", "flwr", "torch", "numpy", "pandas", "lifelines", "scikit-learn")
 
 
@@ -59,7 +60,7 @@ def run(scenario: Scenario, data_dir: Path, out: Path, console: Console) -> list
     ConfigError
         If the data do not fit, or `out` holds another scenario's run.
     FederationError
-        If the federation stopped; what it said is in `out/engine.log`.
+        If the federation stopped; its output is in `out/engine.log`.
     """
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def run(scenario: Scenario, data_dir: Path, out: Path, console: Console) -> list
     parts = split(scenario, data_dir, out)
     for note in parts.notes:
         console.print(note, highlight=False)
-    for apart in (HOLDOUT, PUBLIC) if parts.public_size else (HOLDOUT,):
+    for apart in parts.apart:
         checked(out / apart, scenario.study)
     federate(scenario, parts, out, console)
     federation = _open(parts, out)
@@ -80,10 +81,14 @@ def checked(folder: Path, study: Study) -> Path:
     """Check patients that no site has, and return where the server finds them."""
     done = folder / "checked"
     if not (done / "clinical.parquet").exists():
-        settings = SiteSettings.load(folder / "site.toml")
-        cohort, _ = check_cohort(settings, study.scale, tuple(study.phases))
-        save_cohort(cohort, done)
+        save_cohort(_checked(folder, study), done)
     return done
+
+
+def _checked(folder: Path, study: Study) -> Cohort:
+    """Read patients as a site does, every sample of them."""
+    settings = SiteSettings.load(folder / "site.toml")
+    return check_cohort(settings, study.scale, tuple(study.phases))[0]
 
 
 def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> None:
@@ -161,36 +166,43 @@ def _ended(journal: Path) -> bool:
 
 
 def _why(journal: Path, log: Path, out: Path) -> str:
-    """Return why a federation stopped: its own word, or the end of its log."""
-    reasons = []
-    if journal.exists():
-        reasons = [e["reason"] for e in read(journal) if e["event"] == "run-failed"]
-    if reasons:
-        said = reasons[-1]
-    else:
-        with log.open(errors="replace") as file:
-            said = "".join(deque(file, maxlen=20)).strip()
+    """Return why a federation stopped, by its journal or the end of its log."""
+    events = read(journal) if journal.exists() else []
+    with log.open(errors="replace") as file:
+        reason = "".join(deque(file, maxlen=20)).strip()
+    for event in events:
+        if event["event"] == "run-failed":
+            reason = event["reason"]
     return (
-        f"the federation stopped: {said}\nSee {log}. The same command goes on from the "
-        f"last checkpoint in {out / 'run' / 'checkpoints'}."
+        f"the federation stopped: {reason}\nSee {log}. The same command goes on from "
+        f"the last checkpoint in {out / 'run' / 'checkpoints'}."
     )
 
 
 def _open(parts: Split, out: Path) -> Federation:
-    found = checkpoint.latest(out / "run" / "checkpoints")
+    """Read a finished federation, and the patients of the sites that took part."""
+    checkpoints = out / "run" / "checkpoints"
+    found = checkpoint.latest(checkpoints)
     if found is None:
-        raise CheckpointError(f"{out / 'run' / 'checkpoints'} holds no checkpoint.")
+        raise CheckpointError(f"{checkpoints} holds no checkpoint.")
     final = checkpoint.load(found)
-    place = (final.vocabulary, final.standardisation)
-    start, known = None, None
-    if public_cohort.is_wanted(final.study):
-        first = min((out / "run" / "checkpoints").glob("00000-*"))
-        start = checkpoint.load(first).parameters
-        known = to_patients(load_cohort(out / PUBLIC / "checked"), *place)
-    holdout = to_patients(load_cohort(out / HOLDOUT / "checked"), *place)
-    took_part = [name for name in parts.sites if name in final.trained_on["sites"]]
-    return comparisons.open_federation(
-        final, out / "sites", took_part, holdout, start, known
+
+    def patients(cohort: Cohort) -> Patients:
+        return to_patients(cohort, final.vocabulary, final.standardisation)
+
+    public = public_cohort.is_wanted(final.study)
+    return Federation(
+        final=final,
+        sites={
+            name: patients(_checked(out / "sites" / name, final.study))
+            for name in parts.sites
+            if name in final.trained_on["sites"]
+        },
+        holdout=patients(load_cohort(out / HOLDOUT / "checked")),
+        start=checkpoint.load(min(checkpoints.glob("00000-*"))).parameters
+        if public
+        else None,
+        public=patients(load_cohort(out / PUBLIC / "checked")) if public else None,
     )
 
 
@@ -204,55 +216,32 @@ def _report(
 ) -> dict[str, Any]:
     """Compute every comparison that is not there yet, and gather the report."""
     kinds = {kind for kind, on in scenario.reference.model_dump().items() if on}
-    folder = out / "comparisons"
-    folder.mkdir(exist_ok=True)
-    with _bars(console) as bars:
-
-        def told(step: str, done: int, total: int) -> None:
-            names = {task.description: task.id for task in bars.tasks}
-            task = names[step] if step in names else bars.add_task(step, total=total)
-            bars.update(task, completed=done, total=total)
-            if not console.is_terminal:
-                console.print(f"{step} {done}/{total}", highlight=False)
-
-        models = comparisons.train_all(
-            federation, kinds, folder / "models", scenario.run.workers, told
-        )
-        imputers = cached(
-            folder / "imputation.json", lambda: comparisons.imputation(federation, told)
-        )
-        survival, curves = cached(
-            folder / "survival.json",
-            lambda: comparisons.survival(federation, models, told),
-        )
-        classes = cached(
-            folder / "classification.json",
-            lambda: comparisons.classification(federation, models, told),
-        )
+    folder, workers = out / "comparisons", scenario.run.workers
+    models = comparisons.train_all(
+        federation, kinds, folder / "models", workers, console
+    )
+    computed = {}
+    for name, compute in (
+        ("imputation", lambda: comparisons.imputation(federation)),
+        ("survival", lambda: comparisons.survival(federation, models)),
+        ("classification", lambda: comparisons.classification(federation, models)),
+    ):
+        console.print(f"references: {name}", highlight=False)
+        computed[name] = cached(folder / f"{name}.json", compute)
+    survival, curves = computed["survival"]
     judged = json.loads((out / "run" / "judgement.json").read_text())
     events = read(out / "run" / "journal.jsonl")
     return {
         "schema": 1,
         "study": _study_facts(scenario, parts, federation, started),
         "rounds": [_round_facts(e) for e in events if e["event"] == "round"],
-        "imputation": judged["imputation"] | imputers,
+        "imputation": judged["imputation"] | computed["imputation"],
         "imputation_per_gene": _per_gene(federation, judged["per_gene"]),
         "survival": survival,
         "kaplan_meier": curves,
-        "classification": classes,
-        "cost": _cost(events, scenario.run.workers),
+        "classification": computed["classification"],
+        "cost": _cost(events, workers),
     }
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        "[progress.description]{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _study_facts(
@@ -284,7 +273,7 @@ def _study_facts(
         if scenario.public is None
         else {
             "patients": parts.public_size,
-            "institutions": list(scenario.public.institutions),
+            "institutions": list(scenario.public_institutions),
         },
         "protections": protections(study),
         "versions": {name: version(name) for name in VERSIONS},
@@ -313,15 +302,15 @@ def _round_facts(event: Mapping[str, Any]) -> dict[str, Any]:
 def _per_gene(
     federation: Federation, per_gene: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    key = "0.5"
-    if key not in per_gene["model"] or "gaussian" not in per_gene:
+    if GENE_RATE not in per_gene["model"] or "gaussian" not in per_gene:
         return None
+    model, gaussian = (per_gene[m][GENE_RATE] for m in ("model", "gaussian"))
     return {
-        "rate": key,
+        "rate": GENE_RATE,
         "genes": list(federation.final.vocabulary.genes),
-        "model_mse": per_gene["model"][key]["mse"],
-        "gaussian_mse": per_gene["gaussian"][key]["mse"],
-        "model_r": per_gene["model"][key]["pearson"],
+        "model_mse": model["mse"],
+        "gaussian_mse": gaussian["mse"],
+        "model_r": model["pearson"],
     }
 
 
@@ -332,30 +321,18 @@ def _cost(events: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     seconds spread evenly over the workers. Rounds in which a site withholds its seconds
     or patients do not count.
     """
-    timed = [
-        e
-        for e in events
-        if e["event"] == "round" and e["phase"] == "pretraining" and e["seconds"]
-    ][1:]
-    timed = [e for e in timed if not _is_withheld(e, "seconds", "num_examples")]
-    every = [e for e in events if e["event"] == "round"]
+    every = [event for event in events if event["event"] == "round"]
     sizes = {key: sum(e[key] for e in every) for key in ("bytes_up", "bytes_down")}
     peaks = [e["peak_rss_mb"] for e in events if e["event"] == "run-finished"]
     cost: dict[str, Any] = {**sizes, "peak_rss_mb": peaks[-1]}
+    timed = []
+    for event in [e for e in every if e["phase"] == "pretraining" and e["seconds"]][1:]:
+        there = [s for s in event["sites"].values() if s["state"] == "contributed"]
+        own = [(s["seconds"], s["num_examples"]) for s in there]
+        if not any(None in numbers for numbers in own):
+            timed.append((*map(sum, zip(*own, strict=True)), event["seconds_sites"]))
     if timed:
-        there = [
-            [s for s in e["sites"].values() if s["state"] == "contributed"]
-            for e in timed
-        ]
-        seconds = np.array([sum(s["seconds"] for s in sites) for sites in there])
-        examples = np.array([sum(s["num_examples"] for s in sites) for sites in there])
-        walls = np.array([e["seconds_sites"] for e in timed])
+        seconds, examples, walls = np.array(timed).T
         cost["samples_per_s"] = float(examples.sum() / walls.sum())
         cost["round_overhead_s"] = float((walls - seconds / workers).mean())
     return cost
-
-
-def _is_withheld(event: Mapping[str, Any], *keys: str) -> bool:
-    """Return whether a site that contributed to a round keeps any of these back."""
-    there = [s for s in event["sites"].values() if s["state"] == "contributed"]
-    return any(site[key] is None for site in there for key in keys)

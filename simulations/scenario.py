@@ -6,7 +6,6 @@ by name (`demo`, `release`), any other by its path.
 
 from __future__ import annotations
 
-import tomllib
 from difflib import get_close_matches
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -15,6 +14,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fedgex.common import parsing
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Settings
@@ -43,7 +43,7 @@ class Columns(Settings):
 
 
 class Data(Settings):
-    """Where the real data lie, relative to the data folder, and what they mean."""
+    """Files of the real data, relative to the data folder, and their meaning."""
 
     expression: str = Field(min_length=1)
     """File, or glob of several: samples in rows, genes in columns."""
@@ -94,7 +94,7 @@ class Sites(Settings):
 
 
 class Apart(Settings):
-    """Whole institutions, of which no site has a patient."""
+    """Institutions of which no site has a patient."""
 
     institutions: tuple[str, ...] = Field(min_length=1)
     """Values of the site column."""
@@ -116,7 +116,7 @@ class Public(Apart):
 
 
 class Reference(Settings):
-    """What the simulation computes beside the federation, to compare with."""
+    """Models that the simulation computes to compare the federation with."""
 
     alone: bool = True
     """Each site trains by itself."""
@@ -146,6 +146,11 @@ class Scenario(Settings):
     reference: Reference = Reference()
     run: Run = Run()
 
+    @property
+    def public_institutions(self) -> tuple[str, ...]:
+        """Institutions of the public cohort, none without it."""
+        return self.public.institutions if self.public else ()
+
     @model_validator(mode="after")
     def _public_fits(self) -> Self:
         wanted = self.study.public.statistics or self.study.public.epochs
@@ -154,8 +159,8 @@ class Scenario(Settings):
                 "study.public takes from a public cohort, and there is none; name "
                 "its institutions in [public]"
             )
-        named = set() if self.public is None else set(self.public.institutions)
-        if both := sorted(named & set(self.holdout.institutions)):
+        both = sorted({*self.public_institutions} & {*self.holdout.institutions})
+        if both:
             raise ValueError(
                 f"holdout and public both name {', '.join(both)}; what the models "
                 "learn from cannot judge them"
@@ -181,10 +186,8 @@ class Scenario(Settings):
 
     @classmethod
     def _parse(cls, file: Path | Traversable, source: str) -> Self:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{source}: not a TOML file: {error}") from error
+        most = parsing.LONG_BYTES
+        values = parsing.toml_table(file.read_bytes(), f"{source}:", most=most)
         return cls.read(values, source)
 
 

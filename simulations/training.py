@@ -52,18 +52,14 @@ def vocabulary(
     policies: Policies = UNRESTRICTED,
 ) -> Vocabulary:
     """Return the study's genes, or those that the sites agree on."""
-    panels = {}
+    panels, share = {}, study.vocabulary.min_patient_share
     for name, cohort in sites.items():
         least = _min_cell_count(study, policies, name)
         if cohort.n_patients >= least:
             panels[name] = (
                 cohort.genes  # which have values depends on patients
                 if study.privacy.patient is not None
-                else federation.observed_genes(
-                    cohort,
-                    min_count=least,
-                    min_share=study.vocabulary.min_patient_share,
-                )
+                else federation.observed_genes(cohort, min_count=least, min_share=share)
             )
     return federation.agree_vocabulary(study, panels, public)
 
@@ -88,42 +84,37 @@ def begin(
         left out, or of the public patients.
     """
     groups = None
-    names = [
-        name
-        for name in sorted(sites)
-        if sites[name].n_patients >= _min_cell_count(study, policies, name)
-    ]
+
+    def least(name: str) -> int:
+        return _min_cell_count(study, policies, name)
+
+    names = [name for name in sorted(sites) if sites[name].n_patients >= least(name)]
     if public is not None and study.public.statistics:
         scale = federation.public_standardisation(public, genes)
         if study.linear_rank:
-            patients = to_patients(public, genes, scale)
-            least = federation.MIN_PUBLIC_PATIENTS
-            groups = federation.cross_products(study, patients, least)
+            patients = to_patients(public, genes)
+            fewest = federation.MIN_PUBLIC_PATIENTS
+            groups = federation.cross_products(study, patients, fewest, scale)
     else:
         if scale is None:
             moments = {
-                name: federation.gene_moments(
-                    sites[name], genes, _min_cell_count(study, policies, name)
-                )
+                name: federation.gene_moments(sites[name], genes, least(name))
                 for name in names
             }
             for name, ratio in federation.foreign_sites(study, moments).items():
-                logger.warning(
-                    "site=%s left out: on a foreign scale, %.2f", name, ratio
-                )
+                off = "site=%s left out: on a foreign scale, %.2f"
+                logger.warning(off, name, ratio)
                 del moments[name]
             names, scale = sorted(moments), federation.standardisation(moments)
         if study.linear_rank:
             patients_of = {
-                name: to_patients(sites[name], genes, scale)
+                name: to_patients(sites[name], genes)
                 for name in names
                 if _policy(policies, name).share_cross_products
             }
             groups = factor_model.pool_completed(
                 lambda: (
-                    federation.cross_products(
-                        study, patients, _min_cell_count(study, policies, name)
-                    )
+                    federation.cross_products(study, patients, least(name), scale)
                     for name, patients in patients_of.items()
                 ),
                 study.linear_types,

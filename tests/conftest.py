@@ -59,6 +59,22 @@ OF_DELTAS: dict[str, Any] = {
 }
 """What a study must say for the server to add noise to its mean."""
 
+_GONE = "http://127.0.0.1:9"
+_NAMED = {"http": _GONE, "https": _GONE, "all": _GONE, "grpc": _GONE, "no": ""}
+PROXIES = {
+    variable: url
+    for name, url in _NAMED.items()
+    for variable in (f"{name}_proxy", f"{name}_proxy".upper())
+}
+"""Variables of a machine whose proxy is gone: every call that obeys them fails."""
+os.environ |= PROXIES  # for fixtures of a session
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Name the proxies anew: a command that a test calls forgets them."""
+    os.environ |= PROXIES
+
+
 Holder = tuple[pki.Key, x509.Certificate]
 
 

@@ -47,7 +47,7 @@ def test_a_wheel_holds_the_sides_of_its_part_and_no_others(part, tmp_path) -> No
         "fedgex/" + path.relative_to(ROOT).as_posix()
         for side in sides
         for path in (ROOT / side).rglob("*")
-        if path.suffix in {".py", ".toml", ".html", ".typed"}
+        if path.suffix in {".py", ".toml", ".html", ".xz", ".typed"}
     }
 
     assert {name for name in held if name.startswith("fedgex/")} == expected

@@ -8,7 +8,6 @@ written by hand admits nothing.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from fedgex.client.identity import AUDIT, Identity
 from fedgex.client.policy import Policy
@@ -58,7 +57,7 @@ class Decision(Settings):
     decision: Verdict
     by: str = Field(min_length=1, pattern=r"\S")
     """Name of the person."""
-    at: datetime
+    at: AwareDatetime
     """Time of the decision, UTC."""
     expires: date | None
     """Last day of an approval, UTC; null for the others."""
@@ -369,7 +368,7 @@ class ApprovalStore:
             return None
         try:
             signed = Signed.from_json(content.decode(), path.name)
-            made = Decision.read(json.loads(signed.content), path.name)
+            made = Decision.from_json(signed.content, path.name)
             signers = signed.signers(self._identity.authority, "site", at=made.at)
         except (TrustError, ConfigError, ValueError) as error:
             logger.warning("decisions/%s is not trusted: %s", path.name, error)

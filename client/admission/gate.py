@@ -54,7 +54,7 @@ from fedgex.common.messages.requests import (
 )
 from fedgex.common.settings import NAME_PATTERN
 from fedgex.common.system import failpoints
-from fedgex.common.system.files import disk_full, write_atomic
+from fedgex.common.system.files import disk_full, read_json, write_atomic
 from fedgex.common.transport.records import to_arrays
 from fedgex.common.trust import audit_log, bundle, pki
 from fedgex.common.trust.audit_log import Chain
@@ -350,11 +350,8 @@ def read_working(state_dir: Path) -> dict[str, object] | None:
 
     If that process is dead, it died during this computation.
     """
-    try:
-        found: dict[str, object] = json.loads((state_dir / WORKING).read_text())
-    except FileNotFoundError:
-        return None
-    return found
+    path = state_dir / WORKING
+    return read_json(path, "the computation under way") if path.exists() else None
 
 
 def stop_working(state_dir: Path, code: Code) -> None:

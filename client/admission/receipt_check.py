@@ -309,7 +309,7 @@ class _Ours:
 
 
 def _trained(line: Line) -> bool:
-    return line["event"] == "answered" and line["type"] == keys.TRAIN
+    return bool(line["event"] == "answered" and line["type"] == keys.TRAIN)
 
 
 def _by_run(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import typer
 
 from fedgex.common.system.lazy_commands import lazy_group
+from fedgex.common.system.processes import begin_command
 
 # fmt: off
 _PLACES = {
@@ -35,10 +36,11 @@ app = typer.Typer(
     cls=lazy_group(COMMANDS),
     add_completion=False,
     no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
 )
 
 
 @app.callback()
 def main() -> None:
     """Serve a hospital's operator: join, decide about studies, use a finished model."""
+    begin_command()

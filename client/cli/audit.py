@@ -45,7 +45,7 @@ def audit(
             checkpoint = checkpoints.load(folder)
             report = audit(settings, checkpoint, digest, non_members)
             if output is not None:
-                write_atomic(output, report.to_json().encode(), mode=0o644)
+                write_atomic(output, report.to_json().encode())
     if output is None:
         typer.echo(report.to_json(), nl=False)
     else:

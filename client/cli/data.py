@@ -35,7 +35,7 @@ def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
     if form == Format.JSON:
         typer.echo(_as_json(cohort, findings, settings.policy.minimum_cohort))
     else:
-        typer.echo(_as_text(cohort, findings))
+        typer.echo(_as_text(cohort, findings, settings.policy.minimum_cohort))
     if cohort is None:
         typer.echo(
             "Error: the data cannot be used; correct every error and run check-data "
@@ -45,8 +45,10 @@ def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         raise typer.Exit(1)
 
 
-def _as_text(cohort: Cohort | None, findings: Sequence[Finding]) -> str:
-    """Return one line a finding and one for all."""
+def _as_text(
+    cohort: Cohort | None, findings: Sequence[Finding], min_cell_count: int
+) -> str:
+    """Return one line a finding, what the cohort holds, and one line for all."""
     severities = [finding.severity for finding in findings]
     tally = ", ".join(
         _count(severities.count(severity), severity)
@@ -57,7 +59,34 @@ def _as_text(cohort: Cohort | None, findings: Sequence[Finding]) -> str:
         patients, genes = cohort.n_patients, len(cohort.genes)
         sizes = f"{_count(patients, 'patient')}, {_count(genes, 'gene')}"
         summary = f"ok: {sizes}; {tally}"
-    return "\n".join([*map(str, findings), summary])
+    held = [] if cohort is None else _held(cohort, min_cell_count)
+    return "\n".join([*map(str, findings), *held, summary])
+
+
+def _held(cohort: Cohort, min_cell_count: int) -> list[str]:
+    """Return what a person can compare with what they expected to export."""
+    one = cohort.take(cohort.first_samples())
+    followed = one.clinical[one.with_survival()]
+    lines = []
+    if len(followed) >= min_cell_count:
+        middle, died = followed["duration"].median(), int(followed["event"].sum())
+        deaths = died if died >= min_cell_count else f"fewer than {min_cell_count}"
+        lines.append(
+            f"follow-up: {len(followed)} patients, {deaths} with the event, "
+            f"median {middle / 365.25:.1f} years"
+        )
+    if types := _types(one, min_cell_count):
+        listed = ", ".join(f"{name} {n}" for name, n in types.items())
+        lines.append(f"cancer types of {min_cell_count} patients or more: {listed}")
+    return lines
+
+
+def _types(one: Cohort, min_cell_count: int) -> dict[str, int]:
+    """Return the patients of each cancer type that has enough of them."""
+    if "cancer_type" not in one.clinical:
+        return {}
+    sizes = one.clinical["cancer_type"].value_counts()
+    return {str(name): int(n) for name, n in sizes.items() if n >= min_cell_count}
 
 
 def _count(n: int, noun: str) -> str:
@@ -77,6 +106,9 @@ def _as_json(
         "ok": cohort is not None,
         "patients": patients,
         "genes": None if cohort is None else len(cohort.genes),
+        "cancer_types": None
+        if cohort is None
+        else _types(cohort.take(cohort.first_samples()), min_cell_count),
         "findings": [asdict(finding) for finding in findings],
     }
     return json.dumps(report, indent=2, ensure_ascii=False)

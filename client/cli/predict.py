@@ -114,6 +114,12 @@ class _Options:
 
 def _command(run: Callable[..., None]) -> Callable[..., None]:
     """Register a command: its first parameter stands for the options of all."""
+    predict.command(run.__name__, help=run.__doc__)(_with_options(run))
+    return run
+
+
+def _with_options(run: Callable[..., None]) -> Callable[..., None]:
+    """Return the command that spells out the options of all for `run`."""
     shared = [*inspect.signature(_Options, eval_str=True).parameters.values()]
     own = [*inspect.signature(run, eval_str=True).parameters.values()][1:]
 
@@ -128,8 +134,7 @@ def _command(run: Callable[..., None]) -> Callable[..., None]:
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
-    predict.command(run.__name__, help=run.__doc__)(command)
-    return run
+    return command
 
 
 Genes = Annotated[
@@ -162,13 +167,22 @@ def impute(options: _Options, genes: Genes = None) -> None:
 
 
 @_command
-def spread(options: _Options, genes: Genes = None) -> None:
+def uncertainty(options: _Options, genes: Genes = None) -> None:
     """Write the predictive standard deviation of every imputed value."""
     from fedgex.client.prediction import inference
 
     with _restoring(options, genes) as (job, wanted):
         expression = job.samples.expression
         job.write(inference.uncertainty(job.checkpoint, expression, genes=wanted))
+
+
+def _spread(options: _Options, genes: Genes = None) -> None:
+    """Write what `uncertainty` writes, under the name of before."""
+    typer.echo("Warning: spread is called uncertainty now.", err=True)
+    uncertainty(options, genes)
+
+
+predict.command("spread", hidden=True)(_with_options(_spread))
 
 
 @contextmanager
@@ -403,6 +417,7 @@ def _data(
         clinical=options.clinical if needed else None,
         scale=scale,
         orientation=options.orientation.value,
+        unknown_genes="keep",  # a model may be of others, and nothing leaves
         hgnc_table=table,
         columns=DataColumns() if ours is None else ours.columns,
     )

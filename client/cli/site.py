@@ -45,7 +45,7 @@ state_dir = "state"                  # keys, approvals, replies, audit log; back
 expression = "expression.tsv.gz"     # .csv, .tsv (also .gz), .parquet or .h5ad
 # clinical = "clinical.csv"          # needed for classification and survival
 scale = "log2p1"                     # CHANGE to what your numbers are: linear, log2p1, ...
-# hgnc_table = "hgnc_complete_set.txt"  # for Ensembl ids and retired symbols
+# hgnc_table = "hgnc_complete_set.txt"  # to update retired symbols
 # opt_outs = "opt-outs.txt"          # patients to leave out, one identifier a line
 # time_unit = "days"                 # of the follow-up: days, months, years
 

@@ -26,7 +26,8 @@ from fedgex.client.identity import AUDIT, Identity
 from fedgex.client.ledger.budget import Account
 from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.settings import SiteSettings
-from fedgex.common.system.files import lock_holder
+from fedgex.common.errors import ConfigError
+from fedgex.common.system.files import lock_holder, read_json
 from fedgex.common.trust.audit_log import Chain
 
 WARN_DAYS = 30
@@ -143,8 +144,8 @@ def _json(path: Path, warnings: list[str]) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path, "what this hospital wrote")
+    except ConfigError:
         warnings.append(f"{path.name} cannot be read")
         return "unreadable"
 

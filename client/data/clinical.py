@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,12 +16,25 @@ from fedgex.client.data.readers import RawClinical
 from fedgex.client.data.tables import MISSING, parse
 from fedgex.client.settings import DataColumns
 from fedgex.common.codes import Code
+from fedgex.common.data.patients import ambiguous, patient_key
 
 DAYS_PER = {"days": 1.0, "months": 30.4375, "years": 365.25}
 """Length of each unit of time, days."""
 
 LONGEST_LIFE = 120
 """Longest plausible age and follow-up, years."""
+
+SHORT_DAYS, LONG_YEARS = 200, 40
+"""Follow-up that is nowhere longer, or somewhere longer, is of another unit."""
+
+EVENTS = {
+    **dict.fromkeys(("deceased", "dead", "died", "true", "1"), "1"),
+    **dict.fromkeys(("living", "alive", "censored", "false", "0"), "0"),
+}
+"""Words for events, in any case; also after 1: or 0:, as cBioPortal has them."""
+
+OLD_AGE = {"90+": "90", ">89": "90", "> 89": "90", ">=90": "90", "≥90": "90"}
+"""Ages that rules on identification (45 CFR 164.514) make of all above 89."""
 
 SEXES = {"female": "female", "f": "female", "male": "male", "m": "male"}
 """Accepted spellings, in any case."""
@@ -73,25 +87,60 @@ def name_columns(
     text = text.apply(lambda column: column.astype("string").str.strip())
     text = text.astype(object).mask(text.isna() | text.isin(MISSING), None)
     text = text.dropna(how="all").reset_index(drop=True)
-    return Clinical(raw.file, names, text)
+    return Clinical(raw.file, names, _in_words(text, findings, raw.file))
+
+
+def _in_words(text: pd.DataFrame, findings: Findings, file: str) -> pd.DataFrame:
+    """Return the table with numbers for events in words and for ages above 89."""
+    if "event" in text:
+        event = text["event"].str.replace(r"^[01]:", "", regex=True).str.lower()
+        known = event.map(EVENTS)
+        if (known.notna() & ~text["event"].isin(("0", "1"))).any():
+            findings.add(Code.EVENTS_IN_WORDS, file)
+        text["event"] = known.where(known.notna(), text["event"])
+    if "age" in text:
+        capped = text["age"].isin(OLD_AGE.keys())
+        findings.add_if(capped.sum(), Code.AGES_CAPPED, file)
+        text["age"] = text["age"].replace(OLD_AGE)
+    return text
+
+
+def complete(clinical: Clinical) -> Clinical:
+    """Return the table with what is known of a patient in each row of the patient."""
+    text = clinical.text.copy()
+    key = text["patient"].map(patient_key, na_action="ignore")
+    for name in {"duration", "event", "age", "sex", "cancer_type"} & set(text):
+        known = text.groupby(key)[name].transform("first")
+        text[name] = text[name].where(text[name].notna(), known)
+    return replace(clinical, text=text)
 
 
 def check_ids(clinical: Clinical, findings: Findings) -> None:
-    """Check that every row names its patient, and that no row repeats."""
+    """Check that every row names its patient, and that no row repeats.
+
+    One patient, or one sample, has one spelling.
+    """
     key, patient = clinical.text[clinical.key], clinical.text["patient"]
     where = clinical.where("patient")
-    findings.add_if(patient.isna().sum(), Code.ID_MISSING, where)
+    missing = patient.fillna("").map(patient_key) == ""
+    findings.add_if(missing.sum(), Code.ID_MISSING, where)
+    for name in {"patient", clinical.key}:
+        spelt, where = ambiguous(clinical.text[name].dropna()), clinical.where(name)
+        findings.add_if(spelt, Code.ID_AMBIGUOUS, where)
     repeated, where = key.dropna().duplicated().sum(), clinical.where(clinical.key)
     findings.add_if(repeated, Code.CLINICAL_ROW_REPEATED, where, key=clinical.key)
 
 
 def check_patients(clinical: Clinical, findings: Findings) -> None:
     """Check that all samples of a patient have the same follow-up and sex."""
-    of_patient, where = clinical.text.groupby("patient"), clinical.where("patient")
-    several = int((of_patient.size() > 1).sum())
+    key = clinical.text["patient"].map(patient_key, na_action="ignore")
+    of_patient, where = clinical.text.groupby(key), clinical.where("patient")
+    sizes = of_patient.size()
+    several = int((sizes > 1).sum())
     if not several or clinical.key == "patient":
         return
-    findings.add(Code.SEVERAL_SAMPLES, where, n=several)
+    unused = findings.count(int((sizes - 1).sum()))
+    findings.add(Code.SEVERAL_SAMPLES, where, n=several, unused=unused)
     fixed = [c for c in ("duration", "event", "sex") if c in clinical.names]
     differ = of_patient[fixed].nunique() > 1  # one row a patient
     columns = ", ".join(clinical.names[c] for c in fixed)
@@ -106,17 +155,22 @@ def to_values(clinical: Clinical, time_unit: str, findings: Findings) -> pd.Data
     for name in _NUMERIC_COLUMNS:
         if name in where:
             text = pa.array(clinical.text[name], type=pa.string(), from_pandas=True)
-            table[name], is_text, has_commas = parse(text)
-            if has_commas:
-                findings.add(Code.DECIMAL_COMMA, where[name])
+            table[name], is_text, commas = parse(text)
+            if commas is not None:
+                findings.add(commas, where[name])
             findings.add_if(is_text.sum(), Code.NOT_A_NUMBER, where[name])
             findings.add_if(np.isinf(table[name]).sum(), Code.INFINITE, where[name])
     if "duration" in table:
         table["duration"] *= DAYS_PER[time_unit]
         _check_duration(where["duration"], table["duration"], time_unit, findings)
+        _doubt_unit(where["duration"], table["duration"], time_unit, findings)
     if "event" in table:
-        other = table["event"].notna() & ~table["event"].isin((0, 1))
+        event = table["event"]
+        other = event.notna() & ~event.isin((0, 1))
         findings.add_if(other.sum(), Code.EVENT_NOT_BINARY, where["event"])
+        followed = event[table.get("duration", event).notna()].dropna()
+        if len(followed) > findings.min_cell_count and (followed == 1).all():
+            findings.add(Code.NOBODY_CENSORED, where["event"])
     if "duration" in table and "event" in table:
         missing = table[["duration", "event"]].isna().any(axis=1)
         findings.add_if(missing.sum(), Code.FOLLOW_UP_MISSING, clinical.file)
@@ -144,3 +198,29 @@ def _check_duration(
     findings.add_if((days < 0).sum(), Code.TIME_NEGATIVE, where, unit=unit)
     too_long = int(((days > longest * 365.25) & np.isfinite(days)).sum())
     findings.add_if(too_long, Code.TIME_IMPOSSIBLE, where, unit=unit, longest=longest)
+
+
+def _doubt_unit(
+    where: str, days: pd.Series[float], unit: str, findings: Findings
+) -> None:
+    """Report follow-up that speaks for dates, or for another unit than declared."""
+    named = re.findall("day|month|year", where.rpartition("column")[2].lower())
+    if len(set(named)) == 1 and f"{named[0]}s" != unit:
+        reason = f"a column whose name says {named[0]}s"
+        findings.add(Code.TIME_UNIT_DOUBTFUL, where, reason=reason, unit=unit)
+    known = days[np.isfinite(days) & (days > 0)]
+    least, most = max(findings.min_cell_count, 2), LONGEST_LIFE * 365.25
+    if len(known) < least or known.max() > most:
+        return
+    written = known / DAYS_PER[unit]
+    years = unit != "years" and (written == written.round()).all()
+    if known.min() > LONG_YEARS * 365.25 or (
+        years and written.between(1900, 2100).all()
+    ):
+        findings.add(Code.TIMES_ARE_DATES, where, years=LONG_YEARS, unit=unit)
+    elif known.max() < SHORT_DAYS:
+        reason = f"no follow-up above {SHORT_DAYS} days in any patient"
+        findings.add(Code.TIME_UNIT_DOUBTFUL, where, reason=reason, unit=unit)
+    elif known.max() > LONG_YEARS * 365.25:
+        reason = f"follow-up above {LONG_YEARS} years"
+        findings.add(Code.TIME_UNIT_DOUBTFUL, where, reason=reason, unit=unit)

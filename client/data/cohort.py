@@ -6,7 +6,7 @@ and cells below the site's minimum cohort read "fewer than".
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +24,9 @@ from fedgex.client.settings import DataSettings, SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.data import genes as gene_names
 from fedgex.common.data.cohort import CLINICAL_COLUMNS, Cohort
+from fedgex.common.data.patients import patient_key
 from fedgex.common.data.scales import Scale
-from fedgex.common.errors import Finding
+from fedgex.common.errors import Finding, Severity
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "pretraining": (),
@@ -70,7 +71,28 @@ def load_cohort(
     raw = read(settings.data)
     findings = Findings(settings.policy.minimum_cohort)
     checked = check(raw, settings.data, canonical_scale, tasks, findings)
-    return checked.cohort, tuple(findings.found)
+    return _best_first(checked), tuple(findings.found)
+
+
+def _best_first(checked: CheckedCohort) -> Cohort:
+    """Return the cohort with each patient's best sample before the others.
+
+    A tumour before normal tissue, then the sample with most genes, then the first: one
+    sample a patient is used (`Cohort.first_samples`).
+    """
+    cohort = checked.cohort
+    order = np.arange(len(cohort.patients))
+    if cohort.n_patients == len(order):
+        return cohort
+    labels = [checked.sheet.samples[i] for i in checked.rows]
+    normal = [expressions.is_normal(label) for label in labels]
+    genes = np.isfinite(cohort.expression).sum(axis=1)
+    places: dict[str, list[int]] = {}
+    for row, key in enumerate(cohort.keys):
+        places.setdefault(key, []).append(row)
+    for rows in places.values():
+        order[rows] = sorted(rows, key=lambda row: (normal[row], -genes[row], row))
+    return cohort.take(order)
 
 
 def assay(settings: SiteSettings) -> tuple[str, ...]:
@@ -126,12 +148,22 @@ def check(
             clinicals.to_values(clinical, data.time_unit, findings)
         findings.refuse()
 
-    in_file = Sheet.parse(raw.expression, axes)
+    in_file = expressions.drop_annotation(
+        Sheet.parse(raw.expression, axes), data, findings
+    )
     expressions.check_samples(in_file, findings)
     sheet, linked = _link(in_file, clinical, findings)
     if raw.opt_outs is not None and (clinical is None or linked is not None):
-        sheet, linked = _leave_out(sheet, linked, raw.opt_outs, findings)
+        known = _patients(in_file, clinical)
+        opted_out = _opted_out(raw.opt_outs, known, data, findings)
+        sheet, linked = _leave_out(sheet, linked, opted_out, findings)
+    if clinical is None:
+        expressions.check_persons(sheet, findings)
+    expressions.check_normal(sheet, findings)
+    named = expressions.check_labels(sheet, raw.gene_table, data, findings)
     expressions.check_cells(sheet, findings)
+    if not named:
+        findings.refuse()
     sheet = expressions.one_column_per_gene(sheet, raw.gene_table, findings)
     columns = dict(zip(sheet.labels, sheet.columns.tolist(), strict=True))
     if clinical is not None and linked is None:
@@ -181,7 +213,8 @@ def _orient(
 ) -> expressions.Axes | None:
     ids: set[str] = set()
     if clinical is not None:
-        ids = set(clinical.text["patient"]) | set(clinical.text[clinical.key])
+        named = {"patient", clinical.key}
+        ids = {patient_key(x) for name in named for x in clinical.text[name].dropna()}
     return expressions.orient(raw.expression, ids, raw.gene_table, data, findings)
 
 
@@ -195,8 +228,9 @@ def _link(
     if clinical is None:
         return sheet, None
     first = clinical.text[clinical.key].dropna().drop_duplicates()
-    row_of = {label: row for row, label in first.items()}
-    linked = [i for i, label in enumerate(sheet.samples) if label in row_of]
+    row_of = {patient_key(label): row for row, label in first.items()}
+    samples = list(map(patient_key, sheet.samples))
+    linked = [i for i, key in enumerate(samples) if key in row_of]
     where = f"{sheet.file} and {clinical.file}"
     if not linked:
         column = clinical.where(clinical.key)
@@ -204,21 +238,48 @@ def _link(
         return sheet, None
     lost = len(sheet.samples) - len(linked)
     findings.add_if(lost, Code.SAMPLE_WITHOUT_CLINICAL, where)
-    unused = len(clinical.text) - len({sheet.samples[i] for i in linked})
+    unused = len(clinical.text) - len({samples[i] for i in linked})
     findings.add_if(unused, Code.CLINICAL_WITHOUT_SAMPLE, where)
-    rows = np.array([row_of[sheet.samples[i]] for i in linked], dtype=np.intp)
+    rows = np.array([row_of[samples[i]] for i in linked], dtype=np.intp)
     used = clinical.take(rows)
     clinicals.check_patients(used, findings)
-    return sheet.take(np.array(linked, dtype=np.intp)), used
+    return sheet.take(np.array(linked, dtype=np.intp)), clinicals.complete(used)
+
+
+def _patients(sheet: Sheet, clinical: Clinical | None) -> set[str]:
+    """Return the keys of all patients in the files, with or without a sample."""
+    ids = list(sheet.samples)
+    if clinical is not None:
+        listed = list(clinical.text["patient"].dropna())
+        ids = listed if clinical.key == "sample" else listed + ids
+    return set(map(patient_key, ids))
+
+
+def _opted_out(
+    identifiers: Iterable[str], known: set[str], data: DataSettings, findings: Findings
+) -> set[str]:
+    """Return the keys of an opt-out list, and report those that match nobody.
+
+    Their exact number stays in the house: the hospital must know of a list that does
+    not do what it is for.
+    """
+    listed = set(map(patient_key, identifiers)) - {""}
+    unknown, where = len(listed - known), str(data.opt_outs and data.opt_outs.name)
+    if unknown:
+        refused = data.unknown_opt_outs == "refuse"
+        severity: Severity | None = "error" if refused else None
+        findings.add(Code.OPT_OUTS_UNKNOWN, where, severity=severity, count=unknown)
+    return listed
 
 
 def _leave_out(
-    sheet: Sheet, clinical: Clinical | None, opt_outs: Set[str], findings: Findings
+    sheet: Sheet, clinical: Clinical | None, opted_out: set[str], findings: Findings
 ) -> tuple[Sheet, Clinical | None]:
     """Drop the patients who opted out; a small count reads like none."""
     ids = sheet.samples if clinical is None else tuple(clinical.text["patient"])
-    rows = np.array([i for i, x in enumerate(ids) if x not in opt_outs], dtype=np.intp)
-    n = len(opt_outs & set(ids))
+    keys = [patient_key(x or "") for x in ids]
+    rows = np.array([i for i, x in enumerate(keys) if x not in opted_out], np.intp)
+    n = len(opted_out & set(keys))
     count = n if n >= findings.min_cell_count else "suppressed"
     findings.add(Code.OPTED_OUT, sheet.file, count=count)
     return sheet.take(rows), None if clinical is None else clinical.take(rows)
@@ -248,7 +309,7 @@ def _check_cohort(
 def _check_events(cohort: Cohort, file: str, findings: Findings) -> None:
     """Report few events without their count, so that few and none look the same."""
     observed = cohort.with_survival() & (cohort.clinical["event"] == 1).to_numpy()
-    events = len({cohort.patients[i] for i in np.flatnonzero(observed)})
+    events = len({cohort.keys[i] for i in np.flatnonzero(observed)})
     least = findings.min_cell_count
     if events < least:
         findings.add(Code.FEW_EVENTS, file, n=events, least=least)

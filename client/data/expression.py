@@ -5,6 +5,7 @@ N samples, L labels of genes in the file, G genes kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,30 @@ from fedgex.client.settings import DataSettings
 from fedgex.common.codes import Code
 from fedgex.common.data import genes as gene_names
 from fedgex.common.data.genes import GeneTable
+from fedgex.common.data.patients import ambiguous, patient_key
+
+# fmt: off
+ANNOTATION = frozenset((
+    "basemean", "biotype", "chr", "chrom", "chromosome", "cytoband", "description",
+    "effective_length", "end", "ensembl_gene_id", "ensembl_id", "entrez", "entrezid",
+    "entrez_gene_id", "gene", "gene_biotype", "gene_id", "gene_name", "gene_symbol",
+    "gene_type", "geneid", "hgnc_id", "hugo_symbol", "length", "lfcse",
+    "log2foldchange", "name", "padj", "pvalue", "start", "stat", "strand", "symbol",
+    "target_id", "transcript_id", "transcript_id(s)",
+))
+"""Columns that annotate genes or test them, in any case."""
+
+MEASURES = frozenset((
+    "count", "counts", "eff_length", "est_counts", "expected_count", "fpkm",
+    "fpkm_unstranded", "fpkm_uq_unstranded", "isopct", "numreads",
+    "posterior_mean_count", "rpkm", "stranded_first", "stranded_second", "tpm",
+    "tpm_unstranded", "unstranded",
+))
+"""Columns of one sample's quantification (RSEM, kallisto, Salmon, GDC), in any case."""
+# fmt: on
+
+_BARCODE = re.compile(r"(TCGA-\w{2}-\w{4})(?:-(\d{2})[A-Z]?(?:-.*)?)?", re.IGNORECASE)
+_NUMBERED = re.compile(r"(.+)\.\d+")
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ class Sheet:
     labels: tuple[str, ...]  # length L, later G symbols
     values: NDArray[np.float64]  # (N, L)
     is_text: NDArray[np.bool_]  # (N, L), cells that are neither number nor missing
-    has_commas: bool
+    commas: Code | None  # what commas in these cells are
     may_name: bool  # the labels are surely genes, not patients
     rows: NDArray[np.intp]  # (N,), place of each sample in the file
     columns: NDArray[np.intp]  # (L,), place of each label in the file
@@ -51,14 +76,14 @@ class Sheet:
     @classmethod
     def parse(cls, table: RawExpression, axes: Axes) -> Sheet:
         """Convert the cells of a file to numbers, samples as rows."""
-        values, is_text, has_commas = to_numbers(table.cells)
+        values, is_text, commas = to_numbers(table.cells)
         return cls(
             file=table.file,
             samples=axes.samples,
             labels=axes.labels,
             values=values if axes.rows_are_samples else values.T,
             is_text=is_text if axes.rows_are_samples else is_text.T,
-            has_commas=has_commas,
+            commas=commas,
             may_name=axes.recognised,
             rows=np.arange(len(axes.samples)),
             columns=np.arange(len(axes.labels)),
@@ -116,7 +141,7 @@ def orient(
     Parameters
     ----------
     ids
-        Identifiers of the clinical table.
+        Keys of the identifiers in the clinical table.
     """
     evidence = _evidence(table.rows, table.columns, ids, gene_table)
     if table.rows_are_samples:
@@ -147,26 +172,81 @@ def orient(
     return Axes(samples, labels, by_rows, recognised=evidence is not None)
 
 
+def drop_annotation(sheet: Sheet, data: DataSettings, findings: Findings) -> Sheet:
+    """Leave out columns that annotate genes, or patients, in place of measuring.
+
+    Raises
+    ------
+    DataError
+        If nothing else is there: the file is of one sample, or a test's result.
+    """
+    names = [label.lower() for label in sheet.samples]
+    other = np.array([n in ANNOTATION or n in MEASURES for n in names], dtype=bool)
+    if len(names) and other.all():
+        listed = ", ".join(sheet.samples)
+        findings.add(Code.RESULT_OF_ONE_SAMPLE, sheet.file, names=listed)
+        findings.refuse()
+    other = np.array([n in ANNOTATION for n in names], dtype=bool)
+    given = data.columns.model_dump()
+    clinical = {*given, *filter(None, given.values())} - {"sex"}
+    among = np.array([label in clinical for label in sheet.labels], dtype=bool)
+    for axis, mask, labels in (
+        ("samples", other, sheet.samples),
+        ("genes", among, sheet.labels),
+    ):
+        if mask.any():
+            left_out = ", ".join(labels[i] for i in np.flatnonzero(mask))
+            findings.add(Code.ANNOTATION, sheet.file, axis=axis, names=left_out)
+    return sheet.take(np.flatnonzero(~other), np.flatnonzero(~among))
+
+
+def is_normal(label: str) -> bool:
+    """Return whether a label is the barcode of normal tissue."""
+    barcode = _BARCODE.fullmatch(label)
+    return barcode is not None and (barcode[2] or "").startswith("1")
+
+
+def check_normal(sheet: Sheet, findings: Findings) -> None:
+    """Report samples whose barcode says normal tissue."""
+    normal = sum(map(is_normal, sheet.samples))
+    findings.add_if(normal, Code.NORMAL_TISSUE, sheet.file)
+
+
+def check_persons(sheet: Sheet, findings: Findings) -> None:
+    """Report labels of one person, where no clinical table says who is who."""
+    every = set(sheet.samples)
+    persons = [m[1] for label in every if (m := _BARCODE.fullmatch(label))]
+    numbered = [m for label in every if (m := _NUMBERED.fullmatch(label))]
+    for n, how in (
+        (len(persons) - len(set(persons)), "barcodes of one patient"),
+        (sum(m[1] in every for m in numbered), "numbered as pandas does: P001.1"),
+    ):
+        where = sheet.file
+        findings.add_if(n, Code.ONE_PERSON, where, how=how)
+
+
 def check_samples(sheet: Sheet, findings: Findings) -> None:
-    """Check that every sample has a label, and that no label repeats."""
-    labels = pd.Series(sheet.samples)
+    """Check that every sample has a label of its own, in one spelling."""
+    labels = pd.Series(sheet.samples, dtype=object)
+    missing = labels.map(patient_key) == ""
     findings.add_if(
-        (labels == "").sum(),
+        missing.sum(),
         Code.ID_MISSING,
         sheet.file,
         found="{n:sample} without a label",
         expected="one for every sample",
         action="Complete the labels, or remove the samples.",
     )
-    repeated = labels[labels != ""].duplicated().sum()
+    repeated = labels[~missing].duplicated().sum()
     findings.add_if(repeated, Code.SAMPLE_REPEATED, sheet.file)
+    findings.add_if(ambiguous(labels[~missing]), Code.ID_AMBIGUOUS, sheet.file)
 
 
 def check_cells(sheet: Sheet, findings: Findings) -> None:
     """Check that every cell is a finite number or empty."""
     if sheet.is_text.any():
-        if sheet.has_commas:
-            findings.add(Code.DECIMAL_COMMA, sheet.file)
+        if sheet.commas is not None:
+            findings.add(sheet.commas, sheet.file)
         findings.add(
             Code.NOT_A_NUMBER,
             sheet.file,
@@ -188,6 +268,28 @@ def check_cells(sheet: Sheet, findings: Findings) -> None:
             action="Export again; log(0) is a usual cause, so add 1 before the "
             "logarithm.",
         )
+
+
+def check_labels(
+    sheet: Sheet, table: GeneTable | None, data: DataSettings, findings: Findings
+) -> bool:
+    """Check that the labels of genes name genes, as those of patients would not."""
+    known, total = gene_names.count_genes(sheet.labels, table), len(sheet.labels)
+    if data.unknown_genes == "keep" or known >= gene_names.KNOWN_SHARE * total:
+        return True
+    kind, where = gene_names.kind_of(sheet.labels), sheet.file
+    findings.add(Code.LABELS_NOT_GENES, where, known=known, total=total, kind=kind)
+    return False
+
+
+def known_genes(
+    genes: Sequence[str], data: DataSettings, fixed: Collection[str]
+) -> tuple[str, ...]:
+    """Return the genes whose names may leave: HGNC's, and those that a study fixes."""
+    if data.unknown_genes == "keep" or data.hgnc_table is not None:
+        return tuple(genes)  # all of them are the table's
+    table, asked = GeneTable.packaged(), set(fixed)
+    return tuple(gene for gene in genes if gene in asked or table.knows(gene))
 
 
 def one_column_per_gene(
@@ -250,7 +352,10 @@ def _evidence(
     table: GeneTable | None,
 ) -> tuple[bool, str] | None:
     """Return whether the rows are samples, and why; None without evidence."""
-    in_rows, in_columns = (sum(x in ids for x in axis) for axis in (rows, columns))
+    in_rows, in_columns = (
+        sum(patient_key(x) in ids for x in axis) if ids else 0
+        for axis in (rows, columns)
+    )
     if in_rows != in_columns:
         return in_rows > in_columns, "by the identifiers in the clinical table"
     in_rows, in_columns = (gene_names.count_genes(x, table) for x in (rows, columns))

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from fedgex.common.codes import Code
-from fedgex.common.errors import DataError, Finding
+from fedgex.common.errors import DataError, Finding, Severity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.WRONG_DELIMITER: ("a header divided by {name}", "{delimiter} in a file of this ending", "Export with that delimiter and decimal points, or use the ending .tsv for tabs and .csv for commas."),
     Code.RAGGED_ROWS: ("rows with more or fewer cells than the header", "{n_columns} cells in every row, as in the header", "Give the column of labels a name (in R: col.names = NA), and quote cells that hold the delimiter."),
     Code.DECIMAL_COMMA: ("numbers with a decimal comma", "decimal points", "Export with decimal points (1.5, not 1,5)."),
+    Code.THOUSANDS_SEPARATORS: ("numbers with thousands separators", "digits and a decimal point", "Export without separators (1234, not 1,234)."),
     Code.GENE_TABLE_UNUSABLE: ("not a readable gene table", "HGNC's complete set, tab-separated, with its header", "Download it again, or remove {hgnc_table}."),
 
     Code.ORIENTATION_RECOGNISED: ("{axis} are samples and {other} are genes, {reason}", "either orientation", "Set {orientation} if this is wrong."),
@@ -53,8 +54,13 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.NOTHING_LINKED: ("no sample has a clinical row", "labels of samples in {column}", "Name the column with these labels as {sample_column} or, if they are the patients' own, as data.columns.patient."),
     Code.SAMPLE_WITHOUT_CLINICAL: ("{n:sample} without a clinical row, left out", "a clinical row for every sample", "Add the rows (all but the identifier may be empty), if they belong."),
     Code.CLINICAL_WITHOUT_SAMPLE: ("{n:clinical row} without a sample, left out", "rows without a sample are fine", "Nothing, unless their samples should be there."),
-    Code.SEVERAL_SAMPLES: ("{n:patient} with several samples", "one sample or more a patient", "Nothing: a patient's samples count, and are split, as one patient."),
+    Code.SEVERAL_SAMPLES: ("{n:patient} with several samples; of each one is used, and {unused:sample} not: a tumour before normal tissue, then most genes, then the first", "one sample a patient, or the right one first", "Leave in the file the sample that should be used."),
+    Code.NORMAL_TISSUE: ("{n:sample} whose barcode says normal tissue (sample type 10 to 19)", "tumours", "Remove these samples, unless the study is about normal tissue."),
+    Code.ONE_PERSON: ("{n:label} of a person who has another one ({how})", "one label a person, or a clinical table that names the patient of each sample", "Add a clinical table with columns patient and sample; else each counts as one patient."),
+    Code.ANNOTATION: ("columns that are no {axis}, left out: {names}", "{axis} only", "Nothing."),
+    Code.RESULT_OF_ONE_SAMPLE: ("only columns of one sample's quantification, or of a test's result: {names}", "one column, or one row, a sample", "Put the samples of all patients into one file, with one measure each (TPM or the like)."),
     Code.PATIENT_CONTRADICTORY: ("{n:patient} whose rows differ in {columns}", "the same follow-up and sex in all rows of a patient", "Correct the rows."),
+    Code.ID_AMBIGUOUS: ("{n:identifier} that are the same as another but for case, quotes, spaces, leading zeros, decimals or invisible characters", "one spelling for each patient and each sample", "If they are one, write them alike; if they are several, let their letters or digits differ."),
 
     Code.NOT_A_NUMBER: ("{n:cell} that are no numbers", "numbers, or empty cells or NA where nothing is known", "Correct the cells."),
     Code.INFINITE: ("{n:infinite value}", "finite numbers", "Correct the cells, or leave them empty."),
@@ -65,8 +71,9 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.LIBRARY_SIZE_UNUSABLE: ("{n:sample} whose library size is missing, not above zero, or less than its counts add up to", "all reads of the sample", "Correct the library sizes in the clinical table."),
     Code.COUNTS_PER_MILLION: ("counts, taken as counts per million of the library size", "TPM, FPKM or RSEM normalised, which account for gene length or the like", "Export normalised values if other sites do; else make sure that all use CPM."),
 
-    Code.NO_GENES: ("no gene is left", "HGNC symbols, or Ensembl gene ids and a {hgnc_table}", "Check the labels of the genes; Ensembl ids need HGNC's complete set."),
-    Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a {hgnc_table}, which Ensembl ids need, or correct the names (spreadsheets turn SEPT2 into a date)."),
+    Code.NO_GENES: ("no gene is left", "HGNC symbols or Ensembl gene ids", "Check the labels of the genes."),
+    Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a newer {hgnc_table}, or correct the names (spreadsheets turn SEPT2 into a date)."),
+    Code.LABELS_NOT_GENES: ("{known} of {total} labels of genes that name a known human gene; the others look like {kind}", "HGNC symbols or Ensembl gene ids for half of them or more", "Correct the orientation if the labels are patients; else rename the genes. data.unknown_genes = \"keep\" takes other names, and lets them leave."),
     Code.GENES_AMBIGUOUS: ("{genes} that several genes were called, left out", "names of one gene each", "Use current symbols or Ensembl gene ids for these."),
     Code.GENES_UPDATED: ("{genes} renamed to current symbols", "retired symbols are fine", "Nothing."),
     Code.GENES_REPEATED: ("{genes} with several columns, of which one is kept: the one under the current symbol, or one of equal ones", "one column a gene", "Nothing, unless another column is the right one."),
@@ -82,6 +89,11 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.TIME_IMPOSSIBLE: ("{n:time} above {longest} years", "time in {unit}, as declared", "Correct data.time_unit or the export."),
     Code.TIME_ZERO: ("{n:sample} with time zero, left out of survival", "times above zero", "Nothing, unless zero stands for unknown or for less than a day."),
     Code.FOLLOW_UP_MISSING: ("{n:sample} without time or event, left out of survival", "both, where they are known", "Nothing, unless they are known."),
+    Code.EVENTS_IN_WORDS: ("events in words, taken as 1 observed, 0 ended before", "0 and 1", "Nothing, if they are deaths."),
+    Code.NOBODY_CENSORED: ("the event in every patient with follow-up", "some whose follow-up ended before", "Check the coding: 1 observed, 0 ended before. R codes them 2 and 1."),
+    Code.TIME_UNIT_DOUBTFUL: ("{reason}", "time in {unit}, as declared", "Check data.time_unit."),
+    Code.TIMES_ARE_DATES: ("no follow-up below {years} years: dates, as spreadsheets number them, or calendar years", "time in {unit} from diagnosis to death or last contact", "Export the difference of the two dates."),
+    Code.AGES_CAPPED: ("{n:age} such as 90+, taken as 90", "years", "Nothing."),
     Code.AGE_IMPOSSIBLE: ("{n:age} outside 0 to {longest}", "years", "Correct the export; an age in days, or a year of birth, must be converted."),
     Code.SEX_UNKNOWN: ("{n:value} that are not recognised, taken as unknown", "female, male, f or m in any case, or empty", "Recode the column if it uses a code."),
 
@@ -89,6 +101,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.FEW_EVENTS: ("{n:patient} with an observed event", "{least} or more for survival", "Follow up longer; without any event a site contributes nothing to survival."),
     Code.TASK_WITHOUT_COLUMNS: ("no {lacking} for {task}, to which nothing is contributed", "clinical columns {needed}", "Add them, or name them in data.columns; else remove the task."),
     Code.OPTED_OUT: ("patients who opted out are left out: {count}", "the patients of data.opt_outs, who may be unknown here", "Nothing."),
+    Code.OPT_OUTS_UNKNOWN: ("{count} identifiers of the opt-out list match nobody", "identifiers of the patient column, or of the samples without a clinical table", "Compare the list with the files; remove lines of people who are not in them. data.unknown_opt_outs says whether the data are refused."),
 
     Code.NO_VOCABULARY_GENE: ("none of the vocabulary's {n_vocabulary} genes is measured", "HGNC symbols as in the study, or Ensembl ids and an HGNC table", "Check the names of the genes, and which axis they are on."),
     Code.FEW_VOCABULARY_GENES: ("{n_genes} of the vocabulary's {n_vocabulary} genes are measured", "{share:.0%} or more", "Trust the predictions little; they rest on few genes."),
@@ -133,6 +146,7 @@ class Findings:
         found: str | None = None,
         expected: str | None = None,
         action: str | None = None,
+        severity: Severity | None = None,
         **fields: object,
     ) -> None:
         """Add a finding, see `Finding`.
@@ -143,16 +157,23 @@ class Findings:
             Count of patients, samples or cells.
         found, expected, action
             Templates in place of those of `TEXTS`.
+        severity
+            In place of the code's own.
         fields
             Further fields of the templates.
         """
-        fields |= vars(self.advice) | {"n": _Count(n, self.min_cell_count)}
+        fields |= vars(self.advice) | {"n": self.count(n)}
         own = (found, expected, action)
         texts = [
             (theirs if ours is None else ours).format_map(fields)
             for ours, theirs in zip(own, TEXTS[code], strict=True)
         ]
-        self.found.append(code.finding(where, *texts))
+        finding = code.finding(where, *texts)
+        self.found.append(replace(finding, severity=severity or finding.severity))
+
+    def count(self, n: int) -> _Count:
+        """Return a count for a template: "fewer than" below the minimum."""
+        return _Count(n, self.min_cell_count)
 
     def add_if(self, n: int, code: Code, where: str, **fields: Any) -> None:
         """Add a finding about a count, see `add`, unless the count is zero."""

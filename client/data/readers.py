@@ -84,7 +84,10 @@ def read(data: DataSettings, advice: Advice | None = None) -> RawCohort:
             return reader(path)
         except DataError as error:
             findings.found.extend(error.findings)
-            return None
+        except Exception as error:  # each library has its own for a damaged file
+            found = f"a damaged file ({type(error).__name__})"
+            findings.add(Code.FILE_UNREADABLE, path.name, found=found)
+        return None
 
     read_expression = partial(_read_expression, columns=data.columns)
     expression, obs = read_with(read_expression, data.expression) or (None, None)

@@ -22,8 +22,16 @@ from numpy.typing import NDArray
 from fedgex.client.data.findings import Findings
 from fedgex.common.codes import Code
 
-MISSING = ("", "NA", "N/A", "na", "n/a", "NaN", "nan", "NULL", "null", "None")
-"""Cells that count as missing."""
+MISSING = (
+    *("", "NA", "N/A", "na", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"),
+    *("#N/A", "-", "--", "'--", "not reported", "Not Reported", "not available"),
+    *("[Not Available]", "[Not Applicable]", "[Not Evaluated]", "[Unknown]"),
+    "[Discrepancy]",
+)
+"""Cells that count as missing: those of R, pandas, spreadsheets, GDC and TCGA."""
+
+_DECIMAL_COMMA = r"[-+]?\d+,\d+([eE][-+]?\d+)?"
+_THOUSANDS = r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?"
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
@@ -64,7 +72,9 @@ def by_position(columns: list[Any]) -> Any:
     return pa.Table.from_arrays(columns, names=[str(i) for i in range(len(columns))])
 
 
-def to_numbers(cells: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool]:
+def to_numbers(
+    cells: Any,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], Code | None]:
     """Convert an Arrow table of R rows and C columns to numbers.
 
     Columns of text are converted many at a time: on 20 000 single columns the calls
@@ -76,8 +86,8 @@ def to_numbers(cells: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool
         Shape (R, C); NaN where the cell is missing or no number.
     is_text
         Shape (R, C): cells that are neither a number nor missing.
-    has_commas
-        Whether any of these has a decimal comma.
+    commas
+        What commas in any of these are: its code, None without.
     """
     shape = (cells.num_columns, cells.num_rows)
     values, is_text = np.empty(shape), np.zeros(shape, dtype=bool)
@@ -87,7 +97,7 @@ def to_numbers(cells: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool
             values[i] = column.cast(pa.float64(), safe=False).to_numpy()
         else:
             text.append(i)
-    has_commas = False
+    found: set[Code | None] = set()
     width = max(1, 1_000_000 // max(1, cells.num_rows))
     for start in range(0, len(text), width):
         these = text[start : start + width]
@@ -95,24 +105,29 @@ def to_numbers(cells: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool
         parsed, stray, commas = parse(pa.concat_arrays(chunks))
         values[these] = parsed.reshape(len(these), -1)
         is_text[these] = stray.reshape(len(these), -1)
-        has_commas |= commas
-    return values.T, is_text.T, has_commas
+        found.add(commas)
+    return values.T, is_text.T, next(iter(found - {None}), None)
 
 
-def parse(text: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], bool]:
+def parse(text: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], Code | None]:
     """Convert an Arrow array of text to numbers; returned as by `to_numbers`."""
     text = pc.utf8_trim_whitespace(text)
     missing = pc.is_in(text, value_set=pa.array(MISSING))
     text = pc.if_else(missing, None, text)
     try:
         values = text.cast(pa.float64()).to_numpy(zero_copy_only=False)
-        return values, np.zeros(len(values), dtype=bool), False
+        return values, np.zeros(len(values), dtype=bool), None
     except pa.ArrowInvalid:
         cells = pd.Series(text.to_numpy(zero_copy_only=False), dtype=object)
     values = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64)
     stray = cells.notna().to_numpy() & np.isnan(values)
-    commas = cells[stray].str.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?").any()
-    return values, stray, bool(commas)
+    with_comma = cells[stray][cells[stray].str.contains(",", regex=False)]
+    commas = None
+    if len(with_comma) and with_comma.str.fullmatch(_THOUSANDS).all():
+        commas = Code.THOUSANDS_SEPARATORS
+    elif with_comma.str.fullmatch(_DECIMAL_COMMA).any():
+        commas = Code.DECIMAL_COMMA
+    return values, stray, commas
 
 
 def refuse(code: Code, path: Path, **fields: Any) -> NoReturn:
@@ -136,7 +151,10 @@ def _read_text(path: Path, delimiter: str) -> Any:
             path,
             # One row of 60 000 genes must fit into a block.
             read_options=pa.csv.ReadOptions(
-                skip_rows=1, column_names=positions, block_size=1 << 26
+                skip_rows=1,
+                column_names=positions,
+                block_size=1 << 26,
+                use_threads=False,  # with threads, processes were seen to abort
             ),
             parse_options=pa.csv.ParseOptions(
                 delimiter=delimiter, invalid_row_handler=skip
@@ -173,11 +191,24 @@ def _read_header(path: Path, delimiter: str) -> list[str]:
 def _read_parquet(path: Path) -> Any:
     try:
         table = pa.parquet.ParquetFile(path).read(use_threads=False)
+        table.validate(full=True)  # text that is UTF-8
     except (OSError, pa.ArrowException):
         refuse(Code.FILE_UNREADABLE, path, found="a damaged file, or no Parquet")
-    if any(pa.types.is_nested(t) or pa.types.is_binary(t) for t in table.schema.types):
-        refuse(Code.FILE_UNREADABLE, path, found="columns that hold lists or bytes")
+    if not all(map(_is_number_or_text, table.schema.types)):
+        found = "columns that hold neither numbers nor text"
+        refuse(Code.FILE_UNREADABLE, path, found=found)
     return table
+
+
+def _is_number_or_text(kind: Any) -> bool:
+    """Return whether every value of a type can be written as text."""
+    if pa.types.is_nested(kind) or "binary" in str(kind):
+        return False
+    try:
+        pa.nulls(0, kind).cast(pa.string())
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def _is_number(kind: Any) -> bool:

@@ -3,12 +3,15 @@
 A row holds one mechanism on one cohort, a set of patients' HMACs. A patient's epsilon
 composes all rows whose cohorts contain the patient; for several patients, the maximum
 counts. So a new patient, file or study resets no epsilon.
+
+A patient has one HMAC, of its key (`patient_key`), and, if the identifier was written
+otherwise in earlier releases, a second one, of that. Cohorts with either count.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Self
@@ -110,7 +113,7 @@ class Book:
     def spent(
         self,
         delta: float,
-        patients: Collection[bytes] | None = None,
+        patients: Iterable[frozenset[bytes]] | None = None,
         adding: Sequence[Invocation] = (),
     ) -> float:
         """Return the largest epsilon of any patient.
@@ -118,7 +121,7 @@ class Book:
         Parameters
         ----------
         patients
-            HMACs; None for all in the ledger.
+            Pseudonyms of each; None for all in the ledger.
         adding
             Invocations on all of these patients that are not in the ledger.
         """
@@ -130,17 +133,25 @@ class Book:
         return max(accounting.epsilon([*h, *adding], delta) for h in histories)
 
     @cached_property
-    def _sets(self) -> set[frozenset[str]]:
-        return self._maximal(frozenset().union(*self.cohorts.values()))
+    def pseudonyms(self) -> frozenset[bytes]:
+        """HMACs of all patients in the ledger."""
+        return frozenset().union(*self.cohorts.values())
 
-    def _maximal(self, patients: Collection[bytes]) -> set[frozenset[str]]:
+    @cached_property
+    def _sets(self) -> set[frozenset[str]]:
+        return self._maximal(frozenset({each}) for each in self.pseudonyms)
+
+    def _maximal(self, patients: Iterable[frozenset[bytes]]) -> set[frozenset[str]]:
         """Return each patient's set of cohorts, without subsets of others' sets.
 
         Epsilon is monotone in the set of cohorts, so these few sets give the maximum
         over thousands of patients.
         """
         members = self.cohorts.items()
-        found = {frozenset(d for d, all in members if p in all) for p in patients}
+        found = {
+            frozenset(d for d, all in members if not all.isdisjoint(patient))
+            for patient in patients
+        }
         return {one for one in found if not any(one < other for other in found)}
 
 

@@ -23,6 +23,7 @@ from typing import Self
 
 from fedgex.client.ledger.book import Book, Budget, Debit, Row, content_hash, row_of
 from fedgex.common.codes import Code
+from fedgex.common.data.patients import patient_key
 from fedgex.common.errors import FedgexError
 from fedgex.common.privacy.accounting import Invocation
 from fedgex.common.system import failpoints
@@ -142,7 +143,8 @@ class Ledger:
     def spent(self, patients: Sequence[str] | None, delta: float) -> float:
         """Return the largest epsilon of any of these patients; of all, for None."""
         book = self.read()
-        return book.spent(delta, None if patients is None else self._hmacs(patients))
+        named = None if patients is None else self._pseudonyms(patients).values()
+        return book.spent(delta, named)
 
     def debit(
         self,
@@ -160,7 +162,7 @@ class Ledger:
         Parameters
         ----------
         patients
-            Identifiers; duplicates count once.
+            Identifiers; those with one key count once.
 
         Returns
         -------
@@ -176,7 +178,7 @@ class Ledger:
         LedgerError
             If the ledger cannot be used, or was debited otherwise for the same.
         """
-        ours = self._hmacs(patients)
+        ours = self._pseudonyms(patients)
         if budget.delta * len(ours) >= 1:
             raise DeltaError(
                 f"privacy_delta in policy.toml is {budget.delta:g}, and there are 1 / "
@@ -192,10 +194,10 @@ class Ledger:
                     "other noise, rate or steps than it would be computed with now. "
                     "Install the release of fedgex that the round began with."
                 )
-            fresh = ours.difference(*before.cohorts.values())
+            fresh = {k: p for k, p in ours.items() if p.isdisjoint(before.pseudonyms)}
             if not fresh or not invocations:
                 return book.head
-            after = book.spent(budget.delta, fresh, invocations)
+            after = book.spent(budget.delta, fresh.values(), invocations)
             if after > budget.epsilon:
                 raise BudgetError(
                     f"{about.phase} round {about.round} would bring a patient's "
@@ -203,7 +205,10 @@ class Ledger:
                     f"permits {budget.epsilon:g}. Nothing was computed; the study goes "
                     "on without this hospital. See docs/privacy.md, the budget."
                 )
-            head = _insert(connection, book, about, invocations, fresh)
+            # A pseudonym of an earlier release goes on, so that it shows all it spent.
+            earlier = frozenset().union(*fresh.values()) & book.pseudonyms
+            charged = earlier.union(fresh)
+            head = _insert(connection, book, about, invocations, charged)
             failpoints.reach("ledger.before")
             connection.execute("COMMIT")
         failpoints.reach("ledger.debited")
@@ -283,18 +288,21 @@ class Ledger:
         starts = range(0, len(content), _HMAC_BYTES)
         return frozenset(content[i : i + _HMAC_BYTES] for i in starts)
 
-    def _hmacs(self, patients: Iterable[str]) -> frozenset[bytes]:
-        return frozenset(
-            hmac.digest(self._key, _normal(patient).encode(), "sha256")
-            for patient in set(patients)
-        )
+    def _pseudonyms(self, patients: Iterable[str]) -> dict[bytes, frozenset[bytes]]:
+        """Return all pseudonyms of each patient, by the one of its key."""
+        found: dict[bytes, frozenset[bytes]] = {}
+        for patient in set(patients):
+            key = self._hmac(patient_key(patient))
+            both = {key, self._hmac(_earlier_key(patient))}
+            found[key] = found.get(key, frozenset()) | both
+        return found
+
+    def _hmac(self, text: str) -> bytes:
+        return hmac.digest(self._key, text.encode(), "sha256")
 
 
-def _normal(patient: str) -> str:
-    """Normalise an identifier against changes by spreadsheets and exports.
-
-    Patients whose identifiers collide share one epsilon, an upper bound for each.
-    """
+def _earlier_key(patient: str) -> str:
+    """Return what stood for a patient in the ledgers of fedgex 0.1.0."""
     return unicodedata.normalize("NFKC", patient).strip().casefold()
 
 

@@ -18,6 +18,7 @@ from fedgex.client.prediction import review
 from fedgex.client.settings import DataSettings, SiteSettings
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.data.patients import patient_key
 from fedgex.common.errors import ConfigError
 from fedgex.common.models import tasks
 from fedgex.common.models.checkpoint import Checkpoint
@@ -95,16 +96,16 @@ def _groups(
     raw, least = read(settings.data), settings.policy.minimum_cohort
     inside = checked(raw, settings.data, least)
     if non_members is None:
-        opted_out = raw.opt_outs or frozenset()
+        opted_out = set(map(patient_key, raw.opt_outs or ()))
         cohort = checked(dataclasses.replace(raw, opt_outs=None), settings.data, least)
-        rows = [i for i, who in enumerate(cohort.patients) if who in opted_out]
+        rows = [i for i, who in enumerate(cohort.keys) if who in opted_out]
         return inside, _take(cohort, np.array(rows, dtype=np.intp))
     data = settings.data.model_copy(
         update={"expression": non_members, "clinical": None, "opt_outs": None}
     )
     # The audit compares the number of non-members with the minimum, not this check.
     outside = checked(read(data), data, min_cell_count=1)
-    if set(outside.patients) & set(inside.patients):
+    if set(outside.keys) & set(inside.keys):
         raise ConfigError(
             f"{non_members.name}: holds patients of the hospital's own data, who may "
             "have trained; expected patients who never took part. Leave the others "

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +30,7 @@ from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, Finding, TrustError
 from fedgex.common.models import checkpoint as checkpoints
 from fedgex.common.models.checkpoint import Checkpoint
+from fedgex.common.system.files import explained, replacing
 from fedgex.common.trust import bundle, pki
 from fedgex.common.trust.bundle import Released
 
@@ -219,7 +219,7 @@ def opened_model(
 def write(
     table: pd.DataFrame, card: Mapping[str, Any], output: Path, card_path: Path
 ) -> None:
-    """Write a table and its card atomically, the card first.
+    """Write a table and its card atomically, the card first, for their owner only.
 
     The index becomes the first column, `sample`.
 
@@ -228,22 +228,14 @@ def write(
     ConfigError
         If a file cannot be written.
     """
-    partial = output.with_name(f".{output.name}.partial")
-    partial_card = card_path.with_name(f".{card_path.name}.partial")
     text = json.dumps(card, indent=1, ensure_ascii=False)
-    try:
-        partial_card.write_text(text + "\n", encoding="utf-8")
-        _write_table(table.rename_axis("sample"), partial, ending(output))
-        os.replace(partial_card, card_path)
-        os.replace(partial, output)
-    except OSError as error:
-        raise ConfigError(
-            f"{output}: cannot be written ({error.strerror}); expected a folder that "
-            "exists, with room and permission to write."
-        ) from error
-    finally:
-        for path in (partial, partial_card):
-            path.unlink(missing_ok=True)
+    with (
+        explained(output, ConfigError),
+        replacing(output) as table_file,
+        replacing(card_path) as card_file,
+    ):
+        card_file.write(text.encode() + b"\n")
+        _write_table(table.rename_axis("sample"), table_file, ending(output))
 
 
 def ending(path: Path) -> str | None:
@@ -287,17 +279,16 @@ def _count(
     return sum(symbol in vocabulary.index for symbol in symbols)
 
 
-def _write_table(table: pd.DataFrame, path: Path, form: str | None) -> None:
+def _write_table(table: pd.DataFrame, file: IO[bytes], form: str | None) -> None:
     if form == ".parquet":
-        table.reset_index().to_parquet(path, index=False)
+        table.reset_index().to_parquet(file, index=False)
         return
     delimiter = "\t" if form in (".tsv", ".tsv.gz") else ","
     if form in (".csv", ".tsv"):
-        table.to_csv(path, sep=delimiter)
+        table.to_csv(file, sep=delimiter, mode="wb", encoding="utf-8")
         return
     # No name and time inside: equal tables give equal bytes.
     with (
-        path.open("wb") as file,
         gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,
         TextIOWrapper(packed, encoding="utf-8", newline="") as text,
     ):

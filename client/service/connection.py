@@ -170,7 +170,7 @@ class Check:
                 yield connection
                 return
             if self.proxy.startswith("https:"):
-                context = ssl.create_default_context(cafile=self.server_authority)
+                context = ssl.create_default_context()
                 try:
                     connection = context.wrap_socket(connection, server_hostname=host)
                 except OSError as error:

@@ -26,7 +26,12 @@ from fedgex.client.service import monitoring, supernode
 from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError
-from fedgex.common.system.files import exclusive_lock, lock_holder, write_atomic
+from fedgex.common.system.files import (
+    exclusive_lock,
+    lock_holder,
+    warn_of_others,
+    write_atomic,
+)
 from fedgex.common.system.processes import Child
 from fedgex.common.trust import audit_log
 
@@ -55,6 +60,7 @@ def run(site_toml: Path) -> None:
     site_toml = site_toml.resolve()
     settings = SiteSettings.load(site_toml)
     Identity.load(settings.state_dir)
+    warn_of_others(settings.state_dir)
     busy = (
         f"another daemon serves {settings.state_dir}; stop it with fedgex-site stop, "
         "or use it."

@@ -6,7 +6,6 @@ and of studies only how many are approved.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from fedgex.client.identity import AUDIT
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common.system import metrics_server
+from fedgex.common.system.files import read_json
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Follower
 
@@ -86,10 +86,10 @@ class SiteCollector(Collector):
             "fedgex_site_restarts",
             "Times that SuperNode or worker was started again, since the start.",
         )
-        try:
-            status = json.loads((self._state_dir / "status.json").read_text())
-        except FileNotFoundError:
+        path = self._state_dir / "status.json"
+        if not path.exists():
             return [running, restarts]
+        status = read_json(path, "the daemon's status")
         running.add_metric((), float(status["supernode"] and status["worker"]))
         restarts.add_metric((), status["restarts"])
         return [running, restarts]

@@ -26,7 +26,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import FedgexError
 from fedgex.common.settings import Settings
 from fedgex.common.system.files import write_atomic
-from fedgex.common.system.processes import IdlePause, begin
+from fedgex.common.system.processes import IdlePause, begin, set_proxy
 from fedgex.common.trust import pki
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ def main(process: SuperNodeSettings, secret: str) -> None:
     """Run until the daemon stops this process, or the server drops the node."""
     settings = SiteSettings.load(process.site_toml)
     identity = Identity.load(settings.state_dir)
-    if settings.proxy is not None:
-        os.environ["HTTPS_PROXY"] = settings.proxy
+    set_proxy(settings.proxy)
     key = load_ssh_private_key(identity.node_key_path.read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     roots = trusted(settings, identity)
@@ -117,6 +116,6 @@ def write_number(state_dir: Path, node: int | None) -> None:
 if __name__ == "__main__":
     begin()
     main(
-        SuperNodeSettings.read(json.loads(sys.argv[1]), "the daemon's word"),
+        SuperNodeSettings.from_json(sys.argv[1], "the daemon's word"),
         os.environ.pop(SECRET_VARIABLE),
     )

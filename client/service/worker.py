@@ -50,6 +50,9 @@ def work(site_toml: Path, port: int, secret: str) -> None:
             task = acquire(client, CLIENT_APP)
         except httpx.TransportError:  # the SuperNode is being started again
             task = None
+        except httpx.HTTPError as error:
+            logger.warning("the SuperNode does not answer: %s", error)
+            task = None
         if task is None:
             _wait(arrived, seen)
             continue

@@ -16,16 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgex.client.data.cohort import assay, load_cohort
-from fedgex.client.ledger import debit
+from fedgex.client.data.expression import known_genes
+from fedgex.client.ledger import debit, released_sums
+from fedgex.client.ledger.released_sums import People
 from fedgex.client.settings import SiteSettings
-from fedgex.client.training import local_round
+from fedgex.client.training import local_round, standardisation
 from fedgex.client.training import panel as site_panel
 from fedgex.common import federation, keys
 from fedgex.common.codes import Code
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import to_patients
-from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.scales import Scale
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, DataError
 from fedgex.common.messages.codec import Fields
 from fedgex.common.messages.fields import CohortSize, Introduction, TrainingMetrics
@@ -61,7 +63,8 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
 
     A gene observed in fewer samples than the small-cell threshold, or than the study's
     share of them, counts as not measured. Under patient-level privacy every column of
-    the study's genes counts as measured, and patients are not counted.
+    the study's genes counts as measured, and patients are not counted. Labels that are
+    neither known genes nor the study's do not leave.
 
     When a restarted server asks again, the panel must be that of the run's start.
     """
@@ -78,10 +81,12 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
             min_count=_min_cell_count(settings, study),
             min_share=study.vocabulary.min_patient_share,
         )
+        reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, cohort.genes, reported, run)
     else:
         assayed, asked = assay(settings), set(study.vocabulary.genes)
         reported = tuple(g for g in assayed if not asked or g in asked)
+        reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, assayed, reported, run)
     site_panel.remember_panel(_state_dir(settings, study), panel)
     introduction = Introduction(
@@ -97,13 +102,17 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
 def moments(request: StatisticsRequest, settings: SiteSettings) -> StatisticsReply:
     """Return count, sum and sum of squares of each gene of the vocabulary.
 
-    A gene measured in fewer patients than the small-cell threshold is suppressed.
+    A gene measured in fewer patients than the small-cell threshold is suppressed. In a
+    simulation, where nothing leaves, sums are not compared with those of other runs.
     """
     study = request.study
     _refuse_sums(study)
-    cohort = _cohort(settings, study)
-    min_cell_count = _min_cell_count(settings, study)
-    sums = federation.gene_moments(cohort, request.vocabulary, min_cell_count)
+    cohort, least = _cohort(settings, study), _min_cell_count(settings, study)
+    if request.run is None:
+        sums = federation.gene_moments(cohort, request.vocabulary, least)
+    else:
+        people = _people(settings, study, cohort, request.vocabulary)
+        sums = released_sums.moments(people, settings.state_dir, least)
     size = CohortSize(num_patients=sums.n_patients)
     return StatisticsReply(sums=sums, metrics=_permitted(size, settings, study))
 
@@ -126,11 +135,17 @@ def cross_products(
             "site; set share_cross_products = true in policy.toml to permit them."
         )
     cohort = _cohort(settings, study)
-    patients = to_patients(cohort, request.vocabulary, request.standardisation)
-    min_cell_count = _min_cell_count(settings, study)
-    return CrossProductsReply(
-        products=federation.cross_products(study, patients, min_cell_count)
-    )
+    _accept(request, settings, cohort)
+    least, scale = _min_cell_count(settings, study), request.standardisation
+    if request.run is None:
+        patients = to_patients(cohort, request.vocabulary)
+        products = federation.cross_products(study, patients, least, scale)
+    else:
+        people = _people(settings, study, cohort, request.vocabulary)
+        products = released_sums.products(
+            people, settings.state_dir, least, study.linear_types, scale
+        )
+    return CrossProductsReply(products=products)
 
 
 def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
@@ -140,6 +155,7 @@ def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
     """
     started, study, order = time.monotonic(), request.study, request.round
     cohort = _unchanged_cohort(settings, study)
+    _accept(request, settings, cohort)
     local_round.refuse_large_delta(study, cohort.n_patients)
     debit.charge(request, settings, cohort.patients)
     result = local_round.train_round(
@@ -175,13 +191,38 @@ def reported_genes(request: KeysRequest, settings: SiteSettings) -> NDArray[np.b
     """
     study, vocabulary = request.study, request.vocabulary
     cohort = _unchanged_cohort(settings, study)
-    unit = Standardisation.identity(len(vocabulary))
-    patients = to_patients(cohort, vocabulary, unit)
+    _accept(request, settings, cohort)
+    patients = to_patients(cohort, vocabulary)
     local_round.require_min_patients(
         study, request.round.phase, patients, _min_cell_count(settings, study)
     )
     panel = site_panel.read_panel(_state_dir(settings, study))
     return np.isin(vocabulary.genes, () if panel is None else panel.reported)
+
+
+def _accept(
+    request: CrossProductsRequest, settings: SiteSettings, cohort: Cohort
+) -> None:
+    own = federation.gene_moments(
+        cohort, request.vocabulary, _min_cell_count(settings, request.study)
+    )
+    standardisation.accept(request, settings, own)
+
+
+def _people(
+    settings: SiteSettings, study: Study, cohort: Cohort, vocabulary: Vocabulary
+) -> People:
+    """Return today's patients, to be compared with those behind earlier sums."""
+    first = cohort.first_samples()
+    patients = to_patients(cohort, vocabulary)
+    return People(
+        patients=[cohort.keys[row] for row in first],
+        profiles=_cohort(settings, study, settings.data.scale).expression[first],
+        values=patients.values.numpy(),
+        genes=vocabulary.genes,
+        scale=study.scale.value,
+        cancer_type=patients.cancer_type,
+    )
 
 
 def _permitted(numbers: Numbers, settings: SiteSettings, study: Study) -> Numbers:
@@ -236,12 +277,13 @@ def _unchanged_cohort(settings: SiteSettings, study: Study) -> Cohort:
     return cohort
 
 
-def _cohort(settings: SiteSettings, study: Study) -> Cohort:
+def _cohort(settings: SiteSettings, study: Study, scale: Scale | None = None) -> Cohort:
+    """Return the site's patients; scale: None for the study's."""
     tasks = tuple(task for task in study.phases if task in settings.policy.tasks)
     data = settings.data
     files = [data.expression, data.clinical, data.opt_outs]
     changed = tuple(p.stat().st_mtime_ns for p in files if p is not None and p.exists())
-    return _read(settings, study.scale, tasks, changed)
+    return _read(settings, scale or study.scale, tasks, changed)
 
 
 @lru_cache(maxsize=256)

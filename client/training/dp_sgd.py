@@ -24,6 +24,7 @@ from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from fedgex.common import parsing
 from fedgex.common.data.dataset import Patients
 from fedgex.common.models import survival
 from fedgex.common.models.gexbert import Encoder, GexBert
@@ -338,7 +339,7 @@ def noised_log_share(
     """
     path = state_dir / COUNTS
     if path.exists():
-        counted = torch.tensor(json.loads(path.read_text()))
+        counted = torch.tensor(parsing.json_value(path.read_bytes(), "counts"))
     elif number > 1:
         return torch.full((len(classes),), -math.log(len(classes)))
     else:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedgex.common import parsing
 from fedgex.common.system import files
 
 PANEL = "panel.json"
@@ -55,5 +56,5 @@ def read_panel(state_dir: Path) -> Panel | None:
     path = state_dir / PANEL
     if not path.exists():
         return None
-    kept = json.loads(path.read_text())
+    kept = files.read_json(path, "the panel", most=parsing.LONG_BYTES)
     return Panel(kept["scale"], tuple(kept["genes"]), tuple(kept["told"]), kept["run"])

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgex.common.parsing import LONG_BYTES
 from fedgex.common.secure_aggregation.protocol import (
     Context,
     Group,
@@ -18,7 +19,7 @@ from fedgex.common.secure_aggregation.protocol import (
     PublicKeys,
     Shares,
 )
-from fedgex.common.system.files import write_atomic
+from fedgex.common.system.files import read_json, write_atomic
 
 FILE = "exchange.json"
 
@@ -62,7 +63,7 @@ class AttemptState:
         path = folder / FILE
         if not path.exists():
             return None
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = read_json(path, "an exchange", most=LONG_BYTES)
         private = {k: bytes.fromhex(v) for k, v in found["private"].items()}
         return cls(
             context=Context(**found["context"]),

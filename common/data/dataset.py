@@ -69,14 +69,17 @@ class Patients:
 
 
 def to_patients(
-    cohort: Cohort, vocabulary: Vocabulary, standardisation: Standardisation
+    cohort: Cohort,
+    vocabulary: Vocabulary,
+    standardisation: Standardisation | None = None,
 ) -> Patients:
     """Take one sample a patient (the first), onto the vocabulary, standardised.
 
-    One patient is one unit of privacy and of splitting, hence one row.
+    One patient is one unit of privacy and of splitting, hence one row. Without a
+    standardisation, values stay on the canonical scale.
     """
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    first.sort()
+    unit = Standardisation.identity(len(vocabulary))
+    first = cohort.first_samples()
     placed = vocabulary.place(cohort.genes, cohort.expression[first])
     clinical = cohort.clinical.iloc[first]
 
@@ -93,7 +96,7 @@ def to_patients(
         clinical["cancer_type"] if "cancer_type" in clinical else [None] * len(first)
     )
     return Patients(
-        values=torch.from_numpy(standardisation.apply(placed)),
+        values=torch.from_numpy((standardisation or unit).apply(placed)),
         cancer_type=tuple(t if isinstance(t, str) else None for t in types),
         duration=column("duration"),
         event=column("event"),

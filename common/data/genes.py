@@ -6,8 +6,10 @@ N samples, L labels in the file, G genes kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Self
 
@@ -24,20 +26,31 @@ _ENSEMBL = re.compile(r"(ENSG\d{11})(\.\d+)?")
 _SYMBOL = re.compile(r"[A-Za-z][A-Za-z0-9._@-]*")
 _DATE = re.compile(r"(Mar|Sep|Dec|Oct)-\d+")  # MARCH1 and SEPT2 after a spreadsheet
 
-_WELL_KNOWN = """
-    ACTB ACTG1 AKT1 ALK APC AR ATM B2M BAX BCL2 BRAF BRCA1 BRCA2 CASP3 CCND1 CCNE1
-    CD19 CD274 CD3E CD4 CD44 CD68 CD8A CDH1 CDK1 CDK4 CDKN1A CDKN2A COL1A1 CTLA4
-    CTNNB1 CXCL8 EGFR EPCAM ERBB2 ESR1 FGFR1 FOS FOXP3 GAPDH GATA3 GZMB HIF1A HRAS
-    IDH1 IFNG IL2 IL6 JAK2 JUN KIT KRAS KRT18 KRT5 MAPK1 MDM2 MET MKI67 MLH1 MSH2
-    MTOR MYC NF1 NFKB1 NOTCH1 NRAS PCNA PDCD1 PGR PIK3CA PTEN PTPRC RB1 RPL13A RPLP0
-    SMAD4 SRC STAT1 STAT3 TGFB1 TNF TOP2A TP53 TUBB VEGFA VIM
-"""
-"""Genes of which most panels hold a few: they tell the gene axis from the samples."""
+PACKAGED = "hgnc.tsv.xz"
+"""HGNC's names as of October 2026, made by deploy/gene_table.py."""
+
+KNOWN_SHARE = 0.5
+"""Labels of a gene axis of which a smaller share is known are no names of genes."""
+
+KINDS = {
+    "Ensembl transcripts": r"ENST\d{11}(\.\d+)?",
+    "Ensembl ids of another species": r"ENS[A-Z]{3,4}[GT]\d{11}(\.\d+)?",
+    "RefSeq transcripts": r"[NX][MR]_\d+(\.\d+)?",
+    "Illumina probes": r"ILMN_\d+",
+    "Affymetrix probes": r"\d+(_[a-z])?_at",
+    "methylation probes": r"c[gh]\d{8}",
+    "microRNAs": r"hsa-(mir|miR|let)-\S+",
+    "SYMBOL|ENTREZ": r"\S+\|\d+",
+    "UniProt names": r"[A-Z0-9]+_HUMAN",
+    "Entrez ids": r"\d+",
+    "mouse symbols": r"[A-Z][a-z]+[a-z0-9]*",
+}
+"""Kinds of labels that are no human genes' names, by pattern; the first that fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneTable:
-    """What HGNC says of names, from a file that the user downloaded."""
+    """What HGNC says of names: as packaged, or from a file that the user downloaded."""
 
     symbols: frozenset[str]
     """Approved symbols."""
@@ -47,6 +60,21 @@ class GeneTable:
     """Approved symbols that once had this symbol."""
     by_alias: Mapping[str, frozenset[str]]
     """Approved symbols that are also called so."""
+
+    @classmethod
+    @lru_cache(maxsize=1)
+    def packaged(cls) -> Self:
+        """Return the table that the package ships."""
+        with as_file(files("fedgex.common.data") / PACKAGED) as path:
+            return cls.read(path)
+
+    def knows(self, label: str) -> bool:
+        """Return whether a label is a symbol, an earlier one, or of Ensembl's form.
+
+        Aliases do not count: P16 and P53 are genes' and patients'.
+        """
+        named = label in self.symbols or label in self.by_previous
+        return named or _ENSEMBL.fullmatch(label) is not None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -65,7 +93,7 @@ class GeneTable:
                 keep_default_na=False,
                 usecols=list(TABLE_COLUMNS),
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # torn gzip has its own, and others
             raise ConfigError(
                 f"{path.name}: cannot be read as a gene table; expected HGNC's "
                 f"complete set, tab-separated, with columns {', '.join(TABLE_COLUMNS)}."
@@ -74,9 +102,11 @@ class GeneTable:
         return cls(
             symbols=frozenset(table["symbol"]),
             by_ensembl={
-                i: s
-                for i, s in zip(table["ensembl_gene_id"], table["symbol"], strict=True)
-                if i
+                i: next(iter(owners))
+                for i, owners in _owners(
+                    table["ensembl_gene_id"], table["symbol"]
+                ).items()
+                if len(owners) == 1
             },
             by_previous=_owners(table["prev_symbol"], table["symbol"]),
             by_alias=_owners(table["alias_symbol"], table["symbol"]),
@@ -102,7 +132,7 @@ def current_symbols(labels: Sequence[str], table: GeneTable | None) -> GeneNames
 
     An approved symbol stays; then come Ensembl id, previous symbol and alias, the last
     two only where one gene had it. Without a table, symbols stay as they are and
-    Ensembl ids remain unmapped.
+    Ensembl ids are looked up in the packaged one.
     """
     symbols: list[str | None] = []
     updated, ambiguous, unmapped = [], [], []
@@ -185,10 +215,19 @@ def is_gene_like(label: str) -> bool:
     return bool(_SYMBOL.fullmatch(label)) and not _DATE.fullmatch(label)
 
 
-def count_genes(labels: Sequence[str], table: GeneTable | None) -> int:
-    """Return how many labels are surely genes: Ensembl ids or known symbols."""
-    known = set(_WELL_KNOWN.split()) | (table.symbols if table else set())
-    return sum(label in known or bool(_ENSEMBL.fullmatch(label)) for label in labels)
+def count_genes(labels: Iterable[str], table: GeneTable | None) -> int:
+    """Return how many labels surely name genes, by the given or the packaged table."""
+    tables = [GeneTable.packaged(), *([] if table is None else [table])]
+    return sum(any(each.knows(label) for each in tables) for label in labels)
+
+
+def kind_of(labels: Collection[str]) -> str:
+    """Return what most labels are, by their pattern: one of `KINDS`, or labels."""
+    for kind, pattern in KINDS.items():
+        fits = re.compile(pattern).fullmatch
+        if 2 * sum(bool(fits(label)) for label in labels) > len(labels):
+            return kind
+    return "labels of no known kind"
 
 
 def _owners(
@@ -206,9 +245,9 @@ def _candidates(label: str, table: GeneTable | None) -> frozenset[str]:
     """Return the symbols of all genes that a label may mean."""
     ensembl = _ENSEMBL.fullmatch(label)
     nothing: frozenset[str] = frozenset()
-    if table is None:
-        named = not ensembl and not label.startswith("ENSG") and is_gene_like(label)
-        return frozenset({label}) if named else nothing
+    if table is None and not ensembl:
+        return frozenset({label}) if is_gene_like(label) else nothing
+    table = table or GeneTable.packaged()
     if label in table.symbols:
         return frozenset({label})
     if ensembl:

@@ -1,4 +1,4 @@
-"""Counts, sums and cross-products that add up across hospitals to the pooled ones.
+"""Counts, sums and standardisation: what adds up across hospitals to the pooled ones.
 
 N patients (rows), V genes of the vocabulary. A cell that was not measured is NaN. All
 arithmetic is float64, so that pooling is exact to rounding, in any order of the sites.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +18,18 @@ from numpy.typing import NDArray
 from fedgex.common.data.scales import LARGE_PANEL
 from fedgex.common.errors import UpdateError
 
-Number = TypeVar("Number", bound=np.generic)
-Summable = TypeVar("Summable", "GeneMoments", "CrossProducts")
+
+class Sums(Protocol):
+    """Sums over patients, such as `GeneMoments` and `cross_products.CrossProducts`."""
+
+    def __add__(self, other: Self, /) -> Self:
+        """Return the sums over both groups of patients together."""
+
+
+Summable = TypeVar("Summable", bound=Sums)
 
 SUPPRESSED = -1
 """Count of a cell below the minimum cell count, few or none alike; its sums are 0."""
-
-OTHERS = "others"
-"""Group of the patients of all cancer types that the study does not name."""
-
-MIN_SITES = 2
-"""Fewest sites behind a group's sums, since all sites receive what is made of them."""
 
 FEWEST_TO_COMPARE = 3
 """Fewest sites of which one can be found to differ from the others."""
@@ -41,6 +41,17 @@ scale if its ratio to the others is nearer to that, or to the inverse, than to 1
 CONSTANT_BELOW = 1e-6
 """A gene whose SD is this share of its root mean square or less is constant: float64
 sums of squares cannot tell a smaller spread from rounding."""
+
+LEAST_SD, LARGEST = 1e-6, 2.0**31
+"""Least SD, and largest mean and SD, of genes on any scale; values end at
+`scales.LARGEST_ABUNDANCE`."""
+
+STEP = 2.0**-9
+"""Steps in which mean and SD are published, a share of the SD: three digits."""
+
+STEP_OF_ONE, LARGEST_STEP = 4.0, 2.0**-3
+"""The share is STEP_OF_ONE / patients if that is more, so that the difference of two
+means, times the patients, is off by about an SD; and LARGEST_STEP at most."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,8 +79,8 @@ class GeneMoments:
                 f"moments have shapes {sorted(shapes)}; expected one (V,) for count, "
                 "total and square_total. Check that the site holds this study."
             )
-        _refuse_non_finite("total", self.total)
-        _refuse_non_finite("square_total", self.square_total)
+        refuse_non_finite("total", self.total)
+        refuse_non_finite("square_total", self.square_total)
         wrong = (self.count < SUPPRESSED) | (self.count > self.n_patients)
         wrong |= self.square_total < 0
         wrong |= (self.count <= 0) & ((self.total != 0) | (self.square_total != 0))
@@ -104,9 +115,9 @@ class GeneMoments:
 
     def __add__(self, other: Self) -> Self:
         """Return the moments of both groups of patients together."""
-        _refuse_other_genes(len(self.count), len(other.count))
+        refuse_other_genes(len(self.count), len(other.count))
         return type(self)(
-            count=_known(self.count) + _known(other.count),
+            count=known_counts(self.count) + known_counts(other.count),
             total=self.total + other.total,
             square_total=self.square_total + other.square_total,
             n_patients=self.n_patients + other.n_patients,
@@ -121,12 +132,12 @@ class GeneMoments:
     def sd(self) -> NDArray[np.float64]:
         """Population SD (ddof 0) of each gene, shape (V,).
 
-        1 for a gene that has no count or is constant (CONSTANT_BELOW), so that dividing
-        by it leaves zeros.
+        1 for a gene that has no count or is constant (CONSTANT_BELOW, LEAST_SD), so
+        that dividing by it leaves zeros.
         """
         square_mean = self.square_total / np.maximum(self.count, 1)
         variance = square_mean - self.mean**2
-        constant = variance <= CONSTANT_BELOW**2 * square_mean
+        constant = variance <= np.maximum(CONSTANT_BELOW**2 * square_mean, LEAST_SD**2)
         return np.sqrt(np.where(constant, 1.0, variance))
 
 
@@ -144,13 +155,35 @@ class Standardisation:
 
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be divided by."""
-        _refuse_other_genes(len(self.mean), len(self.sd))
-        _refuse_non_finite("mean", self.mean)
-        _refuse_non_finite("sd", self.sd)
+        refuse_other_genes(len(self.mean), len(self.sd))
+        refuse_non_finite("mean", self.mean)
+        refuse_non_finite("sd", self.sd)
         if (self.sd <= 0).any():
             raise UpdateError(
                 f"sd of {(self.sd <= 0).sum()} genes is 0 or less; expected above 0."
             )
+
+    @classmethod
+    def published(cls, moments: GeneMoments) -> Self:
+        """Return mean and SD in steps of a share of the SD, see STEP and STEP_OF_ONE.
+
+        Every hospital, and everybody with a model, reads them: the mean of N patients
+        and that of N - 1 of them give the values of one, but for the rounding. It is
+        far below the standard error of either.
+        """
+        sd, patients = moments.sd, np.maximum(moments.count, 1)
+        share = np.clip(STEP_OF_ONE / patients, STEP, LARGEST_STEP)
+        step = np.exp2(np.floor(np.log2(share * sd)))  # exact in float64
+        return cls(
+            mean=np.rint(moments.mean / step) * step, sd=np.rint(sd / step) * step
+        )
+
+    @property
+    def is_of_expression(self) -> bool:
+        """Whether all means and SDs could be those of genes, see LEAST_SD."""
+        least, largest = self.sd.min(initial=1.0), self.sd.max(initial=1.0)
+        extreme = np.abs(self.mean).max(initial=0.0)
+        return bool(least >= LEAST_SD and max(largest, extreme) <= LARGEST)
 
     @classmethod
     def identity(cls, n_genes: int) -> Self:
@@ -164,110 +197,6 @@ class Standardisation:
     def undo(self, standardised: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """Return values of shape (N, V) on the canonical scale; NaN stays NaN."""
         return (standardised * self.sd + self.mean).astype(np.float32)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CrossProducts:
-    """Sums of standardised genes, and of the products of every two.
-
-    With fewer patients than genes they determine the profiles up to one rotation common
-    to all of them, and a single profile up to sign. So a site sends them `suppressed`,
-    and only if its policy permits it.
-    """
-
-    products: NDArray[np.float64]
-    """Sum over the patients who have both genes of their product, shape (V, V)."""
-    pair_counts: NDArray[np.int64]
-    """Patients who have both genes, or SUPPRESSED, shape (V, V)."""
-    totals: NDArray[np.float64]
-    """Sum of each gene over the patients who have it, shape (V,)."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no site can have summed."""
-        shapes = {self.products.shape, self.pair_counts.shape, 2 * self.totals.shape}
-        if len(shapes) > 1 or self.totals.ndim != 1:
-            raise UpdateError(
-                f"cross-products have shapes {sorted(shapes)}; expected one (V, V) for "
-                "products and pair_counts, and (V,) for totals."
-            )
-        _refuse_non_finite("products", self.products)
-        _refuse_non_finite("totals", self.totals)
-        wrong = self.pair_counts < SUPPRESSED
-        wrong |= (self.pair_counts <= 0) & (self.products != 0)
-        wrong[np.diag_indices_from(wrong)] |= (self.counts <= 0) & (self.totals != 0)
-        if wrong.any():
-            raise UpdateError(
-                f"cross-products of {wrong.sum()} pairs are impossible; expected "
-                f"counts of 0 or more, or {SUPPRESSED} for suppressed, and sums of 0 "
-                "where nothing is counted."
-            )
-
-    @classmethod
-    def of(cls, standardised: NDArray[np.floating[Any]]) -> Self:
-        """Sum products of standardised values of shape (N, V)."""
-        present = (~np.isnan(standardised)).astype(np.float64)
-        x = np.where(present, standardised, 0).astype(np.float64)
-        return cls(
-            products=x.T @ x,
-            pair_counts=np.rint(present.T @ present).astype(np.int64),
-            totals=x.sum(axis=0),
-        )
-
-    def suppressed(self, min_cell_count: int) -> Self:
-        """Return the sums without pairs measured in fewer patients."""
-        known = self.pair_counts >= min_cell_count
-        return type(self)(
-            products=np.where(known, self.products, 0.0),
-            pair_counts=np.where(known, self.pair_counts, SUPPRESSED),
-            totals=np.where(np.diag(known), self.totals, 0.0),
-        )
-
-    def without(self, genes: NDArray[np.bool_]) -> Self:
-        """Return the sums without the genes that are marked in shape (V,)."""
-        hidden = genes[:, None] | genes[None, :]
-        return type(self)(
-            products=np.where(hidden, 0.0, self.products),
-            pair_counts=np.where(hidden, SUPPRESSED, self.pair_counts),
-            totals=np.where(genes, 0.0, self.totals),
-        )
-
-    def __add__(self, other: Self) -> Self:
-        """Return the cross-products of both groups of patients together."""
-        _refuse_other_genes(len(self.products), len(other.products))
-        return type(self)(
-            products=self.products + other.products,
-            pair_counts=_known(self.pair_counts) + _known(other.pair_counts),
-            totals=self.totals + other.totals,
-        )
-
-    @property
-    def counts(self) -> NDArray[np.int64]:
-        """Patients who have each gene, or SUPPRESSED, shape (V,)."""
-        return np.diag(self.pair_counts)
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """Mean of each gene, shape (V,); 0 for a gene without a count."""
-        return self.totals / np.maximum(self.counts, 1)
-
-    def about_mean(self) -> NDArray[np.float64]:
-        """Return the sums of products of deviations from the mean, shape (V, V).
-
-        Each gene deviates from the mean over all who have it, whichever the other gene
-        of the pair; the two agree where all patients have the same genes.
-        """
-        pairs = _known(self.pair_counts)
-        return self.products - pairs * np.outer(self.mean, self.mean)
-
-    def covariance(self) -> NDArray[np.float64]:
-        """Return the pairwise-complete covariance about 0, shape (V, V).
-
-        About 0, because standardised genes have mean 0 over the federation. The
-        diagonal is 1, but for genes that are constant or were never measured (0). Pairs
-        never measured together get 0; where panels differ, the matrix may therefore
-        have negative eigenvalues.
-        """
-        return self.products / np.maximum(self.pair_counts, 1)
 
 
 def pool(sites: Iterable[Summable]) -> Summable:
@@ -331,113 +260,13 @@ def foreign_scales(sites: Mapping[str, GeneMoments]) -> dict[str, float]:
     return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
-def by_type(
-    standardised: NDArray[np.floating[Any]],
-    cancer_type: Sequence[str | None],
-    types: Collection[str],
-    min_cell_count: int,
-) -> dict[str, CrossProducts]:
-    """Return cross-products of the patients of each type, and of all `OTHERS`.
-
-    The groups add up to the site, whose moments are known too: the cell that is
-    suppressed in one group only follows by subtraction. So a type of fewer patients
-    than `min_cell_count` joins the others; if these are still fewer, so does the
-    smallest type; and a gene that is suppressed in one group is so in every group.
-
-    Parameters
-    ----------
-    standardised
-        Shape (N, V), NaN where not measured.
-    cancer_type
-        Of each patient, length N.
-    types
-        Those with a group each; none: all patients are among the others.
-    min_cell_count
-        Fewest patients in a group, and behind a sum.
-    """
-    group = [t if t is not None and t in types else OTHERS for t in cancer_type]
-    while True:
-        size = Counter(group)
-        named = sorted(size.keys() - {OTHERS}, key=lambda t: (size[t], t))
-        n_others = size[OTHERS] or min_cell_count  # no others: nothing to hide
-        if not named or min(size[named[0]], n_others) >= min_cell_count:
-            break
-        group = [OTHERS if t == named[0] else t for t in group]
-    sums = {
-        name: CrossProducts.of(standardised[[g == name for g in group]])
-        for name in sorted(size)
-    }
-    few = [(s.counts > 0) & (s.counts < min_cell_count) for s in sums.values()]
-    hidden = np.logical_or.reduce(few)
-    return {n: s.suppressed(min_cell_count).without(hidden) for n, s in sums.items()}
-
-
-def pool_types(
-    sites: Iterable[Mapping[str, CrossProducts]],
-) -> dict[str, CrossProducts]:
-    """Return the cross-products of each group over all sites, see `by_type`.
-
-    No site's own statistics enter the model: a type that fewer than `MIN_SITES` of
-    several sites report joins the others; and where then one site reports others, whose
-    sums would follow by subtraction, so does the type with the fewest patients.
-    """
-    pooled: dict[str, CrossProducts] = {}
-    reporters: dict[str, set[int]] = {}
-    for site, groups in enumerate(sites):
-        for name, sums in groups.items():
-            pooled[name] = pooled[name] + sums if name in pooled else sums
-            reporters.setdefault(name, set()).add(site)
-    least = min(MIN_SITES, len(set().union(*reporters.values())))
-
-    def too_few(name: str) -> bool:
-        return 0 < len(reporters.get(name, ())) < least
-
-    def first_to_join(name: str) -> tuple[bool, int, str]:
-        return not too_few(name), int(pooled[name].counts.max()), name
-
-    while named := sorted(pooled.keys() - {OTHERS}, key=first_to_join):
-        name = named[0]
-        if not (too_few(name) or too_few(OTHERS)):
-            break
-        sums = pooled.pop(name)
-        pooled[OTHERS] = pooled[OTHERS] + sums if OTHERS in pooled else sums
-        reporters.setdefault(OTHERS, set()).update(reporters.pop(name))
-    return pooled
-
-
-def pack(matrix: NDArray[Number]) -> NDArray[Number]:
-    """Return the upper triangle of a symmetric (V, V) matrix, shape (V (V + 1) / 2,).
-
-    Row by row, diagonal included: half the bytes to send.
-    """
-    return matrix[np.triu_indices(len(matrix))]
-
-
-def unpack(triangle: NDArray[Number]) -> NDArray[Number]:
-    """Return the symmetric (V, V) matrix of which `triangle` is the upper part.
-
-    Raises
-    ------
-    UpdateError
-        If no V has a triangle of this length.
-    """
-    size = int(np.sqrt(2 * triangle.size))
-    if triangle.shape != (size * (size + 1) // 2,):
-        raise UpdateError(
-            f"a packed matrix has shape {triangle.shape}; expected (V (V + 1) / 2,)."
-        )
-    matrix = np.empty((size, size), dtype=triangle.dtype)
-    rows, columns = np.triu_indices(size)
-    matrix[rows, columns] = triangle
-    matrix[columns, rows] = triangle
-    return matrix
-
-
-def _known(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def known_counts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return counts with 0 for SUPPRESSED."""
     return np.maximum(counts, 0)
 
 
-def _refuse_non_finite(name: str, numbers: NDArray[np.float64]) -> None:
+def refuse_non_finite(name: str, numbers: NDArray[np.float64]) -> None:
+    """Raise UpdateError if a number is infinite or NaN."""
     if not np.isfinite(numbers).all():
         raise UpdateError(
             f"{name} holds {(~np.isfinite(numbers)).sum()} numbers that are not "
@@ -445,7 +274,8 @@ def _refuse_non_finite(name: str, numbers: NDArray[np.float64]) -> None:
         )
 
 
-def _refuse_other_genes(one: int, other: int) -> None:
+def refuse_other_genes(one: int, other: int) -> None:
+    """Raise UpdateError if two numbers of genes differ."""
     if one != other:
         raise UpdateError(
             f"statistics of {one} and of {other} genes do not add up; expected one "

@@ -16,7 +16,8 @@ from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.special import softmax
 from sklearn.impute import KNNImputer
 
-from fedgex.common.data.moments import CrossProducts, GeneMoments, pool
+from fedgex.common.data.cross_products import CrossProducts
+from fedgex.common.data.moments import GeneMoments, pool
 from fedgex.common.errors import ConfigError
 
 Float = TypeVar("Float", bound=np.floating[Any])

@@ -6,6 +6,7 @@ A message is a frozen dataclass whose fields are annotated with their record: it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from pydantic import ConfigDict, ValidationError
 
 from fedgex.common import keys
 from fedgex.common.errors import FederationError, FedgexError, MessageError
-from fedgex.common.settings import Settings
+from fedgex.common.settings import NAME_PATTERN, Settings
 from fedgex.common.transport.records import to_arrays, to_record
 
 SHOWN = 300
 """Characters of an error's text that are kept: it may stand in every receipt."""
+
+MAX_TEXT = 1 << 17
+"""Characters of one text for, or of, one hospital."""
 
 RENAMED = {"pre_training_loss": keys.PRE_TRAINING_LOSS}
 """Keys of fields that have another name on the wire."""
@@ -202,9 +206,15 @@ def by_hospital(
     def read(record: ConfigRecord) -> dict[str, Value]:
         if len(record) > most:
             raise MessageError(f"it names {len(record)} hospitals")
-        wrong = [name for name, text in record.items() if not isinstance(text, str)]
+        wrong = [
+            name
+            for name, text in record.items()
+            if not isinstance(text, str)
+            or len(text) > MAX_TEXT
+            or not re.fullmatch(NAME_PATTERN, name)
+        ]
         if wrong:
-            raise MessageError(f"it holds no text of {shown(wrong)}")
+            raise MessageError(f"it holds no text of a hospital in {shown(wrong)}")
         return {name: decode(str(text)) for name, text in record.items()}
 
     return Codec(

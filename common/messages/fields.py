@@ -9,9 +9,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Self
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import (
+    X25519PrivateKey,
+    X25519PublicKey,
+)
 from flwr.app import MetricRecord
 from pydantic import Field
 
+from fedgex.common import parsing
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import Fields
@@ -20,11 +25,15 @@ from fedgex.common.settings import Digest, Name
 from fedgex.common.study import Study
 from fedgex.common.trust.audit_log import Head
 
-Text = Annotated[str, Field(max_length=1 << 24)]
+Text = Annotated[str, Field(max_length=parsing.LONG_BYTES)]
+Line = Annotated[str, Field(max_length=200)]
+"""A version, a name or a hash."""
+Proof = Annotated[str, Field(max_length=1 << 16)]
+"""A part, certificate or signed decision of one hospital."""
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Ordinal = Annotated[int, Field(ge=1, le=10**9)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Symbol = Annotated[str, Field(min_length=1, max_length=64)]
+Symbol = Annotated[str, Field(max_length=64, pattern=r"^[^\pC]+$")]
 Symbols = Annotated[tuple[Symbol, ...], Field(max_length=200_000, strict=False)]
 Sites = Annotated[tuple[Name, ...], Field(max_length=10_000, strict=False)]
 
@@ -32,16 +41,16 @@ Sites = Annotated[tuple[Name, ...], Field(max_length=10_000, strict=False)]
 class Server(Fields):
     """The server's software."""
 
-    version: Text
+    version: Line
     """The server's fedgex version"""
 
 
 class Run(Fields):
     """The run that a message belongs to."""
 
-    contract: Text
+    contract: Line
     """The contract's hash"""
-    run: Text
+    run: Line
     """The run's name; "" when a contract is published"""
 
 
@@ -72,14 +81,14 @@ class SignedText(Fields):
 class SignedPart(Fields):
     """What a hospital signs of its reply, see `receipt.Part`."""
 
-    json_: Text
+    json_: Proof
     """What the hospital signs of this answer: `contract`, `run`, `site`, `type`,
     `phase`, `round`, digests of question (`request`) and answer (`reply`), `head`
     (index and hash of the last line of its audit log), `patients` (`num-examples`, or
     "suppressed" where that does not leave)"""
-    signature: Text
+    signature: Line
     """Its signature"""
-    certificate: Text
+    certificate: Proof
     """Its certificate, PEM"""
 
 
@@ -88,7 +97,7 @@ class StudyText(Fields):
 
     json_: Text
     """The study in canonical JSON: sorted keys, no spaces"""
-    hash: Text
+    hash: Digest
     """Its SHA-256"""
 
     @classmethod
@@ -109,7 +118,7 @@ class Genes(Fields):
 
     genes: Symbols
     """Gene symbols in order"""
-    hash: Text
+    hash: Digest
     """SHA-256 of them joined by newlines"""
 
     @classmethod
@@ -139,7 +148,7 @@ class Attempt(Fields):
 
     attempt: Ordinal
     """Number of the attempt, from 1"""
-    run: Text
+    run: Line
     """The run's name; in a simulation, drawn"""
 
 
@@ -162,11 +171,11 @@ class AdvertisedKeys(Fields):
 
     attempt: Ordinal
     """Number of the attempt"""
-    channel: Text
+    channel: Line
     """Public key, hexadecimal"""
-    mask: Text
+    mask: Line
     """Public key, hexadecimal"""
-    measured: Text
+    measured: Proof
     """Its genes, one bit each, hexadecimal"""
 
     @property
@@ -188,12 +197,12 @@ class AdvertisedKeys(Fields):
 class Participant(Fields):
     """Public keys of a hospital as the server passes them on, and who signed them."""
 
-    channel: Text
-    mask: Text
-    measured: Text
-    json_: Text | None = None
-    signature: Text | None = None
-    certificate: Text | None = None
+    channel: Line
+    mask: Line
+    measured: Proof
+    json_: Proof | None = None
+    signature: Line | None = None
+    certificate: Proof | None = None
 
     @property
     def public(self) -> PublicKeys:
@@ -207,7 +216,7 @@ class Participant(Fields):
     @classmethod
     def from_text(cls, text: str) -> Self:
         """Read what `to_text` returned."""
-        found = cls.decode(json.loads(text))
+        found = cls.decode(parsing.json_object(text, "the keys", error=MessageError))
         _ = found.public  # raises where the keys cannot be used
         return found
 
@@ -224,7 +233,7 @@ class Introduction(Fields):
 
     name: Name
     """The hospital's name in `site.toml`"""
-    version: Text
+    version: Line
     """Its fedgex version"""
     genes: Symbols
     """Symbols of the genes it measures in at least the floor and `min_patient_share` of
@@ -241,7 +250,7 @@ class Decision(Fields):
 
     name: Name
     """The hospital's name"""
-    decision: Text
+    decision: Proof
     """Its approval as it signed it: contract, who approved, when, until when. A
     hospital that has not approved refuses; why it rejected or withdrew does not
     leave"""
@@ -306,6 +315,8 @@ class RefusalCode(Fields):
 
 def _public_keys(*texts: str) -> PublicKeys:
     channel, mask, measured = map(bytes.fromhex, texts)
-    if len(channel) != 32 or len(mask) != 32:
-        raise MessageError("a public key is not of 32 bytes")
+    if len(channel) != 32 or len(mask) != 32 or channel == mask:
+        raise MessageError("the public keys are not two of 32 bytes")
+    for key in (channel, mask):  # one of small order lets no peer agree on a secret
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(key))
     return PublicKeys(channel=channel, mask=mask, measured=measured)

@@ -14,7 +14,8 @@ from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedgex.common import keys
-from fedgex.common.data.moments import CrossProducts, GeneMoments, pack, unpack
+from fedgex.common.data.cross_products import CrossProducts, pack, unpack
+from fedgex.common.data.moments import GeneMoments
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import (
     Codec,
@@ -41,7 +42,7 @@ from fedgex.common.messages.fields import (
 from fedgex.common.messages.requests import BOXES, CONFIRMATIONS, Bytes
 
 Products = Mapping[str, CrossProducts]
-"""Cross-products by group of patients, see `moments.by_type`."""
+"""Cross-products by group of patients, see `cross_products.by_type`."""
 
 
 def pack_products(groups: Products) -> dict[str, NDArray[Any]]:

@@ -10,7 +10,7 @@ from typing import Annotated
 from flwr.app import ArrayRecord, RecordDict
 
 from fedgex.common import keys
-from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.moments import LARGEST, LEAST_SD, Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import (
@@ -111,6 +111,11 @@ class CrossProductsRequest(StatisticsRequest):
         scale, expected = self.standardisation, (len(self.vocabulary),)
         if scale.mean.shape != expected or scale.sd.shape != expected:
             raise MessageError("the standardisation is not of the vocabulary's genes")
+        if not scale.is_of_expression:
+            raise MessageError(
+                f"the standardisation has an SD below {LEAST_SD:g}, or an SD or mean "
+                f"beyond {LARGEST:.3g}: it is no expression's"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +145,8 @@ class SecureRequest(StatisticsRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeysRequest(SecureRequest):
-    """Ask for public keys for an attempt."""
+class KeysRequest(SecureRequest, CrossProductsRequest):
+    """Ask for public keys for an attempt; who would refuse to train refuses here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fedgex.common import parsing
 from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
-from fedgex.common.errors import CheckpointError
+from fedgex.common.errors import CheckpointError, ConfigError
+from fedgex.common.settings import Digest, Settings
 from fedgex.common.study import Study
 from fedgex.common.system import failpoints, files
 
@@ -78,6 +81,23 @@ class Checkpoint:
         }
 
 
+class Manifest(Settings):
+    """What is read of `manifest.json`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    study: dict[str, Any]
+    vocabulary: tuple[str, ...]
+    phase: str
+    round: int = Field(ge=0)
+    metrics: dict[str, Any]
+    trained_on: dict[str, Any]
+    files: dict[
+        Literal["model.safetensors", "server.safetensors", "receipt.json"], Digest
+    ]
+    """SHA-256 of each other file."""
+
+
 def save(checkpoint: Checkpoint, folder: Path, receipt: str | None = None) -> None:
     """Write a checkpoint so that `folder` either holds all of it or does not exist.
 
@@ -117,41 +137,69 @@ def load(folder: Path) -> Checkpoint:
     CheckpointError
         If a file is missing or differs from its hash, or the format is unknown.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} holds no readable manifest.json; expected a checkpoint's folder."
-        ) from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{folder} is of format {found}; this fedgex reads {FORMAT}."
-        )
-    for name, expected in manifest["files"].items():
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file() or digest(path) != expected:
             raise CheckpointError(
                 f"{path} is missing or differs from its SHA-256 in manifest.json; "
                 "fetch the checkpoint again."
             )
-    tensors = load_file(folder / "model.safetensors")
-    mean, sd = tensors.pop(MEAN), tensors.pop(SD)
     server, receipt = folder / "server.safetensors", folder / "receipt.json"
-    return Checkpoint(
-        study=Study.read(manifest["study"], str(folder / "manifest.json")),
-        vocabulary=Vocabulary(tuple(manifest["vocabulary"])),
-        standardisation=Standardisation(mean=mean, sd=sd),
-        phase=manifest["phase"],
-        round=manifest["round"],
-        parameters=tensors,
-        server=load_file(server) if server.name in manifest["files"] else {},
-        metrics=manifest["metrics"],
-        trained_on=manifest["trained_on"],
-        receipt=receipt.read_text(encoding="utf-8")
-        if receipt.name in manifest["files"]
-        else None,
+    try:
+        tensors = load_file(folder / "model.safetensors")
+        mean, sd = tensors.pop(MEAN), tensors.pop(SD)
+        return Checkpoint(
+            study=Study.read(manifest.study, str(folder / "manifest.json")),
+            vocabulary=Vocabulary(manifest.vocabulary),
+            standardisation=Standardisation(mean=mean, sd=sd),
+            phase=manifest.phase,
+            round=manifest.round,
+            parameters=tensors,
+            server=load_file(server) if server.name in manifest.files else {},
+            metrics=manifest.metrics,
+            trained_on=manifest.trained_on,
+            receipt=receipt.read_text(encoding="utf-8")
+            if receipt.name in manifest.files
+            else None,
+        )
+    except Exception as error:  # another party may have made it
+        raise CheckpointError(
+            f"{folder} cannot be read ({error!s:.300}); expected a checkpoint that "
+            "fedgex wrote. Fetch it again."
+        ) from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a checkpoint; its files are not verified.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, it cannot be read, or its format is unknown.
+    """
+    expected = "a checkpoint's manifest.json"
+    content = parsing.read_bytes(
+        folder / "manifest.json",
+        expected,
+        error=CheckpointError,
+        most=parsing.LONG_BYTES,
     )
+    manifest = parsing.json_object(
+        content,
+        f"{folder}/manifest.json",
+        expected,
+        error=CheckpointError,
+        most=parsing.LONG_BYTES,
+    )
+    if (found := manifest.get("format")) != FORMAT:
+        raise CheckpointError(
+            f"{folder} is of format {found!s:.80}; this fedgex reads {FORMAT}."
+        )
+    try:
+        return Manifest.read(manifest, f"{folder}/manifest.json")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}\nFetch the checkpoint again.") from error
 
 
 def latest(folder: Path) -> Path | None:
@@ -207,7 +255,7 @@ def _write(checkpoint: Checkpoint, receipt: str | None, partial: Path) -> None:
     manifest = {
         "format": FORMAT,
         "card": checkpoint.card,
-        "study": json.loads(checkpoint.study.to_json()),
+        "study": checkpoint.study.model_dump(mode="json"),
         "vocabulary": list(checkpoint.vocabulary.genes),
         "phase": checkpoint.phase,
         "round": checkpoint.round,

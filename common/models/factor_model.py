@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedgex.common.data.moments import CrossProducts, pool, pool_types
+from fedgex.common.data.cross_products import CrossProducts, pool_types
+from fedgex.common.data.moments import pool
 from fedgex.common.evaluation.imputers import factor_analysis
 
 LEAST_LOG_WEIGHT = -20.0
@@ -235,7 +236,7 @@ def pool_completed(
     ----------
     sites
         Returns the sites' sums by group, each time from the first, see
-        `moments.by_type`.
+        `cross_products.by_type`.
     types
         Types with a component each; none: all patients are one group.
     rank

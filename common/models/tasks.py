@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgex.common.data.moments import CrossProducts
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.models import factor_model
 from fedgex.common.models.gexbert import Encoder, GexBert, ModelConfig, preset
 from fedgex.common.models.heads import ClassificationHead, SurvivalHead

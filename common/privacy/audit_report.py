@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedgex.common.errors import ConfigError
+from fedgex.common import parsing
 from fedgex.common.settings import Digest, Settings
 
 CONFIDENCE = 0.95
@@ -162,15 +162,9 @@ class AuditReport(Settings):
         ConfigError
             If the file cannot be read, or is no report.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read as JSON; expected the audit.json that an "
-                "audit wrote (docs/audit.md)."
-            ) from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: is no JSON object; expected an audit.json.")
+        expected = "the audit.json that an audit wrote (docs/audit.md)"
+        content = parsing.read_bytes(path, expected)
+        values = parsing.json_object(content, f"{path}:", expected)
         return cls.read(values, str(path))
 
     def objection(self, study_hash: str, model: str, max_auc: float) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import time
@@ -17,8 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import IO, Any
 
+from fedgex.common import parsing
 from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.system import failpoints
 
@@ -54,7 +55,7 @@ def write_atomic(
     """
     with explained(path):
         partial = path.with_name(f".{path.name}.partial")
-        with _locked(partial, mode) as file:
+        with _locked(partial, mode, os.O_NOFOLLOW) as file:
             try:
                 os.fchmod(file.fileno(), mode)
                 file.truncate(0)
@@ -69,6 +70,33 @@ def write_atomic(
             if point:
                 failpoints.reach(f"{point}.renamed")
             sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` once all of it is written.
+
+    It is for a folder that other accounts may write: the file's name until then is
+    random and new, so that no link that one of them planted is followed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; `path` is then as before.
+    """
+    with NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    sync(path.parent)
 
 
 def append(
@@ -175,7 +203,7 @@ def exclusive_lock(
         cannot be written.
     """
     with explained(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     with FileIO(handle, "r+") as file:
         if busy is None:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -223,6 +251,17 @@ def shared_lock(path: Path) -> Iterator[FileIO]:
                 return
 
 
+def warn_of_others(folder: Path) -> None:
+    """Log that other accounts may enter a folder that is for its owner only."""
+    mode = folder.stat().st_mode & 0o777
+    if mode & 0o077:
+        logger.warning(
+            "%s has mode %o, so that other accounts may enter it; expected 700. "
+            "Set it: chmod 700 %s",
+            folder, mode, folder,
+        )  # fmt: skip
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an error came of a disk that takes nothing now, and may do so later."""
     cause: BaseException | None = error
@@ -257,10 +296,10 @@ def _advice(code: int | None) -> str:
 
 
 @contextmanager
-def _locked(path: Path, mode: int) -> Iterator[FileIO]:
+def _locked(path: Path, mode: int, flags: int = 0) -> Iterator[FileIO]:
     """Open `path` for reading and writing, making it if need be, and lock it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, mode)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | flags, mode)
         with FileIO(handle, "r+") as file:  # unbuffered: what failed is not tried again
             fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(file, path):  # else another process renamed it as we waited
@@ -312,7 +351,11 @@ def _write(file: FileIO, content: bytes) -> None:
 
 
 def read_json(
-    path: Path, expected: str, *, missing: type[ConfigError] = ConfigError
+    path: Path,
+    expected: str,
+    *,
+    missing: type[ConfigError] = ConfigError,
+    most: int = parsing.MAX_BYTES,
 ) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -322,20 +365,13 @@ def read_json(
         What the file should be, for the message.
     missing
         Error to raise if the file cannot be read.
+    most
+        Most bytes that it may have.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read, or holds something else.
+        If the file cannot be read, is longer, or holds something else.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise missing(
-            f"{path}: cannot be read ({error.strerror}); expected {expected}."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON; expected {expected}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: is not a JSON object; expected {expected}.")
-    return values
+    content = parsing.read_bytes(path, expected, error=missing, most=most)
+    return parsing.json_object(content, f"{path}:", expected, most=most)

@@ -37,9 +37,34 @@ def log_to_stderr() -> None:
 
 
 def begin() -> None:
-    """Begin a child process: log to stderr, and end when the parent is gone."""
+    """Begin a child process, which ends when the parent is gone."""
     log_to_stderr()
+    begin_command()
     end_with_parent()
+
+
+def begin_command() -> None:
+    """Begin a process: no proxy of the environment, files for their owner only."""
+    set_proxy(None)
+    os.umask(0o077)
+
+
+def set_proxy(url: str | None) -> None:
+    """Send this process's connections over TLS through one proxy, and no other any.
+
+    Proxies of the environment are forgotten, here and for children. What our processes
+    send each other is plain HTTP on loopback, with their secrets.
+
+    Parameters
+    ----------
+    url
+        http(s)://host:port; None: every connection is direct.
+    """
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            del os.environ[name]
+    # Where no variable is set, macOS has its own proxies.
+    os.environ |= {"NO_PROXY": "*"} if url is None else {"HTTPS_PROXY": url}
 
 
 def child_environment() -> dict[str, str]:

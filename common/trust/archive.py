@@ -5,13 +5,13 @@ from __future__ import annotations
 import filecmp
 import re
 import shutil
-import struct
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from fedgex.common.errors import TrustError
+from fedgex.common.errors import FedgexError, TrustError
 from fedgex.common.system import files
 
 MEMBER = re.compile(
@@ -48,29 +48,19 @@ def unpack(path: Path, folder: Path) -> set[str]:
     TrustError
         If its bytes are not exactly those that `pack` writes for its members.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            _verify_members(members, path.stat().st_size)
-            for name in ("checkpoint", "receipts", "orders"):
-                (folder / name).mkdir(parents=True)
-            for member in members:
-                target = folder / member.filename
-                with (
-                    archive.open(member) as source,
-                    files.explained(target),
-                    target.open("wb") as file,
-                ):
-                    shutil.copyfileobj(source, file)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,  # also NotImplementedError
-        struct.error,
-        zipfile.BadZipFile,
-    ) as error:
-        raise TrustError(f"it cannot be read as a bundle ({error}).") from error
+    with _readable(), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _verify_members(members, path.stat().st_size)
+        for name in ("checkpoint", "receipts", "orders"):
+            (folder / name).mkdir(parents=True)
+        for member in members:
+            target = folder / member.filename
+            with (
+                archive.open(member) as source,
+                files.explained(target),
+                target.open("wb") as file,
+            ):
+                shutil.copyfileobj(source, file)
     names = {member.filename for member in members}
     again = folder / "again.zip"
     with files.explained(again):
@@ -79,6 +69,29 @@ def unpack(path: Path, folder: Path) -> set[str]:
         raise TrustError("it holds bytes that belong to none of its members.")
     again.unlink()
     return names
+
+
+def members(path: Path) -> list[str]:
+    """Return the names of a bundle's members; nothing is verified.
+
+    Raises
+    ------
+    TrustError
+        If the file is no zip.
+    """
+    with _readable(), zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Refuse what is no bundle, whatever `zipfile` raises of it."""
+    try:
+        yield
+    except FedgexError:
+        raise
+    except Exception as error:
+        raise TrustError(f"it cannot be read as a bundle ({error!s:.200}).") from error
 
 
 def _verify_members(members: Sequence[zipfile.ZipInfo], size: int) -> None:

@@ -16,9 +16,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +82,7 @@ class Consent(Settings):
     subject: str
     """The run."""
     administrator: Name
-    at: datetime
+    at: AwareDatetime
     run: Literal[""] = ""
     model: Digest
     """SHA-256 of the manifest of the checkpoint that is to be released."""
@@ -218,9 +216,14 @@ def opened(path: Path, authority: x509.Certificate) -> Iterator[tuple[Released, 
 
 
 def administrators(path: Path) -> tuple[str, ...]:
-    """Return whose orders a bundle holds, by name; nothing is verified."""
-    with zipfile.ZipFile(path) as file:
-        names = file.namelist()
+    """Return whose orders a bundle holds, by name; nothing is verified.
+
+    Raises
+    ------
+    TrustError
+        If the file is no bundle.
+    """
+    names = archive.members(path)
     return tuple(sorted(Path(n).stem for n in names if n.startswith("orders/")))
 
 
@@ -261,10 +264,7 @@ def _release(folder: Path, authority: x509.Certificate) -> Release:
     that can be written in two ways: text, base64 and certificate are compared whole.
     """
     signed = _signed(folder, RELEASE)
-    try:
-        release = Release.read(json.loads(signed.content), RELEASE)
-    except (ValueError, RecursionError) as error:
-        raise TrustError(f"{RELEASE} holds no JSON.") from error
+    release = Release.from_json(signed.content, RELEASE)
     if signed.signers(authority, "coordinator", at=release.released) == ():
         raise TrustError(f"{RELEASE} is not signed; expected the coordinator.")
     first, *more = signed.signatures
@@ -368,8 +368,8 @@ def _consenting(
         signed = _signed(folder, name)
         signers = signed.signers(authority, "administrator", at=release.released)
         try:
-            consent = Consent.model_validate_json(signed.content)
-        except ValueError as error:
+            consent = Consent.from_json(signed.content, name)
+        except ConfigError as error:
             raise TrustError(f"{name} is no order to release a model.") from error
         if (
             signers != (consent.administrator,)
@@ -393,7 +393,7 @@ def _verify_checkpoint(
 ) -> None:
     """Compare the model with the manifest, the last receipt and the contract."""
     found = checkpoints.load(folder / "checkpoint")
-    listed = json.loads((folder / "checkpoint" / "manifest.json").read_text())["files"]
+    listed = checkpoints.read_manifest(folder / "checkpoint").files
     expected = {f"checkpoint/{name}" for name in (*listed, "manifest.json")}
     if {name for name in names if name.startswith("checkpoint/")} != expected:
         raise TrustError("its checkpoint holds other files than its manifest lists.")

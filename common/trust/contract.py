@@ -7,18 +7,20 @@ a hospital approves. The format stands in docs/contract.md.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from typing import Self
 
 from pydantic import Field, model_validator
 
+from fedgex.common import parsing
 from fedgex.common.data.vocabulary import Vocabulary
-from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Digest, Name, Settings
 from fedgex.common.study import Study
 from fedgex.common.trust.signed import Signed
+
+MAX_BYTES = 1 << 22
+"""Of a contract's text, which may name 200,000 genes."""
 
 
 class ReleaseRule(Settings):
@@ -62,11 +64,7 @@ class Contract(Settings):
         ConfigError
             If it is no TOML, or with everything else that is wrong with it.
         """
-        try:
-            values = tomllib.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{source} is not TOML: {error}") from error
-        return cls.read(values, source)
+        return cls.read(parsing.toml_table(text, source, most=MAX_BYTES), source)
 
     @classmethod
     def read_signed(cls, signed: Signed) -> Self:

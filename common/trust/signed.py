@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fedgex.common import parsing
 from fedgex.common.canonical import canonical_json
-from fedgex.common.errors import TrustError
+from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.trust import pki
 
 
@@ -44,7 +45,7 @@ def check_signature(
             raise InvalidSignature
         raw = base64.b64decode(signature, validate=True)
         key.verify(raw, content, ec.ECDSA(hashes.SHA256()))
-    except (InvalidSignature, ValueError) as error:
+    except Exception as error:  # whatever bytes came
         raise TrustError(
             f"the signature does not fit the content under the key "
             f"{pki.short(certificate)}; one of them was changed. Fetch the document "
@@ -94,8 +95,10 @@ class Signed:
             If the text is no signed document.
         """
         try:
-            return TypeAdapter(cls).validate_json(text)
-        except (ValidationError, ValueError) as error:
+            return TypeAdapter(cls).validate_python(
+                parsing.json_value(text, source, most=parsing.LONG_BYTES)
+            )
+        except (ValidationError, ConfigError) as error:
             raise TrustError(
                 f"{source} is no signed document; expected JSON with a content and its "
                 "signatures. Fetch it again."

@@ -7,6 +7,7 @@ import logging
 import typer
 
 from fedgex.common.system.lazy_commands import lazy_group
+from fedgex.common.system.processes import begin_command
 
 _CLI = "fedgex.server.cli."
 COMMANDS = {
@@ -42,4 +43,5 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Administer a consortium: members, contracts, runs and releases."""
+    begin_command()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")

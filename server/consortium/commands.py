@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
 from fedgex.common.settings import NAME_PATTERN, Settings
@@ -42,7 +42,7 @@ class Order(Settings):
     subject: str
     """Hash of the contract for publish and launch, else name of the run."""
     administrator: str = Field(pattern=NAME_PATTERN)
-    at: datetime
+    at: AwareDatetime
     """Time of the order, UTC."""
     run: str = Field(default="", pattern=rf"{NAME_PATTERN}|^$")
     """launch: name of the run."""
@@ -58,7 +58,7 @@ class Outcome(Settings):
     state: Literal["pending", "accepted", "refused"]
     reason: str = ""
     """Reason of a refusal."""
-    at: datetime | None = None
+    at: AwareDatetime | None = None
     """Time of the outcome, UTC."""
     signed: str
     """The signed order."""
@@ -205,7 +205,7 @@ def outcome(consortium: Consortium, token: str) -> Outcome | None:
     waiting = _read(_pending(consortium) / f"{token}.json")
     done = _read(_done(consortium) / f"{token}.json")
     if done is not None:
-        return Outcome.model_validate_json(done)
+        return Outcome.from_json(done, f"the outcome of {token}")
     return None if waiting is None else Outcome(state="pending", signed=waiting)
 
 
@@ -261,8 +261,8 @@ def _trusted(consortium: Consortium, text: str, token: str) -> Order:
     signed = Signed.from_json(text, f"the order {token}")
     signers = consortium.signers(signed)
     try:
-        order = Order.model_validate_json(signed.content)
-    except ValueError as error:
+        order = Order.from_json(signed.content, "the order")
+    except ConfigError as error:
         raise TrustError(
             f"the order {token} cannot be read; expected one that fedgex-admin wrote. "
             "Give the order again."
@@ -289,9 +289,8 @@ def _same(order: Order, earlier: Outcome) -> Order:
     ConfigError
         If it does not, or was.
     """
-    before = Order.model_validate_json(
-        Signed.from_json(earlier.signed, f"the order {order.token}").content
-    )
+    what = f"the order {order.token}"
+    before = Order.from_json(Signed.from_json(earlier.signed, what).content, what)
     used = f"the token {order.token} was used on {before.at:%Y-%m-%d %H:%M} UTC"
     asked = {"kind", "subject", "run", "model", "audit"}
     if order.model_dump(include=asked) != before.model_dump(include=asked):

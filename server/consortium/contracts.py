@@ -11,23 +11,24 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from cryptography import x509
+from pydantic import AwareDatetime
 
+from fedgex.common import parsing
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.settings import Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
-from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.contract import MAX_BYTES, Contract
 from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import annotated_toml, commands
 from fedgex.server.consortium.commands import Order
@@ -45,7 +46,7 @@ class Answer(Settings):
     contract: str
     decision: Literal["approved", "rejected", "withdrawn"]
     by: str = ""
-    at: datetime
+    at: AwareDatetime
     expires: date | None = None
     """Last day of an approval."""
     reason: str = ""
@@ -378,8 +379,8 @@ def _answers(consortium: Consortium, hash: str) -> dict[str, Signed]:
 
 def _answer(signed: Signed, site: str) -> Answer:
     try:
-        return Answer.model_validate_json(signed.content)
-    except ValueError as error:
+        return Answer.from_json(signed.content, "the answer")
+    except ConfigError as error:
         raise TrustError(
             f"the answer of {site} cannot be read; expected a decision as fedgex-site "
             "signs it."
@@ -406,10 +407,7 @@ def _genes(path: Path) -> tuple[str, ...]:
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
+    return parsing.toml_table(_text(path), f"{path}:", most=MAX_BYTES)
 
 
 def _text(path: Path) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
@@ -359,7 +358,7 @@ def _serial(certificate: x509.Certificate) -> str:
 def _node_key_fingerprint(text: str) -> str:
     try:
         key = load_ssh_public_key(text.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except Exception as error:  # such as a compressed point
         raise TrustError(
             "the node key cannot be read; expected an OpenSSH public key. Ask for the "
             "request again."

@@ -33,7 +33,7 @@ from fedgex.common.messages.replies import ContractReply, read_part
 from fedgex.common.messages.requests import ContractRequest, Envelope, ReleaseRequest
 from fedgex.common.models import checkpoint
 from fedgex.common.study import Study
-from fedgex.common.system.files import write_atomic
+from fedgex.common.system.files import read_json, write_atomic
 from fedgex.common.transport.records import to_record
 from fedgex.common.trust.contract import Contract
 from fedgex.common.trust.receipt import Receipt, reply_digest, verify_chain, verify_part
@@ -384,11 +384,7 @@ def _collect(
 
 def _read(path: Path) -> dict[str, Any]:
     """Return a JSON object; an empty one if there is no file."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return values
+    return read_json(path, "what this server wrote") if path.exists() else {}
 
 
 def _short(value: object) -> object:

@@ -185,16 +185,12 @@ def export(consortium: Consortium, run: str, out: Path) -> bundle.Released:
         raise FedgexError(f"{out} exists already; choose another file.")
     source = path(consortium, run)
     released = bundle.verify(source, consortium.authority)
-    partial = out.with_name(f".{out.name}.partial")
-    with files.explained(out):
-        try:
-            shutil.copyfile(source, partial)
-            files.sync(partial)
-            os.replace(partial, out)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-        files.sync(out.parent)
+    with (
+        files.explained(out),
+        files.replacing(out, mode=0o644) as copy,
+        source.open("rb") as content,
+    ):
+        shutil.copyfileobj(content, copy)
     return released
 
 
@@ -263,7 +259,7 @@ def _is_audited(
 
 
 def _order(signed: Signed) -> Order:
-    return Order.model_validate_json(signed.content)
+    return Order.from_json(signed.content, "the order")
 
 
 def _audit(consortium: Consortium, digest: str) -> Path:

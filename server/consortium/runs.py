@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fedgex.common.errors import FedgexError
-from fedgex.common.system.files import write_atomic
+from fedgex.common.system.files import read_json, write_atomic
 from fedgex.common.trust.contract import Contract
 from fedgex.common.trust.signed import Signed
 from fedgex.server import journal
@@ -49,8 +49,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """Content of state.json: state, reason, contract and times."""
-        found: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
-        return found
+        return read_json(self.folder / "state.json", "the state of a run")
 
     @property
     def state(self) -> State:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import socket
-import tomllib
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -26,6 +25,7 @@ from typing import Any, Literal, Self
 from cryptography import x509
 from pydantic import Field, model_validator
 
+from fedgex.common import parsing
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.settings import NAME_PATTERN, Settings
 from fedgex.common.system import files
@@ -137,10 +137,8 @@ class Consortium:
                 "consortium. Name it with --state or FEDGEX_STATE, or found one with "
                 "fedgex-admin consortium init."
             )
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
+        content = parsing.read_bytes(path, "the consortium's settings")
+        values = parsing.toml_table(content, f"{path}:")
         self.folder = folder
         self.settings = ConsortiumSettings.read(values, str(path))
         self.audit = Chain(folder / "audit.jsonl")
@@ -386,7 +384,9 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     ConfigError
         If the file is not there, or holds something else.
     """
-    return files.read_json(path, expected, missing=NotFoundError)
+    return files.read_json(
+        path, expected, missing=NotFoundError, most=parsing.LONG_BYTES
+    )
 
 
 def listed(names: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from google.protobuf.message import DecodeError
 
 from fedgex.common import codes, keys
 from fedgex.common.errors import MessageError, UpdateError
@@ -45,6 +46,16 @@ PATIENCE = 4
 """Deadlines after which a round that has its quorum does not wait for slow sites."""
 LONGEST = 12
 """Deadlines after which no request waits, however much still moves."""
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    MemoryError,
+    RecursionError,
+    DecodeError,
+)
+"""What Flower raises of bytes that are no message; a lost connection raises others."""
 MAX_DEATHS = 5
 """Crashes of a node or its app after which the deadline is no longer extended; else a
 site that crashes on each request would block the round for ever."""
@@ -247,7 +258,14 @@ class _Dispatch:
 
     def _pull(self, message_id: str) -> Answer | None:
         """Fetch the reply to one message; return it if it settles its site."""
-        pulled = list(self.channel.grid.pull_messages([message_id]))
+        try:
+            pulled = list(self.channel.grid.pull_messages([message_id]))
+        except UNREADABLE as error:
+            site = self.under_way.pop(message_id)
+            reason = f"the reply cannot be read: {type(error).__name__}"
+            if site not in self.waiting:
+                return None
+            return self._end(site, "quarantined", reason)
         if not pulled:
             return None
         reply = pulled.pop()

@@ -22,15 +22,9 @@ from safetensors.numpy import load_file, save
 
 from fedgex.common import federation, keys
 from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.cross_products import MIN_SITES, OTHERS, CrossProducts
 from fedgex.common.data.dataset import to_patients
-from fedgex.common.data.moments import (
-    MIN_SITES,
-    OTHERS,
-    CrossProducts,
-    GeneMoments,
-    Standardisation,
-    pool,
-)
+from fedgex.common.data.moments import GeneMoments, Standardisation, pool
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.messages.codec import boundary
@@ -111,10 +105,11 @@ class Initialization:
 
     def sites(self, vocabulary: Vocabulary) -> list[Site]:
         """Return the present sites with their measured genes."""
+        panels = {name: set(each.genes) for name, each in self.present.items()}
         return [
             Site(
                 name=name,
-                measured=np.isin(vocabulary.genes, introduction.genes),
+                measured=np.array([gene in panels[name] for gene in vocabulary.genes]),
                 n_patients=introduction.num_patients,
             )
             for name, introduction in self.present.items()
@@ -139,9 +134,9 @@ class Initialization:
         if public is not None and study.public.statistics:
             scale = federation.public_standardisation(public, vocabulary)
             if study.linear_rank:
-                patients = to_patients(public, vocabulary, scale)
+                patients = to_patients(public, vocabulary)
                 least = federation.MIN_PUBLIC_PATIENTS
-                groups = federation.cross_products(study, patients, least)
+                groups = federation.cross_products(study, patients, least, scale)
         else:
             scale = self._standardisation(vocabulary)
             if study.cross_products:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fedgex.common import federation, keys
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.federation import Update
+from fedgex.common.messages.codec import boundary
 from fedgex.common.messages.fields import TrainingMetrics
 from fedgex.common.messages.replies import TrainReply
 from fedgex.common.study import RoundRule, Study
@@ -122,7 +123,10 @@ def train_round(
         if answer.content is not None:
             path = spool_dir / f"{name}.safetensors"
             try:
-                metrics, norms[name] = _accept(answer, global_parameters, study, path)
+                with boundary():
+                    metrics, norms[name] = _accept(
+                        answer, global_parameters, study, path
+                    )
                 require_plausible(metrics, by_name[name])
             except UpdateError as error:
                 outcome = SiteOutcome(state="quarantined", reason=str(error))

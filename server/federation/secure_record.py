@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedgex.common import keys
+from fedgex.common.parsing import LONG_BYTES
 from fedgex.common.secure_aggregation.protocol import Context
-from fedgex.common.system.files import write_atomic
+from fedgex.common.system.files import read_json, write_atomic
 from fedgex.common.trust.receipt import Part
 from fedgex.server.federation.participants import (
     Outcomes,
@@ -39,7 +40,7 @@ class Record:
         if not path.exists():
             attempt, drawn = 1, f"simulated-{secrets.token_hex(8)}"
         else:
-            before = cls(folder, json.loads(path.read_text()))
+            before = cls(folder, read_json(path, "an exchange", most=LONG_BYTES))
             last = before.context
             drawn = last.run
             same = (last.phase, last.round) == (request.phase, request.round)

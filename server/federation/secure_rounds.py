@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,10 +193,21 @@ class _Exchange:
             public = {k: v for k, v in advertised.encode().items() if k != keys.ATTEMPT}
             return public | proof(answer.signed)
 
-        request = KeysRequest(**self._asked, attempt=Attempt(**self._attempt))
+        scale = self._train_request().standardisation
+        request = KeysRequest(
+            **self._asked, standardisation=scale, attempt=Attempt(**self._attempt)
+        )
         found, lost = self._request_all(
             keys.SECURE_KEYS, self.sites, lambda: request, parse
         )
+        times = Counter(
+            each[part] for each in found.values() for part in ("channel", "mask")
+        )
+        for name, each in list(found.items()):
+            if times[each["channel"]] + times[each["mask"]] > 2:
+                reason = "it advertises a key that another site does too"
+                lost[name] = SiteOutcome(state="quarantined", reason=reason)
+                del found[name]
         self.record.lose(lost)
         self._require(found, FEWEST_SUMMED, "made keys")
         return found

@@ -11,6 +11,7 @@ The guard also records each node's last activity, on which a round's deadline de
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import os
@@ -21,7 +22,6 @@ from base64 import b64decode
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from secrets import compare_digest
 from typing import Any
 
 from fedgex.common.errors import FedgexError
@@ -241,7 +241,7 @@ class LoopbackGuard:
         """Serve one request, or the app's start and end."""
         if scope["type"] == "http" and scope["path"].startswith("/v1/control/"):
             given = dict(scope["headers"]).get(SECRET_HEADER.encode(), b"")
-            if not compare_digest(given, self.secret):
+            if not hmac.compare_digest(given, self.secret):
                 await _answer(send, 401)
                 return
         await self.app(scope, receive, send)
@@ -305,7 +305,7 @@ if __name__ == "__main__":
     begin()
     asyncio.run(
         serve(
-            SuperLinkSettings.read(json.loads(sys.argv[1]), "the supervisor's word"),
+            SuperLinkSettings.from_json(sys.argv[1], "the supervisor's word"),
             os.environ.pop(SECRET_VARIABLE),
         )
     )

@@ -23,7 +23,7 @@ import httpx
 
 from fedgex.common.errors import FedgexError
 from fedgex.common.models import checkpoint
-from fedgex.common.system.files import exclusive_lock, write_atomic
+from fedgex.common.system.files import exclusive_lock, warn_of_others, write_atomic
 from fedgex.common.system.processes import Child, IdlePause
 from fedgex.common.transport import flower as runtime
 from fedgex.common.transport.flower import RuntimeHttpClient
@@ -92,6 +92,7 @@ def serve(folder: Path) -> None:
         If another server serves it.
     """
     consortium = Consortium(folder.resolve())
+    warn_of_others(consortium.folder)
     busy = f"another server serves {folder}; stop it, or use it."
     with exclusive_lock(consortium.folder / "lock", busy):
         audit_log.verify(consortium.folder / "audit.jsonl")

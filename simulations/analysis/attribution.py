@@ -1,4 +1,4 @@
-"""What a model looked at: its answers, attributed to the genes that it was given.
+"""Attribution of a model's predictions to its input genes.
 
     a site's patients -> attribution of each -> sums and counts by cancer type
     -> the same of all sites
@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedgex.common.data.cross_products import MIN_SITES
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import MIN_SITES, GeneMoments
+from fedgex.common.data.moments import GeneMoments, pool
 from fedgex.common.models.gexbert import Encoder, GexBert, differentiable_factors
 from fedgex.common.models.heads import ClassificationHead
 
@@ -28,7 +29,7 @@ STEPS = 64
 48 patients of TCGA and a model of one round, attributions missed 8 % of the margin's
 change with 32 and 3 % with 64."""
 SIGNS = 4
-"""Random signs from which the squared gradients of many restored genes are told."""
+"""Random signs that estimate the squared gradients of many restored genes."""
 BATCH = 64
 """Most patients at a time."""
 
@@ -37,9 +38,9 @@ class Attributed(NamedTuple):
     """The margin of a class, shared out among the genes."""
 
     genes: Tensor
-    """What each gene adds to the margin, shape (N, V)."""
+    """Addition of each gene to the margin, shape (N, V)."""
     change: Tensor
-    """What all of them add: the margin less that of the mean patient, shape (N,)."""
+    """Sum of all additions: the margin less that of the mean patient, shape (N,)."""
 
 
 def integrated_gradients(
@@ -90,7 +91,7 @@ def margins(
 ) -> Tensor:
     """Return each class' logit less the mean of all, shape (B, C).
 
-    What raises all logits alike says nothing of the class.
+    An equal rise of all logits does not change the class.
 
     Parameters
     ----------
@@ -175,7 +176,7 @@ def squared_gradients(
 def by_type(
     attributions: Tensor, cancer_type: Sequence[str | None], floor: int
 ) -> dict[str, GeneMoments]:
-    """Return what may leave a site: sums over its patients of each cancer type.
+    """Return the sums over a site's patients of each cancer type, which may leave it.
 
     Parameters
     ----------
@@ -199,17 +200,17 @@ def by_type(
 def pool_types(sites: Iterable[Mapping[str, GeneMoments]]) -> dict[str, GeneMoments]:
     """Return the sums of each type over all sites.
 
-    A type of which fewer than `MIN_SITES` of several sites tell is left out, so that
-    nobody's own mean is handed to everyone.
+    A type with sums from fewer than `MIN_SITES` of several sites is left out, so that
+    no site's own mean reaches the others.
     """
-    told = list(sites)
-    told_by = Counter(name for site in told for name in site)
-    pooled: dict[str, GeneMoments] = {}
-    for site in told:
-        for name, sums in site.items():
-            pooled[name] = pooled[name] + sums if name in pooled else sums
-    least = min(MIN_SITES, len(told))
-    return {name: pooled[name] for name in sorted(pooled) if told_by[name] >= least}
+    reported = list(sites)
+    counts = Counter(name for site in reported for name in site)
+    least = min(MIN_SITES, len(reported))
+    return {
+        name: pool(site[name] for site in reported if name in site)
+        for name in sorted(counts)
+        if counts[name] >= least
+    }
 
 
 def alike(given: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

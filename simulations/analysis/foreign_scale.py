@@ -50,14 +50,14 @@ class Mistake:
     description: str
     scale: Scale
     rounded: bool = False
-    """Rounded to whole numbers."""
+    """Rounded to integers."""
 
 
 MISTAKES = {
     "log10": Mistake(description="log10(x + 1)", scale=Scale.LOG10P1),
     "ln": Mistake(description="ln(x + 1)", scale=Scale.LN1P),
     "counts": Mistake(
-        description="whole numbers, not logarithms", scale=Scale.LINEAR, rounded=True
+        description="integers, not logarithms", scale=Scale.LINEAR, rounded=True
     ),
 }
 

@@ -1,8 +1,8 @@
 """Selection of the smallest gene panel that separates cancer types, from pooled sums.
 
 The sites send what they send for the linear start, cross-products by cancer type (see
-`moments.by_type`), and no more; the server pools them and chooses genes. To find the
-number of genes that is enough, each site counts its own patients whom a panel
+`cross_products.by_type`), and no more; the server pools them and chooses genes. To find
+the number of genes that is enough, each site counts its own patients whom a panel
 classifies correctly. V genes, K types, N patients, P pairs of types.
 
 Types are taken as normal, each with a mean of its own and all with one covariance. Two
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-from fedgex.common.data.moments import CrossProducts
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.errors import ConfigError
 from fedgex.common.evaluation.imputers import RIDGE
 
@@ -58,7 +58,7 @@ class Types:
         Parameters
         ----------
         groups
-            Pooled over the sites, see `moments.pool_types`.
+            Pooled over the sites, see `cross_products.pool_types`.
         types
             To separate; one that is not in `groups` is left out.
 
@@ -70,7 +70,7 @@ class Types:
         names = tuple(name for name in types if name in groups)
         if len(names) < 2:
             raise ConfigError(
-                f"cross-products tell of {len(names)} of the cancer types "
+                f"cross-products describe {len(names)} of the cancer types "
                 f"{', '.join(types)}; expected two or more. Lower minimum_cohort, or "
                 "let more sites share cross-products."
             )
@@ -135,7 +135,7 @@ def select(types: Types, size: int) -> Selection:
     return Selection(genes=genes, bound=bounds)
 
 
-def told(
+def classify(
     types: Types, panel: NDArray[np.intp], standardised: NDArray[np.floating[Any]]
 ) -> NDArray[np.intp]:
     """Return the type of each patient by the linear discriminant of a panel's genes.
@@ -169,7 +169,7 @@ def n_right(
     """Count a site's patients whom a panel classifies correctly."""
     names = np.array(types.names)
     truth = np.array([name or "" for name in cancer_type])
-    return int((names[told(types, panel, standardised)] == truth).sum())
+    return int((names[classify(types, panel, standardised)] == truth).sum())
 
 
 def enough(right: Mapping[int, float], share: float) -> int:

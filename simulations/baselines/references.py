@@ -42,8 +42,8 @@ CLINICAL_PENALTY = 0.01
 do not vary among those who died."""
 LOGISTIC_C = 0.1
 """Inverse ridge of the logistic regression. Fixed, so that panels of all sizes are
-treated alike: on TCGA, with whole institutions held out, none of 0.01, 1 and 10 was
-better by more than 0.006 in accuracy at 8, 16, 64 or 256 genes."""
+treated alike: on TCGA, with institutions held out, none of 0.01, 1 and 10 was better by
+more than 0.006 in accuracy at 8, 16, 64 or 256 genes."""
 
 
 def cox_ridge(

@@ -11,6 +11,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from fedgex.common.data.cohort import read_parquet
+from fedgex.common.data.patients import ambiguous
 from fedgex.common.errors import ConfigError
 from fedgex.simulations.scenario import Columns, Data, Scenario
 
@@ -72,6 +73,12 @@ def read_raw(
 
     patients, notes = _read_clinical(scenario, clinical_file)
     patient = expression.index.str.slice(stop=scenario.data.patient_from_sample)
+    if spelt := ambiguous({*patient, *patients.index}):
+        raise ConfigError(
+            f"{scenario.data.clinical} and {scenario.data.expression}: {spelt} patients"
+            " share a key with another (docs/hospital-data.md); expected one spelling "
+            "for each. Correct the files."
+        )
     clinical = patients.reindex(patient).set_axis(expression.index)
     clinical.insert(0, "patient", patient)
     if scenario.data.cancer_type_from == "file":

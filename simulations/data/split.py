@@ -4,7 +4,7 @@
     institution ─write→ sites/<slug>/, holdout/ and public/, each with
     expression.parquet, clinical.csv, site.toml and policy.toml, as at a hospital
 
-Whole institutions go to one place, so no patient is in two.
+All patients of an institution go to one place, so that none is in two.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
@@ -48,12 +49,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What was written, without a single patient."""
+    """Description of a split, without a single patient."""
 
-    sites: tuple[str, ...]
-    """Names of the sites' folders, sorted."""
     sizes: Mapping[str, int]
-    """Patients of each site."""
+    """Patients of each site, by the name of its folder, sorted."""
     holdout_size: int
     """Patients of the hold-out."""
     public_size: int
@@ -63,12 +62,22 @@ class Split:
     digest: str
     """SHA-256 of all files written."""
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites' folders, sorted."""
+        return tuple(self.sizes)
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Names of the folders of patients that no site has."""
+        return (HOLDOUT, PUBLIC) if self.public_size else (HOLDOUT,)
+
 
 def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
-    """Write what each simulated hospital holds to `out/sites`, and what none does.
+    """Write the data of each simulated hospital to `out/sites`.
 
-    That is the hold-out in `out/holdout` and, if the scenario has one, the public
-    cohort in `out/public`.
+    The hold-out goes to `out/holdout` and, if the scenario has one, the public cohort
+    to `out/public`.
 
     The same scenario and data give the same bytes. A finished split of the same
     scenario and data is used again; one that was interrupted starts anew.
@@ -102,16 +111,14 @@ def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
 
     raw = read_raw(scenario, expression_files, clinical_file)
     _refuse_unknown_names(scenario, raw.clinical)
-    assignment = _assign(scenario, raw.clinical)
-    return _write(scenario, raw, assignment, out, inputs)
+    return _write(scenario, raw, *_assign(scenario, raw.clinical), out, inputs)
 
 
 def read_cohort(folder: Path, study: Study) -> Cohort:
     """Read and check the patients in a folder of a split, the first sample of each."""
     settings = SiteSettings.load(folder / "site.toml")
     cohort, _ = load_cohort(settings, study.scale, tuple(study.phases))
-    _, first = np.unique(np.asarray(cohort.patients), return_index=True)
-    return cohort.take(np.sort(first))
+    return cohort.take(cohort.first_samples())
 
 
 def slugs(names: Iterable[str], reserved: Collection[str] = ()) -> dict[str, str]:
@@ -144,11 +151,11 @@ def slugs(names: Iterable[str], reserved: Collection[str] = ()) -> dict[str, str
     return given
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Assignment:
-    site_of: Mapping[str, str]
-    """Site's name by institution; institutions that are left out are absent."""
-    notes: tuple[str, ...]
+def panel(seed: int, site: str, n_genes: int, share: float) -> NDArray[np.intp]:
+    """Return the genes of a site's own random share, rising positions."""
+    rng = np.random.default_rng([seed, *f"panel/{site}".encode()])
+    kept = rng.choice(n_genes, max(1, round(share * n_genes)), replace=False)
+    return np.sort(kept)
 
 
 def _refuse_unknown_names(scenario: Scenario, clinical: pd.DataFrame) -> None:
@@ -162,7 +169,7 @@ def _refuse_unknown_names(scenario: Scenario, clinical: pd.DataFrame) -> None:
     )
     checks = [
         ("holdout.institutions", scenario.holdout.institutions, institutions),
-        ("public.institutions", _public(scenario), institutions),
+        ("public.institutions", scenario.public_institutions, institutions),
         ("study.classification.classes", study.classification.classes, types),
         ("study.survival.cancer_types", study.survival.cancer_types, types),
     ]
@@ -174,10 +181,14 @@ def _refuse_unknown_names(scenario: Scenario, clinical: pd.DataFrame) -> None:
     )
 
 
-def _assign(scenario: Scenario, clinical: pd.DataFrame) -> _Assignment:
+def _assign(
+    scenario: Scenario, clinical: pd.DataFrame
+) -> tuple[dict[str, str], list[str]]:
+    """Return the site of each institution that is not left out, and notes."""
     rule: Sites = scenario.sites
     sizes = clinical.groupby("institution")["patient"].nunique()
-    held_out, public = list(scenario.holdout.institutions), list(_public(scenario))
+    held_out = list(scenario.holdout.institutions)
+    public = list(scenario.public_institutions)
     rest = sizes.drop([*held_out, *public])
     small = sorted(rest.index[rest < rule.minimum_patients])
     large = rest.drop(small)
@@ -225,11 +236,7 @@ def _assign(scenario: Scenario, clinical: pd.DataFrame) -> _Assignment:
             f"cohort of {minimum} patients"
         )
     site_of |= dict.fromkeys(held_out, HOLDOUT) | dict.fromkeys(public, PUBLIC)
-    return _Assignment(site_of=site_of, notes=tuple(notes))
-
-
-def _public(scenario: Scenario) -> tuple[str, ...]:
-    return () if scenario.public is None else scenario.public.institutions
+    return site_of, notes
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -258,12 +265,13 @@ def _finished(out: Path, inputs: str) -> Split | None:
     if not (out / RECORD).is_file():
         return None
     record = json.loads((out / RECORD).read_text())
+    record.pop("sites", None)  # named twice in earlier splits
     if record.pop("inputs") != inputs:
         raise ConfigError(
             f"{out} holds the split of another scenario or of other data. Choose "
             "another folder, or delete this one."
         )
-    done = Split(**record | {key: tuple(record[key]) for key in ("sites", "notes")})
+    done = Split(**record | {"notes": tuple(record["notes"])})
     if _digest(out, _written(out, done)) != done.digest:
         raise ConfigError(
             f"{out}: the split's files are not as they were written. Choose another "
@@ -274,46 +282,47 @@ def _finished(out: Path, inputs: str) -> Split | None:
 
 
 def _write(
-    scenario: Scenario, raw: RawData, assignment: _Assignment, out: Path, inputs: str
+    scenario: Scenario,
+    raw: RawData,
+    site_of: Mapping[str, str],
+    notes: Sequence[str],
+    out: Path,
+    inputs: str,
 ) -> Split:
     _clear_interrupted(out)
     partial = out / PARTIAL
     partial.mkdir(parents=True)
-
-    site = raw.clinical["institution"].map(assignment.site_of)
+    site = raw.clinical["institution"].map(site_of)
     sizes = {}
-    for name, samples in site.groupby(site).groups.items():
+    for name in sorted(map(str, site.dropna().unique())):
+        samples = site.index[site == name]
         clinical = raw.clinical.loc[samples]
         expression = raw.expression.loc[samples].dropna(axis=1, how="all")
-        if name not in (HOLDOUT, PUBLIC):
-            expression = _panel(expression, scenario, str(name))
-        _write_site(
-            _folder(partial, str(name)), str(name), expression, clinical, scenario
-        )
-        sizes[str(name)] = int(clinical["patient"].nunique())
-    holdout_size, public_size = sizes.pop(HOLDOUT), sizes.pop(PUBLIC, 0)
-    sites = tuple(sorted(sizes))
+        share = scenario.sites.panel_share
+        if name not in (HOLDOUT, PUBLIC) and share < 1:
+            kept = panel(scenario.study.seed, name, expression.shape[1], share)
+            expression = expression.iloc[:, kept]
+        _write_site(_folder(partial, name), name, expression, clinical, scenario)
+        sizes[name] = int(clinical["patient"].nunique())
     done = Split(
-        sites=sites,
-        sizes={name: sizes[name] for name in sites},
-        holdout_size=holdout_size,
-        public_size=public_size,
-        notes=raw.notes + assignment.notes,
+        holdout_size=sizes.pop(HOLDOUT),
+        public_size=sizes.pop(PUBLIC, 0),
+        sizes=sizes,
+        notes=(*raw.notes, *notes),
         digest="",
     )
     digest = _digest(partial, _written(partial, done))
     done = dataclasses.replace(done, digest=digest)
     record = json.dumps({"inputs": inputs, **asdict(done)}, indent=1)
     (partial / RECORD).write_text(record + "\n")
-
-    for name in (*_apart(done), "sites", RECORD):
+    for name in (*done.apart, "sites", RECORD):
         (partial / name).rename(out / name)
     partial.rmdir()
     return done
 
 
 def _clear_interrupted(out: Path) -> None:
-    """Remove what an interrupted split left, and nothing that is not its own."""
+    """Remove the files of an interrupted split, and no others."""
     written = (out / HOLDOUT, out / PUBLIC, out / "sites")
     ours = [folder for folder in written if folder.exists()]
     if (out / PARTIAL).exists():
@@ -325,17 +334,6 @@ def _clear_interrupted(out: Path) -> None:
             f"{out} holds {' and '.join(f.name for f in ours)} that no split wrote. "
             "Choose another folder, or move them away."
         )
-
-
-def _panel(expression: pd.DataFrame, scenario: Scenario, site: str) -> pd.DataFrame:
-    """Keep the site's own random share of the genes."""
-    share = scenario.sites.panel_share
-    if share == 1:
-        return expression
-    rng = np.random.default_rng([scenario.study.seed, *f"panel/{site}".encode()])
-    n_genes = expression.shape[1]
-    kept = rng.choice(n_genes, max(1, round(share * n_genes)), replace=False)
-    return expression.iloc[:, np.sort(kept)]
 
 
 def _write_site(
@@ -360,6 +358,7 @@ def _write_site(
         'clinical = "clinical.csv"',
         f'scale = "{scenario.data.scale}"',
         'orientation = "samples-by-genes"',
+        'unknown_genes = "keep"',
         f'time_unit = "{scenario.data.time_unit}"',
     ]
     (folder / "site.toml").write_text("\n".join(lines) + "\n")
@@ -384,15 +383,10 @@ def _folder(out: Path, name: str) -> Path:
     return out / name if name in (HOLDOUT, PUBLIC) else out / "sites" / name
 
 
-def _apart(done: Split) -> tuple[str, ...]:
-    """Return the folders beside those of the sites."""
-    return (HOLDOUT, PUBLIC) if done.public_size else (HOLDOUT,)
-
-
 def _written(out: Path, done: Split) -> list[Path]:
     return [
         _folder(out, name) / file
-        for name in (*_apart(done), *done.sites)
+        for name in (*done.apart, *done.sites)
         for file in ("clinical.csv", "expression.parquet", "site.toml", "policy.toml")
     ]
 

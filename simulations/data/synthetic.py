@@ -51,7 +51,7 @@ SITE_SHIFT = 0.2
 NOISE = 0.6
 """Standard deviation of what no programme explains."""
 SATURATION = 25.0
-"""No assay tells more, log2(x + 1). Among millions of drawn values a few would."""
+"""No assay measures more, log2(x + 1); of millions of drawn values a few would be."""
 UNMEASURED_SHARE = 0.1
 """Share of the genes that an institution does not measure."""
 EFFECT = 1.0

@@ -33,7 +33,7 @@ from fedgex.common.study import (
 from fedgex.simulations import resumable, training
 from fedgex.simulations.evaluation.protocol import Split
 
-FEDERATED, POOLED, LOCAL = "federated", "pooled", "alone"
+FEDERATED, POOLED, LOCAL = "federated", "pooled", "local"
 LOCAL_SITES = 8
 """Sites with a local model, the largest, unless all are asked for."""
 MEAN, SD = "standardisation.mean", "standardisation.sd"
@@ -117,10 +117,8 @@ def models(
     )
     for arm, path in zip(wanted, paths, strict=True):
         found = resumable.load(path)
-        scale = Standardisation(
-            mean=found.pop(MEAN).astype(np.float64),
-            sd=found.pop(SD).astype(np.float64),
-        )
+        mean, sd = (found.pop(key).astype(np.float64) for key in (MEAN, SD))
+        scale = Standardisation(mean=mean, sd=sd)
         model = Model(
             study=arm.study, genes=split.genes, standardisation=scale, parameters=found
         )

@@ -43,24 +43,23 @@ RANKINGS = (GRADIENTS, ATTENTION, RESTORING, CONTRAST)
 """Orders of the genes; the last uses no model."""
 
 Floats = NDArray[np.float64]
-Found = Mapping[str, Any]
+Found = dict[str, Any]
 
 
 def at_sites(split: Split, model: Model) -> Found:
     """Return the sites' sums, by cancer type and of restoration."""
-    study, floor = model.study, model.study.minimum_cohort
-    backbone = backbone_of(model)
+    study, backbone = model.study, backbone_of(model)
     asked = _targets(study, len(model.genes))
-    sums: dict[str, list[GeneMoments]] = {RESTORING: [], "error": []}
+    gradients, errors = [], []
     for name, patients in _patients(split, model):
         rng = generator(study.seed, "interpretation", name)
-        for key, of_all in (
-            (RESTORING, attribution.squared_gradients(backbone, patients, asked, rng)),
-            ("error", _squared_errors(backbone, patients, rng)),
-        ):
-            sums[key].append(GeneMoments.of(of_all.numpy()).suppressed(floor))
-    restoring = {key: _mean(pool(sites)).tolist() for key, sites in sums.items()}
-    return {**by_type(split, model), **restoring}
+        found = attribution.squared_gradients(backbone, patients, asked, rng)
+        gradients.append(_leaving(study, found))
+        errors.append(_leaving(study, _squared_errors(backbone, patients, rng)))
+    restoring = {RESTORING: gradients, "error": errors}
+    return by_type(split, model) | {
+        key: _mean(pool(sites)).tolist() for key, sites in restoring.items()
+    }
 
 
 def by_type(split: Split, model: Model) -> Found:
@@ -73,42 +72,40 @@ def by_type(split: Split, model: Model) -> Found:
     for _, patients in _patients(split, model):
         target = patients.type_index(study.classification.classes)
         found = attribution.integrated_gradients(encoder, head, patients, target, steps)
-        for key, of_types in {
-            GRADIENTS: found.genes,
-            ATTENTION: attribution.attention(encoder, patients),
-            VALUES: patients.values,
-        }.items():
+        for key, of_types in (
+            (GRADIENTS, found.genes),
+            (ATTENTION, attribution.attention(encoder, patients)),
+            (VALUES, patients.values),
+        ):
             sums = attribution.by_type(of_types, patients.cancer_type, floor)
             typed.setdefault(key, []).append(sums)
         gap = found.genes.nansum(dim=1) - found.change
         both = torch.stack([gap, found.change], dim=1).abs()
-        gaps.append(GeneMoments.of(both.numpy()).suppressed(floor))
+        gaps.append(_leaving(study, both))
     pooled = {key: attribution.pool_types(sites) for key, sites in typed.items()}
     missed, changed = _mean(pool(gaps))
     types = sorted(pooled[GRADIENTS])
-    return {
+    numbers = {
         "types": types,
         "patients": [pooled[GRADIENTS][name].n_patients for name in types],
         "gap": float(missed / changed),
-    } | {
-        key: [_mean(of_key[name]).tolist() for name in types]
-        for key, of_key in pooled.items()
     }
+    for key, of_key in pooled.items():
+        numbers[key] = [_mean(of_key[name]).tolist() for name in types]
+    return numbers
 
 
 def contexts(split: Split, best: Sequence[int], model: Model) -> Found:
     """Return the mean gradient of each restored gene, and how well it is restored."""
-    backbone, floor = backbone_of(model), model.study.minimum_cohort
-    unseen = model.patients(split.unseen)
+    backbone, unseen = backbone_of(model), model.patients(split.unseen)
     gradients, correlations = [], []
     for gene in best:
-        moments = [
-            GeneMoments.of(
-                attribution.restored_gradient(backbone, patients, gene).numpy()
-            ).suppressed(floor)
+        sites = (
+            attribution.restored_gradient(backbone, patients, gene)
             for _, patients in _patients(split, model)
-        ]
-        gradients.append(_mean(pool(moments)).tolist())
+        )
+        moments = pool(_leaving(model.study, of_site) for of_site in sites)
+        gradients.append(_mean(moments).tolist())
         known = unseen.measured[:, gene].nonzero().squeeze(1)
         some = unseen.take(known)
         true = some.values[:, gene].numpy()
@@ -132,10 +129,10 @@ def deletions(
     backbone = backbone_of(model)
     asked = _targets(study, V)
     unseen = model.patients(split.unseen)
-    known = unseen.type_index(study.classification.classes) >= 0
-    unseen = unseen.take(known.nonzero().squeeze(1))
     target = unseen.type_index(study.classification.classes)
-    institution = split.institution[known.numpy()]
+    known = target >= 0
+    unseen = unseen.take(known.nonzero().squeeze(1))
+    target, institution = target[known], split.institution[known.numpy()]
 
     def right(deleted: Sequence[int]) -> Floats:
         kept = _without(unseen, deleted)
@@ -162,13 +159,10 @@ def deletions(
         ways[RANDOM] = [rng.permutation(genes).tolist() for rng in rngs]
         found[name] = {NOTHING: {"0": _by_institution(score([]), institution)}}
         for way, lists in ways.items():
-            found[name][way] = {
-                str(size): _by_institution(
-                    np.mean([score(each[:size]) for each in lists], axis=0), institution
-                )
-                for size in DELETED
-                if size < len(genes)
-            }
+            of_way = found[name][way] = dict[str, Found]()
+            for size in [size for size in DELETED if size < len(genes)]:
+                values = np.mean([score(each[:size]) for each in lists], axis=0)
+                of_way[str(size)] = _by_institution(values, institution)
     return found
 
 
@@ -227,13 +221,10 @@ def _squared_errors(
 ) -> Tensor:
     """Hide half of the cells; return their squared errors, NaN elsewhere, (N, V)."""
     hidden = masking.mcar(patients.measured, 0.5, rng)
+    batches = (each.split(attribution.BATCH) for each in (patients.values, hidden))
     found = [
         (restore(backbone, values, ~values.isnan() & ~gone, gone) - values).square()
-        for values, gone in zip(
-            patients.values.split(attribution.BATCH),
-            hidden.split(attribution.BATCH),
-            strict=True,
-        )
+        for values, gone in zip(*batches, strict=True)
     ]
     return torch.where(hidden, torch.cat(found), torch.nan)
 
@@ -273,6 +264,11 @@ def _by_institution(values: Floats, institution: NDArray[np.str_]) -> Found:
         "all": float(np.nanmean(values)),
         "institutions": [float(np.mean(values[institution == n])) for n in names],
     }
+
+
+def _leaving(study: Study, values: Tensor) -> GeneMoments:
+    """Return the sums over a site's patients that may leave it."""
+    return GeneMoments.of(values.numpy()).suppressed(study.minimum_cohort)
 
 
 def _mean(moments: GeneMoments) -> Floats:

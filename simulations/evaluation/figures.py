@@ -20,6 +20,7 @@ from fedgex.simulations.reporting.charts import COLOURS, STYLE
 Floats = NDArray[np.float64]
 Look = tuple[str, str]
 """Colour and marker."""
+Names = Sequence[str] | NDArray[np.str_]
 Points = Sequence[tuple[float, float]]
 Runs = Mapping[Any, Sequence[float]]
 """A number a run, by number of genes."""
@@ -29,7 +30,7 @@ IMPUTERS = {
     "ppca-128": ("green", "D", ":"),
     "gaussian": ("vermillion", "v", "-"),
     "mixture": ("purple", "P", "-"),
-    "alone": ("grey", "s", "--"),
+    "local": ("grey", "s", "--"),
     "linear start": ("blue", "x", ":"),
     "pooled": ("ink", "s", "--"),
     "federated": ("blue", "o", "-"),
@@ -47,32 +48,24 @@ def imputation_errors(mse: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     }
     settings = [*means["federated"]]
     at_random = [s for s in settings if s.startswith("mcar ")]
+    rates = [float(s.split(" ")[1]) for s in at_random]
     for method, (colour, marker, line) in IMPUTERS.items():
         if method not in means:
             continue
         style = {"color": COLOURS[colour], "marker": marker, "label": labels[method]}
-        left.plot(
-            [float(s.split(" ")[1]) for s in at_random],
-            [means[method][s] for s in at_random],
-            linestyle=line,
-            **style,
-        )
+        errors = [means[method][s] for s in at_random]
+        left.plot(rates, errors, linestyle=line, **style)
         ratios = [means[method][s] / means["gaussian"][s] for s in settings]
         right.plot(range(len(settings)), ratios, linestyle="none", **style)
-    left.set(
-        xlabel="share of cells missing completely at random",
-        ylabel="mean squared error",
-    )
+    left.set_xlabel("share of cells missing completely at random")
+    left.set_ylabel("mean squared error")
     right.axhline(1, color=COLOURS["rule"], zorder=0)
-    right.set_xticks(
-        range(len(settings)), settings, rotation=60, ha="right", fontsize=8
-    )
-    right.set(
-        ylabel="error over the Gaussian's", ylim=(None, min(2, right.get_ylim()[1]))
-    )
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=4
-    )
+    ticks = range(len(settings)), settings
+    right.set_xticks(*ticks, rotation=60, ha="right", fontsize=8)
+    right.set_ylabel("error over the Gaussian's")
+    right.set_ylim(None, min(2, right.get_ylim()[1]))
+    lines = left.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -154,7 +147,7 @@ def accuracies(
 def confusions(
     shares: Mapping[str, Floats], rows: NDArray[np.intp], classes: Sequence[str]
 ) -> Figure:
-    """Draw the share of each true class that is given each class, (C, C), by title.
+    """Draw the share of each true class that is predicted as each, (C, C), by title.
 
     Parameters
     ----------
@@ -174,7 +167,7 @@ def confusions(
         axes.grid(visible=False)
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(rows)), [classes[i] for i in rows])
-        axes.set_xlabel("said")
+        axes.set_xlabel("predicted")
         axes.set_title(title)
     grid[0].set_ylabel("true (% of its patients)")
     return figure
@@ -208,8 +201,8 @@ def error_ratios(
         drawn = np.nan_to_num(percent, nan=0, posinf=0)
         others = [x for n, x in zip(names, drawn, strict=True) if n != cut_off]
         drawn = np.minimum(drawn, 1.5 * max([*others, 100 * (goal - 1)]))
-        bars = axes.barh(at, drawn, color=colours)
         labels = [f"{x:+.1f}" if math.isfinite(x) else "-" for x in percent]
+        bars = axes.barh(at, drawn, color=colours)
         axes.bar_label(bars, labels=labels, padding=2, fontsize=8)
         axes.axvline(0, color=COLOURS["ink"], linewidth=0.8)
         look = {"color": COLOURS["vermillion"], "linewidth": 0.8, "linestyle": "--"}
@@ -224,31 +217,22 @@ def error_ratios(
 
 
 def heat_map(
-    values: Floats,
-    rows: Sequence[str] | NDArray[np.str_],
-    columns: Sequence[str] | NDArray[np.str_],
-    label: str,
-    row_height: float,
+    values: Floats, rows: Names, columns: Names, label: str, row_height: float
 ) -> Figure:
     """Draw numbers as colours, blue below 0 and red above."""
     size = (0.24 * len(columns) + 2, row_height * len(rows) + 1.8)
     figure = Figure(figsize=size, layout="constrained")
-    _heat(figure, figure.subplots(), values, list(rows), list(columns), label)
+    _heat(figure, figure.subplots(), values, rows, columns, label)
     return figure
 
 
 def _heat(
-    figure: Figure,
-    axes: Axes,
-    values: Floats,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    label: str,
+    figure: Figure, axes: Axes, values: Floats, rows: Names, columns: Names, label: str
 ) -> None:
     most = max(float(np.nanmax(np.abs(values), initial=1e-12)), 1e-12)
     image = axes.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize="small")
-    axes.set_yticks(range(len(rows)), rows, fontsize="small")
+    axes.set_xticks(range(len(columns)), [*columns], rotation=90, fontsize="small")
+    axes.set_yticks(range(len(rows)), [*rows], fontsize="small")
     figure.colorbar(image, ax=axes, label=label)
 
 
@@ -272,14 +256,8 @@ def programmes(
     unseen = np.array([each["unseen"] for each in scored.values()])
     sites = [each["sites"][0] for each in scored.values()]
     right.plot(sites, rows, "x", label="sites")
-    right.errorbar(
-        unseen[:, 0],
-        rows,
-        xerr=np.nan_to_num(unseen[:, 1]),
-        fmt="o",
-        capsize=2,
-        label="unseen institutions",
-    )
+    look = {"fmt": "o", "capsize": 2, "label": "unseen institutions"}
+    right.errorbar(unseen[:, 0], rows, xerr=np.nan_to_num(unseen[:, 1]), **look)
     right.axvline(0.5, color="grey", linestyle=":")
     right.set_yticks(rows, [*scored], fontsize="small")
     right.set_ylim(len(scored) - 0.5, -0.5)

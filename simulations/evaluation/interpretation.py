@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -95,14 +96,16 @@ def run(splits: Callable[[int], Split], console: Console) -> Results:
         "deletion": _deletion(_tidy(seeds, deleted)),
         "markers": _markers(split.genes.genes, sites),
     }
-    other = test_sets.other_layer(split)
     fields: dict[str, Any] = {
         "minimum_cohort": split.study.minimum_cohort,
         "permutations": marker_genes.PERMUTATIONS,
-        "why_not": f" Another layer: {other}." if isinstance(other, str) else "",
+        "why_not": "",
         "markers_paired_table": None,
     }
-    if not isinstance(other, str):
+    other = test_sets.other_layer(split)
+    if isinstance(other, str):
+        fields["why_not"] = f" Another layer: {other}."
+    else:
         parts["markers-paired"] = _markers_of(other, console)
         [cohort] = other.sites.values()
         fields |= {
@@ -112,19 +115,18 @@ def run(splits: Callable[[int], Split], console: Console) -> Results:
             "layer_types": len(other.study.classification.classes),
             "layer_rank": other.study.linear_rank,
         }
-    for name, (of_part, _, _) in parts.items():
-        fields |= {f"{name}_{key}".replace("-", "_"): v for key, v in of_part.items()}
     numbers: dict[str, Any] = {
         "seeds": seeds,
         "genes": split.genes.genes,
         "unseen_patients": split.unseen.n_patients,
         "unseen_institutions": len(set(split.institution)),
     }
+    drawn = {}
+    for name, (of_part, found, drawn[name]) in parts.items():
+        fields |= {f"{name}_{key}".replace("-", "_"): v for key, v in of_part.items()}
+        numbers[name] = found
     return Results(
-        name="interpretation",
-        numbers=plain(numbers | {name: found for name, (_, found, _) in parts.items()}),
-        fields=fields,
-        figures={name: figure for name, (_, _, figure) in parts.items()},
+        name="interpretation", numbers=plain(numbers), fields=fields, figures=drawn
     )
 
 
@@ -187,40 +189,37 @@ def _genes_of_types(split: Split, sites: Sequence[Found]) -> Part:
     seeds = [np.asarray(site[GRADIENTS]) for site in sites]  # each (C, V)
     mean, extra = np.mean(seeds, axis=0), _extra_attention(sites)
     raw = np.mean([site[ATTENTION] for site in sites], axis=0)
-    shared = []
-    for k in range(len(types)):
-        tops = [set(descending(seed[k])[:TOP]) for seed in seeds]
-        shared += [len(a & b) for i, a in enumerate(tops) for b in tops[:i]]
-    alike = [
-        float(spearmanr(a, b, nan_policy="omit").statistic)
-        for i, a in enumerate(raw)
-        for b in raw[:i]
-    ]
+    shared, chosen = [], dict[int, None]()
     table: dict[str, dict[str, str]] = {}
     numbers: dict[str, Any] = {}
     for k, name in enumerate(types):
+        tops = [set(descending(seed[k])[:TOP]) for seed in seeds]
+        shared += [len(a & b) for a, b in combinations(tops, 2)]
+        chosen |= dict.fromkeys(descending(mean[k])[:4].tolist())
         by = {GRADIENTS: mean[k], ATTENTION: extra[k]}
         order = {way: descending(of)[:TOP] for way, of in by.items()}
-        table[f"{name} ({sites[0]['patients'][k]})"] = {
-            way: ", ".join(genes[top]) for way, top in order.items()
-        }
+        row = {way: ", ".join(genes[top]) for way, top in order.items()}
+        table[f"{name} ({sites[0]['patients'][k]})"] = row
         numbers[name] = {
             way: {genes[g]: by[way][g] for g in top} for way, top in order.items()
         }
+    alike = [
+        float(spearmanr(a, b, nan_policy="omit").statistic)
+        for b, a in combinations(raw, 2)
+    ]
     gaps = [site["gap"] for site in sites]
-    chosen = list(
-        dict.fromkeys(g for k in range(len(types)) for g in descending(mean[k])[:4])
-    )
     fields = {
         "top": TOP,
         "table": markdown("cancer type", table),
         "gap": mean_sd([100 * gap for gap in gaps], 1),
-        "shared": f"Two seeds share {np.mean(shared):.1f} of the {TOP} genes of a type "
-        "by integrated gradients. "
-        if shared
-        else "",
+        "shared": "",
         "alike": np.mean(alike) if alike else math.nan,
     }
+    if shared:
+        fields["shared"] = (
+            f"Two seeds share {np.mean(shared):.1f} of the {TOP} genes of a type by "
+            "integrated gradients. "
+        )
     numbers |= {
         "unexplained": gaps,
         "shared_by_seeds": shared,
@@ -229,9 +228,8 @@ def _genes_of_types(split: Split, sites: Sequence[Found]) -> Part:
         "mean_attention": raw,
         "types": types,
     }
-    figure = figures.heat_map(
-        mean[:, chosen], types, genes[chosen], "added to the margin", row_height=0.3
-    )
+    shown, label = [*chosen], "added to the margin"
+    figure = figures.heat_map(mean[:, shown], types, genes[shown], label, 0.3)
     return fields, numbers, figure
 
 
@@ -244,16 +242,10 @@ def _context_of(split: Split, best: Sequence[int], contexts: Sequence[Found]) ->
     for i, gene in enumerate(best):
         drivers = np.argsort(-np.abs(np.nan_to_num(gradient[i])))[:DRIVERS]
         chosen += [g for g in drivers[:3] if g not in chosen]
-        table[genes[gene]] = {
-            "r": mean_sd(list(r[:, i])),
-            "driven by": ", ".join(
-                f"{genes[g]} {gradient[i, g]:+.2f}" for g in drivers
-            ),
-        }
-        numbers[genes[gene]] = {
-            "r": r[:, i],
-            "drivers": {genes[g]: gradient[i, g] for g in drivers},
-        }
+        moved = {genes[g]: gradient[i, g] for g in drivers}
+        driven = ", ".join(f"{name} {by:+.2f}" for name, by in moved.items())
+        table[genes[gene]] = {"r": mean_sd(list(r[:, i])), "driven by": driven}
+        numbers[genes[gene]] = {"r": r[:, i], "drivers": moved}
     figure = figures.heat_map(
         gradient[:, chosen], genes[list(best)], genes[chosen], "gradient", 0.26
     )
@@ -283,11 +275,9 @@ def _prognostic(split: Split, screened: Screened) -> Part:
     loadings, z = screened.programmes.loadings, total.z
     q = false_discovery_control(2 * norm.sf(np.abs(z)))
     order = np.argsort(-np.abs(z), kind="stable")[:SHOWN]
-    types = [
-        t
-        for t in split.study.survival.cancer_types
-        if unseen.event[unseen.cancer_type == t].sum() >= MIN_EVENTS
-    ]
+    cancers = split.study.survival.cancer_types
+    deaths = {t: unseen.event[unseen.cancer_type == t].sum() for t in cancers}
+    types = [t for t in cancers if deaths[t] >= MIN_EVENTS]
     prognostic = [int(p) for p in np.flatnonzero(q < FALSE_SHARE)]
     scored = {
         p: _c_indices(screened, np.sign(z[p]) * np.eye(len(z))[p], types)
@@ -300,18 +290,14 @@ def _prognostic(split: Split, screened: Screened) -> Part:
     strongest = {int(p): np.argsort(-np.abs(loadings[:, p])) for p in order}
     table: dict[str, dict[str, str]] = {}
     for p, of_genes in strongest.items():
-        named = [
-            f"{genes[g]}{'' if loadings[g, p] > 0 else ' (-)'}" for g in of_genes[:6]
-        ]
-        table[str(p + 1)] = {
-            "genes": ", ".join(named),
-            "z": f"{z[p]:+.2f}",
-            "q": f"{q[p]:.2g}",
-        } | _c_columns(scored[p])
+        signs = {g: "" if loadings[g, p] > 0 else " (-)" for g in of_genes[:6]}
+        named = ", ".join(f"{genes[g]}{sign}" for g, sign in signs.items())
+        row = {"genes": named, "z": f"{z[p]:+.2f}", "q": f"{q[p]:.2g}"}
+        table[str(p + 1)] = row | _c_columns(scored[p])
     if together is not None:
         label = f"the {len(prognostic)} with q < {FALSE_SHARE:g} together"
         table["all"] = {"genes": label} | _c_columns(together)
-    absent = sorted(set(split.study.survival.cancer_types) - set(types))
+    absent = sorted(set(cancers) - set(types))
     fields = {
         "n": len(z),
         "min_events": MIN_EVENTS,
@@ -341,13 +327,11 @@ def _prognostic(split: Split, screened: Screened) -> Part:
 
 def _c_indices(screened: Screened, weights: Floats, types: Sequence[str]) -> Found:
     """Return the C-index of weighted scores at the sites, unseen, and by cancer."""
-    seen, unseen = (
-        follow.scores @ weights for follow in (screened.at_sites, screened.unseen)
-    )
+    risk = screened.unseen.scores @ weights
     return {
-        "sites": screened.at_sites.c_index(seen),
-        "unseen": screened.unseen.c_index(unseen),
-        "cancers": {t: screened.unseen.c_index(unseen, t) for t in types},
+        "sites": screened.at_sites.c_index(screened.at_sites.scores @ weights),
+        "unseen": screened.unseen.c_index(risk),
+        "cancers": {t: screened.unseen.c_index(risk, t) for t in types},
     }
 
 
@@ -378,11 +362,13 @@ def _tidy(seeds: Sequence[int], deleted: Sequence[Found]) -> pd.DataFrame:
         for seed, of_seed in zip(seeds, deleted, strict=True)
         for metric in DELETION
         for way in (NOTHING, *RANKINGS, RANDOM)
-        for size, found in sorted(
-            of_seed[metric].get(way, {}).items(), key=lambda each: int(each[0])
-        )
+        for size, found in sorted(of_seed[metric].get(way, {}).items(), key=_size)
         for group, value in enumerate([found["all"], *found["institutions"]])
     )
+
+
+def _size(found: tuple[str, Found]) -> int:
+    return int(found[0])
 
 
 def _deletion(results: pd.DataFrame) -> Part:
@@ -426,17 +412,14 @@ def _markers(names: Sequence[str], sites: Sequence[Found]) -> Part:
     table: dict[str, dict[str, str]] = {}
     numbers: dict[str, Any] = {}
     for (cancer, gene, source), at in zip(known, places, strict=True):
-        by_seed = [seed[at] for seed in seeds]
+        level, by_seed, of_all = expression[at], [seed[at] for seed in seeds], extra[at]
+        marker = {GRADIENTS: by_seed, ATTENTION: of_all}
+        numbers[f"{gene}, {cancer}"] = {"expression": level} | marker
         table[f"{gene}, {cancer}"] = {
-            "expression (SD)": f"{expression[at]:+.2f}",
+            "expression (SD)": f"{level:+.2f}",
             GRADIENTS: mean_sd(by_seed, 0),
-            ATTENTION: f"{extra[at]:.0f}",
+            ATTENTION: f"{of_all:.0f}",
             "source": source,
-        }
-        numbers[f"{gene}, {cancer}"] = {
-            "expression": expression[at],
-            GRADIENTS: by_seed,
-            ATTENTION: extra[at],
         }
     reached, p_values = [], {}
     for way, ranked in ((GRADIENTS, mean), (ATTENTION, extra)) if known else ():
@@ -448,18 +431,11 @@ def _markers(names: Sequence[str], sites: Sequence[Found]) -> Part:
         "reached": ", ".join(reached) or "-",
         "absent": ", ".join(absent) or "none",
     }
-    figure = figures.markers(
-        [f"{g}, {c}" for c, g, _ in known],
-        {
-            GRADIENTS: [mean[at] for at in places],
-            ATTENTION: [extra[at] for at in places],
-        },
-    )
-    return (
-        fields,
-        {"markers": numbers, "test": p_values, "not_measured": absent},
-        figure,
-    )
+    ways = (GRADIENTS, mean), (ATTENTION, extra)
+    ranks = {way: [of[at] for at in places] for way, of in ways}
+    figure = figures.markers([f"{g}, {c}" for c, g, _ in known], ranks)
+    found = {"markers": numbers, "test": p_values, "not_measured": absent}
+    return fields, found, figure
 
 
 def _markers_of(other: Split, console: Console) -> Part:

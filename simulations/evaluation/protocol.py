@@ -5,6 +5,7 @@ V genes, N unseen patients.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,29 @@ from fedgex.simulations.scenario import Holdout, Public, Scenario
 
 MIN_EVENTS = 10
 """Fewest deaths of a cancer type among unseen patients to estimate a C-index."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score on unseen patients."""
+
+    key: str
+    name: str
+    better: Literal["lower", "higher"]
+
+    def against(self, one: float, other: float) -> float:
+        """Return by what factor `one` is worse (above 1) or better than `other`."""
+        worse, better = (one, other) if self.better == "lower" else (other, one)
+        return worse / better if better else math.inf
+
+    @property
+    def of_types(self) -> bool:
+        """Whether it scores the classification."""
+        return self.key.startswith("accuracy")
+
+    def is_better(self, one: float, other: float) -> bool:
+        """Return whether `one` is the better value."""
+        return one < other if self.better == "lower" else one > other
 
 
 class Splits(Settings):
@@ -121,12 +145,11 @@ class Split:
     def standardisation(self) -> Standardisation:
         """The federation's scale of the genes, on which every arm is trained."""
         least = self.study.minimum_cohort
-        return federation.standardisation(
-            {
-                name: federation.gene_moments(cohort, self.genes, least)
-                for name, cohort in self.sites.items()
-            }
-        )
+        moments = {
+            name: federation.gene_moments(cohort, self.genes, least)
+            for name, cohort in self.sites.items()
+        }
+        return federation.standardisation(moments)
 
     def seeded(self, seed: int) -> Study:
         """Return the study with another seed."""
@@ -139,9 +162,8 @@ class Split:
     @cached_property
     def pooled(self) -> Patients:
         """All sites' patients, in order of site."""
-        return Patients.joined(
-            [self.patients(cohort) for _, cohort in sorted(self.sites.items())]
-        )
+        cohorts = [cohort for _, cohort in sorted(self.sites.items())]
+        return Patients.joined([*map(self.patients, cohorts)])
 
 
 def prepare(

@@ -32,12 +32,6 @@ def where(results: pd.DataFrame, **keys: Any) -> pd.DataFrame:
     return results
 
 
-def values(results: pd.DataFrame, **keys: Any) -> list[float]:
-    """Return the values of the rows with these keys, in order."""
-    found: list[float] = where(results, **keys)["value"].tolist()
-    return found
-
-
 def nested(results: pd.DataFrame, *keys: str) -> dict[Any, Any]:
     """Return the values by one key, then the next: a list of those that share all."""
     if not keys:

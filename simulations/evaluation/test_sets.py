@@ -83,35 +83,22 @@ class TestSet:
 
 def unseen(split: Split) -> TestSet:
     """Return the test set of the unseen institutions, at every setting."""
-    rules: list[tuple[Evaluation, tuple[Pattern, ...]]]
-    if split.quick:
-        rules = [
-            (Evaluation(rates=(0.5, 0.9), panels=(100,)), ("mcar", "panel")),
-            (Evaluation(rates=(0.5,), panels=()), ("mnar",)),
-        ]
-    else:
-        rules = [
-            (Evaluation(rates=RATES, panels=PANELS), ("mcar", "panel")),
-            (Evaluation(rates=DROPOUT_RATES, panels=()), ("mnar",)),
-        ]
-    return TestSet(
-        name=UNSEEN,
-        patients=split.patients(split.unseen),
-        group=split.institution,
-        rules=rules,
+    at_random, dropout, panels = (
+        ((0.5, 0.9), (0.5,), (100,)) if split.quick else (RATES, DROPOUT_RATES, PANELS)
     )
+    rules: list[tuple[Evaluation, tuple[Pattern, ...]]] = [
+        (Evaluation(rates=at_random, panels=panels), ("mcar", "panel")),
+        (Evaluation(rates=dropout, panels=()), ("mnar",)),
+    ]
+    unseen = split.patients(split.unseen)
+    return TestSet(name=UNSEEN, patients=unseen, group=split.institution, rules=rules)
 
 
 def other_data(split: Split) -> tuple[list[TestSet], list[str]]:
     """Return the test sets on other data, and the reasons why some are absent."""
-    test_sets: list[TestSet] = []
-    notes: list[str] = []
-    for found in (*_paired(split), _microarray(split)):
-        if isinstance(found, str):
-            notes.append(found)
-        else:
-            test_sets.append(found)
-    return test_sets, notes
+    found = [*_paired(split), _microarray(split)]
+    notes = [each for each in found if isinstance(each, str)]
+    return [each for each in found if not isinstance(each, str)], notes
 
 
 def paired(split: Split, genes: Sequence[str] | None = None) -> Layer | str:
@@ -144,11 +131,6 @@ def paired(split: Split, genes: Sequence[str] | None = None) -> Layer | str:
     )
 
 
-def apart(split: Split) -> tuple[str, ...]:
-    """Return the institutions used neither for training nor for evaluation."""
-    return split.scenario.public.institutions if split.scenario.public else ()
-
-
 def other_layer(split: Split) -> Split | str:
     """Return a split of the paired layer's tumours, or the reason why there is none.
 
@@ -160,7 +142,7 @@ def other_layer(split: Split) -> Split | str:
     layer = paired(split)
     if isinstance(layer, str):
         return layer
-    held = {*split.institution, *apart(split)}
+    held = {*split.institution, *split.scenario.public_institutions}
     rows = (layer.tissue == TUMOUR) & ~np.isin(layer.institution, sorted(held))
     names, counts = np.unique(layer.cancer_type[rows], return_counts=True)
     types = tuple(map(str, names[counts >= split.study.minimum_cohort]))
@@ -186,18 +168,15 @@ def other_layer(split: Split) -> Split | str:
     study = split.study
     folder = split.folder / "paired"
     folder.mkdir(exist_ok=True)
+    changes = {
+        "linear_rank": min(study.linear_rank, RANK),
+        "linear_types": types,
+        "classification": study.classification.model_copy(update={"classes": types}),
+        "survival": Survival(),
+    }
     return dataclasses.replace(
         split,
-        study=study.model_copy(
-            update={
-                "linear_rank": min(study.linear_rank, RANK),
-                "linear_types": types,
-                "classification": study.classification.model_copy(
-                    update={"classes": types}
-                ),
-                "survival": Survival(),
-            }
-        ),
+        study=study.model_copy(update=changes),
         seeds=split.seeds[:1],
         sites={"pooled": cohort},
         genes=genes,
@@ -216,7 +195,7 @@ def _paired(split: Split) -> list[TestSet | str]:
         return [f"{layer}, so no other layer was judged"]
     trained = [p for cohort in split.sites.values() for p in cohort.patients]
     allowed = ~np.isin(layer.patient, trained)
-    allowed &= ~np.isin(layer.institution, apart(split))
+    allowed &= ~np.isin(layer.institution, split.scenario.public_institutions)
     known = np.isin(layer.cancer_type, [t for t in set(split.pooled.cancer_type) if t])
     tumour, normal = layer.tissue == TUMOUR, layer.tissue == NORMAL
     groups = {
@@ -224,14 +203,14 @@ def _paired(split: Split) -> list[TestSet | str]:
         "paired, tumours of other types": tumour & ~known,
         "paired, normals": normal,
     }
-    found = layer.expression.to_numpy(np.float32)
-    values = convert(found, Scale.LOG2P025, split.study.scale)
-    return [
-        _test_set(
-            split, name, layer.patient[rows], values[rows], layer.institution[rows]
-        )
-        for name, rows in ((name, g & allowed) for name, g in groups.items())
-    ]
+    table = layer.expression.to_numpy(np.float32)
+    values = convert(table, Scale.LOG2P025, split.study.scale)
+    found = []
+    for name, group in groups.items():
+        rows = group & allowed
+        own = layer.patient[rows], values[rows], layer.institution[rows]
+        found.append(_test_set(split, name, *own))
+    return found
 
 
 def _microarray(split: Split) -> TestSet | str:

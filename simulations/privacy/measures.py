@@ -6,8 +6,6 @@ N patients, V genes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,48 +18,29 @@ from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.evaluation.imputers import Float, Imputer
 from fedgex.common.models.tasks import Parameters
-from fedgex.common.study import (
-    CLASSIFICATION,
-    PRETRAINING,
-    SURVIVAL,
-    Evaluation,
-    Study,
-)
+from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Evaluation, Study
 from fedgex.server import evaluation
 from fedgex.simulations.baselines import references
-from fedgex.simulations.evaluation.protocol import MIN_EVENTS
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Measure
 
 RESTORED = Evaluation(rates=(0.5, 0.9), panels=(100,))
 SMALL_PANEL = 64
 """Genes of the small panel from which the cancer type is predicted."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """One thing that is judged on the hold-out."""
-
-    key: str
-    name: str
-    better: Literal["lower", "higher"]
-    """Errors are compared by ratio, the others by difference."""
-
-
 MEASURES = (
+    Measure("mse-mcar-0.5", "restoration MSE, 50 % of cells hidden", "lower"),
+    Measure("mse-mcar-0.9", "restoration MSE, 90 % of cells hidden", "lower"),
+    Measure("mse-panel-100", "restoration MSE from 100 genes", "lower"),
+    Measure("accuracy", "accuracy of cancer type, all genes", "higher"),
     Measure(
-        key="mse-mcar-0.5", name="restoration MSE, 50 % of cells hidden", better="lower"
+        f"accuracy-{SMALL_PANEL}",
+        f"accuracy of cancer type, {SMALL_PANEL} random genes",
+        "higher",
     ),
-    Measure(
-        key="mse-mcar-0.9", name="restoration MSE, 90 % of cells hidden", better="lower"
-    ),
-    Measure(key="mse-panel-100", name="restoration MSE from 100 genes", better="lower"),
-    Measure(key="accuracy", name="accuracy of cancer type, all genes", better="higher"),
-    Measure(
-        key=f"accuracy-{SMALL_PANEL}",
-        name=f"accuracy of cancer type, {SMALL_PANEL} random genes",
-        better="higher",
-    ),
-    Measure(key="c-index", name="C-index of survival", better="higher"),
+    Measure("c-index", "C-index of survival", "higher"),
 )
+"""Errors are compared by ratio, the others by difference."""
 
 
 def evaluate(
@@ -108,11 +87,7 @@ def evaluate(
 
 
 class _Rescaled:
-    """An imputer that was trained on another scale of the genes than it is judged on.
-
-    Errors are only comparable in one unit, whichever means and standard deviations a
-    model was trained with.
-    """
+    """An imputer judged on another scale of the genes than that of its training."""
 
     def __init__(
         self, imputer: Imputer, trained: Standardisation, judged: Standardisation
@@ -151,9 +126,5 @@ def _c_index(study: Study, model: Parameters, patients: Patients) -> float | Non
     ]
     if not judged:
         return None
-    return float(
-        np.average(
-            [each["c_index"] for each in judged],
-            weights=[each["events"] for each in judged],
-        )
-    )
+    values, deaths = zip(*((e["c_index"], e["events"]) for e in judged), strict=True)
+    return float(np.average(values, weights=deaths))

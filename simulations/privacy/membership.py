@@ -1,4 +1,4 @@
-"""What a federation's model reveals of its patients, measured by attacking it.
+"""Information about patients that a federation's model reveals, measured by attacks.
 
     sites -> half of each one's patients train (members), half do not (non-members)
     -> model -> losses -> membership attacks
@@ -6,8 +6,8 @@
     model with canaries, inserted by coin flips -> least epsilon
     gradient of a first step -> patients recovered from it
 
-All of it without privacy and, if the study has it, with. What the numbers mean stands
-in docs/audit.md. N patients of all sites, M shadow models, V genes.
+All of it without privacy and, if the study has it, with. docs/audit.md explains the
+numbers. N patients of all sites, M shadow models, V genes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from fedgex.simulations.privacy.shadow_models import Effort, Ground, Losses
 from fedgex.simulations.scenario import Scenario, shortened
 from fedgex.simulations.training import begin
 
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 DELTA = 1e-5
 """Of the canaries' bound where the study names none."""
 QUICK = Effort(shadows=4, canaries=40, inverted=2, inversion_steps=60, rounds=2)
@@ -79,17 +80,15 @@ def audit(
     losses = shadow_models.all_losses(
         ground, jobs, out / "models", scenario.run.workers, console
     )
-    membership, curves = [], {}
+    membership, curves = list[Membership](), dict[str, Curve]()
+    canaries, inversions = list[CanaryTest](), list[Inversion]()
     rule = study.privacy.patient
     delta = DELTA if rule is None else rule.delta
-    canaries: list[CanaryTest] = []
-    inversions: list[Inversion] = []
     for training, own in shadow_models.trainings(study).items():
         for attack, scores in _membership(ground, training, own, losses, effort):
             membership.append(attack)
             curves[f"{_named(attack)}, {_HOW[training]}"] = attacks.curve(*scores)
-        test = _canary_test(training, own, losses, ground, effort, delta)
-        canaries.append(test)
+        canaries.append(_canary_test(training, own, losses, ground, effort, delta))
         console.print(f"inverting gradients, {_HOW[training]}", highlight=False)
         inversions += _inversions(ground, training, own, effort)
     if effort.rounds is not None:
@@ -113,7 +112,7 @@ def audit(
 
 
 def table(report: AuditReport) -> list[str]:
-    """Return what was found as lines of Markdown, one column for each model."""
+    """Return the results as lines of Markdown, one column for each model."""
     rows: dict[str, dict[str, str]] = {}
 
     def add(row: str, training: Training, cell: str) -> None:
@@ -160,22 +159,16 @@ def _membership(
     study: Study,
     losses: Mapping[str, Losses],
     effort: Effort,
-) -> Iterator[tuple[Membership, tuple[NDArray[np.float64], NDArray[np.float64]]]]:
+) -> Iterator[tuple[Membership, Curve]]:
     """Yield each attack, and the scores of members and of non-members."""
-    target = losses[shadow_models.target(study)]
-    members, inside = (
-        ground.half("members"),
-        np.array(shadow_models.shadows(ground, effort)),
-    )
-    for task in get_args(Task):
-        if task not in target:
-            continue
-        shadows = np.array(
-            [
-                losses[shadow_models.shadow(study, i)][task]
-                for i in range(effort.shadows)
-            ]
-        )
+    target = losses[shadow_models.name(study, shadow_models.TARGET)]
+    members = ground.half("members")
+    inside = np.array(shadow_models.shadows(ground, effort))
+    names = [
+        shadow_models.name(study, shadow_models.shadow(i)) for i in range(len(inside))
+    ]
+    for task in [each for each in get_args(Task) if each in target]:
+        shadows = np.array([losses[name][task] for name in names])
         known = ~np.isnan(target[task])
         ratios = attacks.likelihood_ratios(
             attacks.fit_of(target[task][known], task),
@@ -200,14 +193,13 @@ def _canary_test(
     effort: Effort,
     delta: float,
 ) -> CanaryTest:
-    found = losses[shadow_models.with_canaries(study, effort)]
+    found = losses[shadow_models.name(study, shadow_models.canaries(effort))]
     scores = found["canaries-start"] - found["canaries"]
-    bound = attacks.canary_bound(scores, shadow_models.coins(ground, effort), delta)
     rule, claimed = study.privacy.patient, None
+    bound = attacks.canary_bound(scores, shadow_models.coins(ground, effort), delta)
     if rule is not None:
-        claimed = accounting.epsilon(
-            accounting.planned(study), rule.delta, rule.accountant
-        )
+        planned = accounting.planned(study)
+        claimed = accounting.epsilon(planned, rule.delta, rule.accountant)
     return CanaryTest(
         training=training,
         canaries=bound.canaries,
@@ -231,13 +223,11 @@ def _inversions(
     largest = max(members, key=lambda name: len(members[name].patients))
     patients = to_patients(members[largest], ground.genes, begun.standardisation)
     backbone = tasks.load_backbone(study, len(ground.genes), begun.parameters)
-    batch = 1
-    while batch <= effort.inverted:
+    some = patients.values[: effort.inverted]
+    for batch in (2**k for k in range(effort.inverted.bit_length())):
         found = [
             _inverted(backbone, study, rows, effort, derive(ground.seed, batch, number))
-            for number, rows in enumerate(
-                patients.values[: effort.inverted].split(batch)
-            )
+            for number, rows in enumerate(some.split(batch))
             if len(rows) == batch
         ]
         yield Inversion(
@@ -248,7 +238,6 @@ def _inversions(
             mse=float(np.mean([each.mse for each in found])),
             mse_of_mean=float(np.mean([each.mse_of_mean for each in found])),
         )
-        batch *= 2
 
 
 def _inverted(
@@ -263,12 +252,8 @@ def _inverted(
     def gradient_of(x: torch.Tensor) -> list[torch.Tensor]:
         if rule is None:
             return attacks.gradient(backbone, x, measured, hidden)
-        each = [
-            attacks.gradient(
-                backbone, x[i : i + 1], measured[i : i + 1], hidden[i : i + 1]
-            )
-            for i in range(len(x))
-        ]
+        rows = zip(x.split(1), measured.split(1), hidden.split(1), strict=True)
+        each = [attacks.gradient(backbone, *row) for row in rows]
         return attacks.clipped_mean(each, rule.clip)
 
     noise = 0.0
@@ -279,13 +264,9 @@ def _inverted(
         part.detach() + noise * torch.randn(part.shape, generator=drawn)
         for part in gradient_of(values.nan_to_num(0.0))
     ]
+    start, shape = generator(seed, "start"), tuple(values.shape)
     recovered = attacks.invert(
-        gradient_of,
-        observed,
-        tuple(values.shape),
-        generator(seed, "start"),
-        noise=noise,
-        steps=effort.inversion_steps,
+        gradient_of, observed, shape, start, noise=noise, steps=effort.inversion_steps
     )
     return attacks.recovery(values, recovered)
 
@@ -301,25 +282,15 @@ def _with_bounds(interval: Interval) -> str:
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _draw(
-    curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]], path: Path
-) -> None:
+def _draw(curves: Mapping[str, Curve], path: Path) -> None:
     """Draw the ROC curves on log axes, where a few certain finds are seen."""
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     least = 1e-3
-    for name, (false, true) in curves.items():
-        axes.step(
-            np.maximum(false, least), np.maximum(true, least), where="post", label=name
-        )
+    for name, rates in curves.items():
+        axes.step(*np.maximum(rates, least), where="post", label=name)
     axes.plot([least, 1], [least, 1], color="grey", linestyle=":", label="guessing")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlim=(least, 1),
-        ylim=(least, 1),
-        xlabel="non-members taken for members",
-        ylabel="members found",
-    )
+    axes.set(xscale="log", xlim=(least, 1), xlabel="non-members taken for members")
+    axes.set(yscale="log", ylim=(least, 1), ylabel="members found")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -6,6 +6,7 @@ on other halves, in complementary pairs. N patients of all sites, V genes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from fedgex.simulations.privacy.effort import CANARIES, SHADOWS
 from fedgex.simulations.training import begin, train, vocabulary
 
 RESTORATION = "restoration"
+TARGET = "target"
 
 Losses = Mapping[str, NDArray[np.float64]]
 """Of each patient, shape (N,), by task; and of the canaries, see `_attacked`."""
@@ -66,7 +68,7 @@ class Effort:
 
 @dataclass(frozen=True, kw_only=True)
 class Ground:
-    """What all models of an audit share."""
+    """Data that all models of an audit share."""
 
     sites: Mapping[str, Cohort]
     """One row a patient, sorted by site."""
@@ -141,33 +143,28 @@ def trainings(study: Study) -> dict[Training, Study]:
 def jobs_of(ground: Ground, study: Study, effort: Effort) -> Iterator[Job]:
     """Yield every model that an audit attacks."""
     nobody = np.zeros(effort.canaries, dtype=bool)
+    members = ground.half("members")
+    inside = {TARGET: members, canaries(effort): members}
+    inside |= {shadow(i): each for i, each in enumerate(shadows(ground, effort))}
     for own in trainings(study).values():
-        members = ground.half("members")
-        yield Job(name=target(own), study=own, inside=members, inserted=nobody)
-        yield Job(
-            name=with_canaries(own, effort),
-            study=own,
-            inside=members,
-            inserted=coins(ground, effort),
-        )
-        for number, inside in enumerate(shadows(ground, effort)):
-            name = shadow(own, number)
-            yield Job(name=name, study=own, inside=inside, inserted=nobody)
+        for kind, rows in inside.items():
+            inserted = coins(ground, effort) if kind == canaries(effort) else nobody
+            yield Job(name=name(own, kind), study=own, inside=rows, inserted=inserted)
 
 
-def target(study: Study) -> str:
-    """Return the name of the model that is attacked."""
-    return f"{study.hash[:12]}-target"
+def name(study: Study, kind: str) -> str:
+    """Return the name of a model: TARGET, `canaries` or `shadow` of a study."""
+    return f"{study.hash[:12]}-{kind}"
 
 
-def with_canaries(study: Study, effort: Effort) -> str:
-    """Return the name of the model that canaries were inserted into."""
-    return f"{study.hash[:12]}-canaries-{effort.canaries}"
+def canaries(effort: Effort) -> str:
+    """Return the kind of the model into which canaries were inserted."""
+    return f"canaries-{effort.canaries}"
 
 
-def shadow(study: Study, number: int) -> str:
-    """Return the name of a shadow model."""
-    return f"{study.hash[:12]}-shadow-{number:03d}"
+def shadow(number: int) -> str:
+    """Return the kind of a shadow model."""
+    return f"shadow-{number:03d}"
 
 
 def shadows(ground: Ground, effort: Effort) -> list[NDArray[np.bool_]]:
@@ -206,19 +203,18 @@ def _attacked(ground: Ground, job: Job) -> Losses:
         for name, cohort in ground.sites.items()
     }
     begun = begin(study, ground.genes, members, ground.public)
-    canaries = _canaries(ground, len(job.inserted))
+    inserted = _canaries(ground, len(job.inserted))
     patients_of = {}
-    for name, cohort in members.items():
+    for site, cohort in members.items():
         patients = to_patients(cohort, ground.genes, begun.standardisation)
-        own = [i for i, (site, _) in enumerate(canaries) if site == name]
-        added = [canaries[i][1] for i in own if job.inserted[i]]
-        patients_of[name] = Patients.joined([patients, *added])
-    # No attack looks at survival, and no other phase hears of it.
+        coined = zip(inserted, job.inserted, strict=True)
+        added = [patient for (own, patient), trains in coined if trains and own == site]
+        patients_of[site] = Patients.joined([patients, *added])
     public = None
     if ground.public is not None:
         public = to_patients(ground.public, ground.genes, begun.standardisation)
-    trained = train(begun, patients_of, public=public, without=(SURVIVAL,))
-    whole = trained.parameters
+    # No attack uses survival, and no other phase depends on it.
+    trained = train(begun, patients_of, public=public, without=(SURVIVAL,)).parameters
     everybody = Patients.joined(
         [
             to_patients(cohort, ground.genes, begun.standardisation)
@@ -233,16 +229,16 @@ def _attacked(ground: Ground, job: Job) -> Losses:
         backbone = tasks.load_backbone(study, len(ground.genes), parameters)
         return attacks.restoration_losses(backbone, patients, seed)
 
-    losses = {RESTORATION: restored(whole, everybody)}
+    losses = {RESTORATION: restored(trained, everybody)}
     if CLASSIFICATION in study.phases:
-        modules = tasks.load_classifier(study, len(ground.genes), whole)
+        modules = tasks.load_classifier(study, len(ground.genes), trained)
         classes = study.classification.classes
         found = attacks.classification_losses(modules, everybody, classes)
         losses[CLASSIFICATION] = found
     if job.inserted.any():
-        every = Patients.joined([canary for _, canary in canaries])
+        every = Patients.joined([patient for _, patient in inserted])
         losses["canaries-start"] = restored(begun.parameters, every)
-        losses["canaries"] = restored(whole, every)
+        losses["canaries"] = restored(trained, every)
     return losses
 
 
@@ -253,14 +249,13 @@ def _canaries(ground: Ground, n: int) -> list[tuple[str, Patients]]:
     that they train in pretraining only.
     """
     rng = generator(ground.seed, "canaries")
-    names = list(ground.sites)
+    sites = itertools.cycle(ground.sites.items())
+    unknown = torch.full((1,), torch.nan)
     made = []
-    for i in range(n):
-        cohort = ground.sites[names[i % len(names)]]
+    for site, cohort in itertools.islice(sites, n):
         placed = ground.genes.place(cohort.genes, cohort.expression)
         measured = torch.from_numpy(~np.isnan(placed)).any(dim=0)
         values = torch.randn(1, len(ground.genes), generator=rng)
-        unknown = torch.full((1,), torch.nan)
         patient = Patients(
             values=torch.where(measured, values, torch.nan),
             cancer_type=(None,),
@@ -268,5 +263,5 @@ def _canaries(ground: Ground, n: int) -> list[tuple[str, Patients]]:
             event=unknown,
             clinical=torch.zeros(1, 2),
         )
-        made.append((names[i % len(names)], patient))
+        made.append((site, patient))
     return made

@@ -1,10 +1,10 @@
-"""What privacy costs in usefulness: one study with and without it, judged alike.
+"""The cost of privacy in usefulness: one study with and without it, judged alike.
 
-    split -> for each seed: the public cohort alone, each epsilon, and no privacy from
+    split -> for each seed: the public cohort only, each epsilon, and no privacy from
     the same start and from all that hospitals could share
     -> model -> measures on the hold-out -> mean and SD over the seeds
 
-What the columns mean stands in docs/results/privacy.md. N patients, V genes.
+docs/results/privacy.md explains the columns. N patients, V genes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,19 +28,14 @@ from fedgex.common.data.dataset import to_patients
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
 from fedgex.common.privacy import accounting
-from fedgex.common.study import (
-    ROBUST,
-    Privacy,
-    PublicRule,
-    StrategyRule,
-    Study,
-)
+from fedgex.common.study import ROBUST, Privacy, PublicRule, StrategyRule, Study
 from fedgex.server.federation import public_cohort
 from fedgex.simulations import resumable, training
 from fedgex.simulations.data.split import HOLDOUT, PUBLIC, read_cohort, split
-from fedgex.simulations.evaluation.table import markdown, mean_sd
+from fedgex.simulations.evaluation.protocol import Measure
+from fedgex.simulations.evaluation.table import markdown, mean_sd, sd
 from fedgex.simulations.privacy.effort import EPSILONS, SEEDS
-from fedgex.simulations.privacy.measures import MEASURES, Measure, evaluate
+from fedgex.simulations.privacy.measures import MEASURES, evaluate
 from fedgex.simulations.scenario import Scenario, shortened
 
 QUICK_ROUNDS = 2
@@ -49,18 +44,18 @@ works, too little to believe."""
 ALL_RANK = 128
 """Factors of the linear start where the hospitals share their own statistics."""
 
-PUBLIC_ALONE = "public cohort alone"
+PUBLIC_ONLY = "public cohort only"
 SAME_START = "without privacy, same start"
 ALL_OF_IT = "without privacy, all of it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What one column of the table was trained under, and what came of it."""
+    """Privacy and measures of one column of the table."""
 
     name: str
     epsilon: float | None
-    """What all rounds may spend of a patient; None without privacy."""
+    """Budget of a patient over all rounds; None without privacy."""
     noise_multiplier: float | None
     values: Mapping[str, Sequence[float]]
     """Of each measure that the study can be judged by, one value a seed."""
@@ -70,7 +65,7 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found."""
+    """Results of a comparison."""
 
     study: str
     study_hash: str
@@ -86,7 +81,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ground:
-    """What all models share."""
+    """Data that all models share."""
 
     sites: Mapping[str, Cohort]
     public: Cohort
@@ -94,17 +89,8 @@ class _Ground:
     genes: Vocabulary
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cell:
-    """A model to train and to judge: one condition, one seed."""
-
-    condition: str
-    study: Study
-
-    @property
-    def file(self) -> str:
-        alone = "-public" if self.condition == PUBLIC_ALONE else ""
-        return f"{self.study.hash[:16]}{alone}.json"
+Cells = dict[str, list[Study]]
+"""Studies of each condition, one a seed; a model is trained for each."""
 
 
 def utility(
@@ -161,17 +147,11 @@ def utility(
         genes=training.vocabulary(study, sites, known),
     )
     numbers = [study.seed + k for k in range(1 if quick else seeds)]
-    columns = {
-        number: _conditions(
-            study.model_copy(update={"seed": number}), epsilons, len(ground.genes)
-        )
-        for number in numbers
-    }
-    cells = [
-        _Cell(condition=name, study=each)
-        for column in columns.values()
-        for name, each in column.items()
-    ]
+    cells: Cells = {}
+    for number in numbers:
+        own = study.model_copy(update={"seed": number})
+        for name, each in _conditions(own, epsilons, len(ground.genes)).items():
+            cells.setdefault(name, []).append(each)
     found = _all(ground, cells, out / "cells", scenario.run.workers, console)
     notes = list(parts.notes)
     if quick:
@@ -184,7 +164,7 @@ def utility(
         study_hash=study.hash,
         delta=rule.delta,
         seeds=numbers,
-        conditions=list(_gathered(cells, found)),
+        conditions=[_condition(*each, found[each[0]]) for each in cells.items()],
         notes=notes,
     )
     (out / "utility.json").write_text(report.to_json())
@@ -194,16 +174,12 @@ def utility(
 
 
 def table(report: Report) -> list[str]:
-    """Return what was found as lines of Markdown, one column for each condition."""
-    plain = [
-        condition
-        for condition in report.conditions
-        if condition.name in (SAME_START, ALL_OF_IT)
-    ]
+    """Return the results as lines of Markdown, one column for each condition."""
+    plain = [c for c in report.conditions if c.name in (SAME_START, ALL_OF_IT)]
     rows = {
         measure.name: {
             each.name: mean_sd(each.values[measure.key])
-            + (_beside(measure, each, plain) if each.epsilon is not None else "")
+            + (_against(measure, each, plain) if each.epsilon is not None else "")
             for each in report.conditions
         }
         for measure in _measured(report)
@@ -233,7 +209,7 @@ def _conditions(
     """Return the study of each column, by the column's name."""
     plain = study.model_copy(update={"privacy": Privacy()})
     return {
-        PUBLIC_ALONE: plain,
+        PUBLIC_ONLY: plain,
         **{f"epsilon {each:g}": _with_epsilon(study, each) for each in epsilons},
         SAME_START: plain,
         ALL_OF_IT: _all_shared(study, n_genes),
@@ -271,70 +247,75 @@ def _all_shared(study: Study, n_genes: int) -> Study:
 
 
 def _all(
-    ground: _Ground,
-    cells: Sequence[_Cell],
-    folder: Path,
-    workers: int,
-    console: Console,
-) -> dict[str, dict[str, float]]:
-    """Return what was found of every cell, computed if it is not there yet."""
-    jobs = {folder / cell.file: cell for cell in cells}
+    ground: _Ground, cells: Cells, folder: Path, workers: int, console: Console
+) -> dict[str, list[dict[str, float]]]:
+    """Return the measures of every cell, computed if they are not there yet."""
+    jobs = {
+        _path(folder, condition, study): (condition, study)
+        for condition, studies in cells.items()
+        for study in studies
+    }
     n_absent = sum(not path.exists() for path in jobs)
     console.print(f"{len(jobs)} models, {n_absent} to train", highlight=False)
 
-    def named(cell: _Cell) -> str:
-        return f"{cell.condition}, seed {cell.study.seed}"
+    def named(job: tuple[str, Study]) -> str:
+        return f"{job[0]}, seed {job[1].seed}"
 
     resumable.compute_all(partial(_judged, ground), jobs, workers, console, named)
-    return {cell.file: resumable.load(path) for path, cell in jobs.items()}
+    return {
+        name: [resumable.load(_path(folder, name, study)) for study in studies]
+        for name, studies in cells.items()
+    }
 
 
-def _judged(ground: _Ground, cell: _Cell) -> dict[str, float]:
+def _path(folder: Path, condition: str, study: Study) -> Path:
+    public = "-public" if condition == PUBLIC_ONLY else ""
+    return folder / f"{study.hash[:16]}{public}.json"
+
+
+def _judged(ground: _Ground, job: tuple[str, Study]) -> dict[str, float]:
     """Train one model; return its measures, and `seconds`."""
-    started, study = time.monotonic(), cell.study
+    started, (condition, study) = time.monotonic(), job
     known = ground.public if public_cohort.is_wanted(study) else None
     begun = training.begin(study, ground.genes, ground.sites, known)
     apart = None
     if known is not None:
         apart = to_patients(known, ground.genes, begun.standardisation)
-    if cell.condition == PUBLIC_ALONE:
-        whole = dict(begun.parameters)
+    if condition == PUBLIC_ONLY:
+        trained = begun.parameters
         for phase in study.phases:
-            whole = federation.begin_phase(study, phase, whole, apart)
+            trained = federation.begin_phase(study, phase, trained, apart)
     else:
         patients = {
             name: to_patients(cohort, ground.genes, begun.standardisation)
             for name, cohort in ground.sites.items()
         }
-        whole = dict(training.train(begun, patients, public=apart).parameters)
+        trained = training.train(begun, patients, public=apart).parameters
     scale, holdout = begun.standardisation, ground.holdout
-    values = evaluate(study, whole, scale, ground.genes, holdout, ground.public)
+    values = evaluate(study, trained, scale, ground.genes, holdout, ground.public)
     return values | {"seconds": time.monotonic() - started}
 
 
 # ---- output ----
 
 
-def _gathered(
-    cells: Sequence[_Cell], found: Mapping[str, Mapping[str, float]]
-) -> Iterator[Condition]:
-    """Yield each condition with the values of its seeds."""
-    for name in dict.fromkeys(cell.condition for cell in cells):
-        own = [cell for cell in cells if cell.condition == name]
-        rule, study = own[0].study.privacy.patient, own[0].study
-        yield Condition(
-            name=name,
-            epsilon=None if rule is None else rule.epsilon,
-            noise_multiplier=None
-            if rule is None
-            else accounting.noise_multiplier(study),
-            values={
-                measure.key: [found[cell.file][measure.key] for cell in own]
-                for measure in MEASURES
-                if all(measure.key in found[cell.file] for cell in own)
-            },
-            seconds=[found[cell.file]["seconds"] for cell in own],
-        )
+def _condition(
+    name: str, studies: Sequence[Study], found: Sequence[Mapping[str, float]]
+) -> Condition:
+    """Return a condition with the values of its seeds."""
+    rule = studies[0].privacy.patient
+    noise = None if rule is None else accounting.noise_multiplier(studies[0])
+    return Condition(
+        name=name,
+        epsilon=None if rule is None else rule.epsilon,
+        noise_multiplier=noise,
+        values={
+            measure.key: [each[measure.key] for each in found]
+            for measure in MEASURES
+            if all(measure.key in each for each in found)
+        },
+        seconds=[each["seconds"] for each in found],
+    )
 
 
 def _measured(report: Report) -> list[Measure]:
@@ -346,56 +327,42 @@ def _measured(report: Report) -> list[Measure]:
     ]
 
 
-def _beside(measure: Measure, each: Condition, plain: Sequence[Condition]) -> str:
+def _against(measure: Measure, each: Condition, plain: Sequence[Condition]) -> str:
+    """Return the change against each condition without privacy."""
     own = float(np.mean(each.values[measure.key]))
-    said = []
-    for other in plain:
-        reference = float(np.mean(other.values[measure.key]))
-        if measure.better == "lower":
-            said.append(f"{100 * (own / reference - 1):+.1f} %")
-        else:
-            said.append(f"{own - reference:+.3f}")
-    return f" ({', '.join(said)})"
+    others = [float(np.mean(other.values[measure.key])) for other in plain]
+    if measure.better == "lower":
+        changes = [f"{100 * (own / other - 1):+.1f} %" for other in others]
+    else:
+        changes = [f"{own - other:+.3f}" for other in others]
+    return f" ({', '.join(changes)})"
 
 
 def _draw(report: Report, path: Path) -> None:
     """Draw each measure against epsilon, with a line for each condition without."""
     private = [each for each in report.conditions if each.epsilon is not None]
-    shown = _measured(report)
-    styles = {PUBLIC_ALONE: ":", SAME_START: "--", ALL_OF_IT: "-"}
+    epsilons = [float(each.epsilon or 0) for each in private]
+    styles = {PUBLIC_ONLY: ":", SAME_START: "--", ALL_OF_IT: "-"}
     figure = Figure(figsize=(11, 6.5), layout="constrained")
-    grid = figure.subplots(2, 3, squeeze=False).flat
+    grid, shown = figure.subplots(2, 3, squeeze=False).flat, _measured(report)
     for axes, measure in zip(grid, MEASURES, strict=True):
         if measure not in shown:
             axes.set_visible(False)
             continue
-        values = [np.asarray(each.values[measure.key]) for each in private]
-        axes.errorbar(
-            [float(each.epsilon or 0) for each in private],
-            [each.mean() for each in values],
-            [each.std(ddof=1) if len(each) > 1 else 0 for each in values],
-            marker="o",
-            capsize=3,
-            label="with privacy",
-        )
+        runs = [each.values[measure.key] for each in private]
+        bars = [np.mean(each) for each in runs], [sd(each) for each in runs]
+        axes.errorbar(epsilons, *bars, marker="o", capsize=3, label="with privacy")
         for each in report.conditions:
             if each.name in styles:
-                axes.axhline(
-                    float(np.mean(each.values[measure.key])),
-                    color="grey",
-                    linestyle=styles[each.name],
-                    label=each.name,
-                )
+                look = {"color": "grey", "linestyle": styles[each.name]}
+                level = float(np.mean(each.values[measure.key]))
+                axes.axhline(level, label=each.name, **look)
         axes.set(xscale="log", xlabel="epsilon", title=measure.name)
         axes.title.set_fontsize("small")
-        axes.set_xticks(
-            [float(each.epsilon or 0) for each in private],
-            labels=[f"{each.epsilon:g}" for each in private],
-        )
+        axes.set_xticks(epsilons, labels=[f"{each:g}" for each in epsilons])
         axes.minorticks_off()
     if shown:
-        handles, labels = next(
-            a for a in figure.axes if a.get_visible()
-        ).get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        visible = next(axes for axes in figure.axes if axes.get_visible())
+        legend = visible.get_legend_handles_labels()
+        figure.legend(*legend, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.artist import Artist
@@ -24,32 +25,13 @@ from fedgex.simulations.reporting.schema import (
     Imputations,
     KaplanMeier,
     PerGene,
-    RiskGroup,
     Round,
     Survivals,
     headline_key,
 )
 
-T = TypeVar("T")
-
-LABELS = {
-    "model": "federated model",
-    "federated": "federated model",
-    "alone": "hospital alone",
-    "pooled": "pooled data",
-    "gaussian": "Gaussian",
-    "mixture": "Gaussian mixture",
-    "ppca": "probabilistic PCA",
-    "knn": "k nearest neighbours",
-    "mean": "gene mean",
-    "cox_ridge": "Cox ridge",
-    "pca_cox": "PCA + Cox",
-    "logistic": "logistic regression",
-}
-"""Methods as the reader knows them, in the order of legends and tables."""
-
-# The palette of Okabe and Ito (2008), told apart with every kind of colour vision. The
-# page redefines the variables for dark mode; the values here are those of light mode.
+# The palette of Okabe and Ito (2008), which every kind of colour vision distinguishes.
+# The page redefines the variables for dark mode; these are the values of light mode.
 COLOURS = {
     "blue": "#0072b2",
     "orange": "#e69f00",
@@ -62,27 +44,29 @@ COLOURS = {
     "rule": "#dfe3e8",
 }
 
-# Colour and marker of each method. Those that play the same part share them: blue is
-# what the federation learned, ink the pooled ideal, vermillion the strong linear
-# reference, green the one through principal components.
-LOOKS = {
-    "model": ("blue", "o"),
-    "federated": ("blue", "o"),
-    "alone": ("orange", "^"),
-    "pooled": ("ink", "s"),
-    "gaussian": ("vermillion", "v"),
-    "mixture": ("purple", "P"),
-    "ppca": ("green", "D"),
-    "knn": ("orange", "^"),
-    "mean": ("grey", "s"),
-    "cox_ridge": ("vermillion", "v"),
-    "pca_cox": ("green", "D"),
-    "logistic": ("vermillion", "v"),
+METHODS = {
+    "model": ("federated model", "blue", "o"),
+    "federated": ("federated model", "blue", "o"),
+    "alone": ("local model", "orange", "^"),
+    "pooled": ("pooled data", "ink", "s"),
+    "gaussian": ("Gaussian", "vermillion", "v"),
+    "mixture": ("Gaussian mixture", "purple", "P"),
+    "ppca": ("probabilistic PCA", "green", "D"),
+    "knn": ("k nearest neighbours", "orange", "^"),
+    "mean": ("gene mean", "grey", "s"),
+    "cox_ridge": ("Cox ridge", "vermillion", "v"),
+    "pca_cox": ("PCA + Cox", "green", "D"),
+    "logistic": ("logistic regression", "vermillion", "v"),
 }
+"""Label, colour and marker of each method, in the order of legends and tables.
+
+Methods of one part share a look: blue is the federation, ink the pooled ideal,
+vermillion the strong linear reference, green the one through principal components."""
+LABELS = {method: label for method, (label, _, _) in METHODS.items()}
 
 SCHEMES = {
     "mcar": "missing at random",
-    "panel": "whole genes missing",
+    "panel": "entire genes missing",
     "mnar": "low expression missing",
 }
 """Ways of hiding values, as the reader knows them."""
@@ -93,44 +77,17 @@ LOSS_UNITS = {
     "survival": "nats",
 }
 
+Look = dict[str, Any]
 DAYS_PER_YEAR = 365.25
 WIDTH = 7.2  # inches: two columns of a journal
 DASHED = (0, (4, 2))
 DOTTED = (0, (1, 1.5))
 
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "text.color": COLOURS["ink"],
-    "axes.labelcolor": COLOURS["ink"],
-    "axes.titlesize": 8.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 7,
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": COLOURS["rule"],
-    "grid.linewidth": 0.6,
-    "xtick.color": COLOURS["muted"],
-    "ytick.color": COLOURS["muted"],
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.6,
-    "lines.markeredgewidth": 0,
-    "legend.frameon": False,
-    "legend.handlelength": 2,
-    "legend.columnspacing": 1.6,
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedgex",  # the same report gives the same bytes
-}
+STYLE: dict[Any, Any] = dict(
+    mpl.rc_params_from_file(
+        Path(__file__).with_name("charts.mplstyle"), use_default_template=False
+    )
+)
 
 
 @mpl.rc_context(STYLE)
@@ -167,8 +124,9 @@ def imputation(scores: Imputations) -> str:
     figure, axes = _panels(3, height=2.6)
     for ax, (scheme, title) in zip(axes, SCHEMES.items(), strict=True):
         ax.set_title(title)
-        for method, of_method in _in_order(scores):
-            errors = {k: score.mse for k, score in of_method.get(scheme, {}).items()}
+        for method in in_order(scores):
+            of_scheme = scores[method].get(scheme, {})
+            errors = {k: score.mse for k, score in of_scheme.items()}
             _draw_method(ax, method, errors, 1 if scheme == "panel" else 100)
         if scheme == "panel":
             _count_genes(ax, [of.get(scheme, {}) for of in scores.values()])
@@ -188,15 +146,9 @@ def per_gene(genes: PerGene) -> str:
     pairs = genes.pairs()
     top = 1.05 * max((value for pair in pairs for value in pair), default=1)
     left.plot((0, top), (0, top), color=COLOURS["muted"], linewidth=0.8)
-    left.plot(
-        [gaussian for _, gaussian in pairs],
-        [model for model, _ in pairs],
-        linestyle="none",
-        marker="o",
-        markersize=2,
-        alpha=0.5,
-        color=COLOURS["blue"],
-    )
+    blue = COLOURS["blue"]
+    model, gaussian = zip(*pairs, strict=True) if pairs else ((), ())
+    left.plot(gaussian, model, "o", markersize=2, alpha=0.5, color=blue)
     for x, y, side, text in (
         (0.04, 0.93, "left", "Gaussian better"),
         (0.97, 0.05, "right", "model better"),
@@ -209,12 +161,8 @@ def per_gene(genes: PerGene) -> str:
 
     correlations = [r for r in genes.model_r if r is not None]
     lowest = math.floor(20 * min([0, *correlations])) / 20
-    right.hist(
-        correlations,
-        bins=[b / 20 for b in range(round(20 * lowest), 21)],
-        rwidth=0.9,
-        color=COLOURS["blue"],
-    )
+    bins = [b / 20 for b in range(round(20 * lowest), 21)]
+    right.hist(correlations, bins=bins, rwidth=0.9, color=blue)
     right.set_xlim(lowest, 1)
     right.set_title("correlation of each gene, model")
     right.set_xlabel("restored against true values (Pearson r)")
@@ -225,14 +173,14 @@ def per_gene(genes: PerGene) -> str:
 @mpl.rc_context(STYLE)
 def survival(scores: Survivals) -> str:
     """Draw a dot for each method and cohort, with one standard deviation either way."""
-    methods = [m for m in LABELS if any(m in of for of in scores.values())]
+    methods = in_order(method for of in scores.values() for method in of)
     row_height = 0.16 + 0.085 * len(methods)
     figure = _figure(WIDTH, 0.8 + row_height * len(scores))
     ax = figure.subplots()
     ax.grid(visible=False)
     ax.axvline(0.5, color=COLOURS["muted"], linewidth=0.8, linestyle=DASHED)
     for i, method in enumerate(methods):
-        colour, marker = LOOKS[method]
+        label, colour, marker = METHODS[method]
         shift = (i - (len(methods) - 1) / 2) / (len(methods) + 1.5)
         dots = [
             (score.c_index, row + shift, score.sd or 0.0)
@@ -249,7 +197,7 @@ def survival(scores: Survivals) -> str:
             marker=marker,
             markersize=4.8,
             color=COLOURS[colour],
-            label=LABELS[method],
+            label=label,
         )
     for row in range(1, len(scores)):
         ax.axhline(row - 0.5, color=COLOURS["rule"], linewidth=0.6)
@@ -267,18 +215,15 @@ def kaplan_meier(curves: Mapping[str, KaplanMeier]) -> str:
     """Draw survival of low and high predicted risk, a panel a cohort."""
     figure, axes = _panels(len(curves), height=2.2)
     for ax, (cohort, km) in zip(axes, curves.items(), strict=True):
-        _draw_steps(ax, km.low, "grey", "low predicted risk")
-        _draw_steps(ax, km.high, "ink", "high predicted risk")
+        for group, colour, label in ((km.low, "grey", "low"), (km.high, "ink", "high")):
+            years = [0, *(day / DAYS_PER_YEAR for day in group.days)]
+            look: Look = {"color": COLOURS[colour], "label": f"{label} predicted risk"}
+            ax.step(years, [1, *group.survival], where="post", **look)
         ax.set_title(cohort, pad=17)
-        ax.text(
-            0,
-            1.04,
-            f"low n = {km.low.patients}, high n = {km.high.patients}, "
-            + p_value(km.logrank_p),
-            fontsize=7.2,
-            color=COLOURS["muted"],
-            transform=ax.transAxes,
-        )
+        sizes = f"low n = {km.low.patients}, high n = {km.high.patients}, "
+        place, muted = ax.transAxes, COLOURS["muted"]
+        sizes += p_value(km.logrank_p)
+        ax.text(0, 1.04, sizes, fontsize=7.2, color=muted, transform=place)
         ax.set(xlim=(0, None), ylim=(0, 1.02))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         ax.set_xlabel("time (years)")
@@ -292,8 +237,8 @@ def classification(scores: Classifications) -> str:
     """Draw accuracy and macro-F1 against the number of genes measured."""
     figure, axes = _panels(2, height=2.6)
     for ax, measure in zip(axes, ("accuracy", "macro_f1"), strict=True):
-        for method, of_method in _in_order(scores):
-            shares = {k: getattr(score, measure) for k, score in of_method.items()}
+        for method in in_order(scores):
+            shares = {k: getattr(s, measure) for k, s in scores[method].items()}
             _draw_method(ax, method, shares, 1)
         _count_genes(ax, list(scores.values()))
     axes[0].set_title("accuracy")
@@ -309,6 +254,12 @@ def p_value(p: float | None) -> str:
     if p is None:
         return "p not estimable"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Return methods, each once, in the order of legends and tables."""
+    present = set(methods)
+    return [method for method in METHODS if method in present]
 
 
 def _panels(n: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -334,8 +285,8 @@ def _draw_losses(ax: Axes, rounds: Sequence[Round]) -> None:
         ("judged", DASHED, {r.round: r.judged_loss for r in rounds}),
     ):
         if any(loss is not None for loss in losses.values()):
-            x, y = _coordinates(losses)
-            ax.plot(x, y, linestyle=style, color=COLOURS["blue"], label=label)
+            look: Look = {"color": COLOURS["blue"], "linestyle": style, "label": label}
+            ax.plot(*_coordinates(losses), **look)
 
 
 def _draw_holdout(ax: Axes, rounds: Sequence[Round]) -> None:
@@ -351,36 +302,20 @@ def _draw_holdout(ax: Axes, rounds: Sequence[Round]) -> None:
         }
         if errors:
             key = headline_key(key for of_round in errors.values() for key in of_round)
-            x, y = _coordinates({r: of.get(key) for r, of in errors.items()})
-            text = label.format(float(key))
-            ax.plot(x, y, linestyle=style, color=COLOURS["blue"], label=text)
+            points = _coordinates({r: of.get(key) for r, of in errors.items()})
+            look: Look = {"color": COLOURS["blue"], "linestyle": style}
+            ax.plot(*points, label=label.format(float(key)), **look)
 
 
 def _draw_method(
     ax: Axes, method: str, values: Mapping[str, float | None], factor: float
 ) -> None:
     """Draw one method's line, with `factor` on the numbers that the keys name."""
-    colour, marker = LOOKS[method]
-    x, y = _coordinates({float(k) * factor: value for k, value in values.items()})
-    ax.plot(
-        x,
-        y,
-        marker=marker,
-        color=COLOURS[colour],
-        zorder=3 if colour == "blue" else 2,  # the subject of the report on top
-        label=LABELS[method],
-    )
-
-
-def _draw_steps(ax: Axes, group: RiskGroup, colour: str, label: str) -> None:
-    years = [day / DAYS_PER_YEAR for day in group.days]
-    ax.step(
-        [0, *years],
-        [1, *group.survival],
-        where="post",
-        color=COLOURS[colour],
-        label=label,
-    )
+    label, colour, marker = METHODS[method]
+    points = _coordinates({float(k) * factor: value for k, value in values.items()})
+    look: Look = {"color": COLOURS[colour], "marker": marker, "label": label}
+    on_top = 3 if colour == "blue" else 2  # the subject of the report
+    ax.plot(*points, zorder=on_top, **look)
 
 
 def _coordinates(
@@ -401,26 +336,19 @@ def _count_genes(ax: Axes, tables: Sequence[Mapping[str, object]]) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _in_order(scores: Mapping[str, T]) -> list[tuple[str, T]]:
-    return [(method, scores[method]) for method in LABELS if method in scores]
-
-
 def _legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
     """Give all panels one legend, with each label once."""
     handles: dict[str, Artist] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside upper left",
-        ncols=5 if len(handles) <= 5 else math.ceil(len(handles) / 2),
-    )
+    columns = 5 if len(handles) <= 5 else math.ceil(len(handles) / 2)
+    names, lines = list(handles), list(handles.values())
+    figure.legend(lines, names, loc="outside upper left", ncols=columns)
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """Return the figure as an `svg` element that can stand beside others in a page."""
+    """Return the figure as an `svg` element that can stand with others in a page."""
     buffer = io.StringIO()
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -428,7 +356,7 @@ def _svg(figure: Figure, name: str) -> str:
     view_box = re.search(r'viewBox="([^"]*)"', text)
     assert view_box, "matplotlib writes a viewBox"
     # No XML declaration, doctype or namespaces: HTML knows what an svg is. No style
-    # sheet: it would rule the whole page.
+    # sheet: it would apply to the entire page.
     body = re.sub(r"\A.*?<svg\b[^>]*>", "", text, flags=re.DOTALL)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href=", "href=")

@@ -1,13 +1,11 @@
-"""What a report comes to, in sentences: about ten, for the terminal and the page.
+"""The results of a report in about ten sentences, for the terminal and the page.
 
-They say who wins, also when it is not the federated model.
+They name the best method, also when it is not the federated model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from fedgex.simulations.reporting.charts import LABELS, SCHEMES
+from fedgex.simulations.reporting.charts import LABELS, SCHEMES, in_order
 from fedgex.simulations.reporting.schema import (
     Classifications,
     Imputations,
@@ -32,12 +30,9 @@ def headlines(report: Report) -> list[str]:
         f"Hold-out: {count(holdout.patients, 'patient')} from "
         f"{count(len(holdout.institutions), 'institution')}, none of which trains",
     ]
-    for scheme in SCHEMES:
-        if keys := keys_of(report.imputation, scheme):
-            key = headline_key(keys)
-            verdict = against_best(report.imputation, scheme, key)
-            lines.append(f"Restoration, {condition(scheme, key)}: {verdict}")
-    if not any(keys_of(report.imputation, scheme) for scheme in SCHEMES):
+    restored = restoration(report.imputation)
+    lines += [f"Restoration, {each}" for each in restored]
+    if not restored:
         lines.append("Restoration: not judged in this run")
     if report.imputation_per_gene:
         lines.append(f"Genes: {genes_won(report.imputation_per_gene)}")
@@ -76,25 +71,28 @@ def condition(scheme: str, key: str) -> str:
     return f"{share} missing" + (", low first" if scheme == "mnar" else " at random")
 
 
-def against_best(imputation: Imputations, scheme: str, key: str) -> str:
-    """Return one sentence about the model and its best rival, whoever wins."""
-    model = mse(imputation, "model", scheme, key)
-    best = best_baseline(imputation, scheme, key)
-    if model is None:
-        return "the model was not judged"
-    if best is None:
-        return f"MSE {model:.3f}; no baseline was run"
-    method, error = best
-    return (
-        f"MSE {model:.3f}, best baseline {error:.3f} ({LABELS[method]}); "
-        f"{_verdict(model / error)}"
-    )
+def restoration(imputation: Imputations) -> list[str]:
+    """Compare the model with its best baseline, one sentence a scheme."""
+    found = []
+    for scheme, keys in schemes_of(imputation).items():
+        key = headline_key(keys)
+        model = mse(imputation, "model", scheme, key)
+        best = best_baseline(imputation, scheme, key)
+        if model is None:
+            verdict = "the model was not judged"
+        elif best is None:
+            verdict = f"MSE {model:.3f}; no baseline was run"
+        else:
+            verdict = f"MSE {model:.3f}, best baseline {best[1]:.3f} "
+            verdict += f"({LABELS[best[0]]}); {_verdict(model / best[1])}"
+        found.append(f"{condition(scheme, key)}: {verdict}")
+    return found
 
 
 def best_baseline(
     imputation: Imputations, scheme: str, key: str
 ) -> tuple[str, float] | None:
-    """Return the rival with the least error, or None if none was run."""
+    """Return the baseline with the least error, or None if none was run."""
     errors = [
         (method, error)
         for method in LABELS
@@ -110,12 +108,13 @@ def mse(imputation: Imputations, method: str, scheme: str, key: str) -> float | 
     return score.mse if score else None
 
 
-def keys_of(imputation: Imputations, scheme: str) -> list[str]:
-    """Return the rates or numbers of genes at which any method was judged, rising."""
-    keys = {
-        key for of_method in imputation.values() for key in of_method.get(scheme, {})
+def schemes_of(imputation: Imputations) -> dict[str, list[str]]:
+    """Return the rates or numbers of genes of each scheme that was judged, rising."""
+    found = {
+        scheme: {key for of in imputation.values() for key in of.get(scheme, {})}
+        for scheme in SCHEMES
     }
-    return sorted(keys, key=float)
+    return {scheme: sorted(keys, key=float) for scheme, keys in found.items() if keys}
 
 
 def genes_won(genes: PerGene) -> str:
@@ -133,8 +132,12 @@ def survival_verdict(cohorts: Survivals) -> str:
     """Return the mean C-index of each method over the cohorts where all have one."""
     if not cohorts:
         return "not judged in this run"
-    methods = [m for m in LABELS if any(m in of for of in cohorts.values())]
-    complete = _complete(cohorts, methods)
+    methods = methods_of(cohorts)
+    table = [
+        {m: c for m in methods if m in of and (c := of[m].c_index) is not None}
+        for of in cohorts.values()
+    ]
+    complete = [each for each in table if len(each) == len(methods)]
     if not complete:
         return f"no C-index by every method in any of {count(len(cohorts), 'cohort')}"
     means = ", ".join(
@@ -143,15 +146,20 @@ def survival_verdict(cohorts: Survivals) -> str:
     )
     verdict = f"mean C-index over {len(complete)} of {count(len(cohorts), 'cohort')}"
     verdict += f": {means}"
-    if "federated" in methods and "alone" in methods:
+    if {"federated", "alone"} <= {*methods}:
         won = sum(c["federated"] > c["alone"] for c in complete)
-        verdict += f"; federated above alone in {won} of {len(complete)}"
+        verdict += f"; federated above local in {won} of {len(complete)}"
     return verdict
+
+
+def methods_of(cohorts: Survivals) -> list[str]:
+    """Return the methods of any cohort."""
+    return in_order(method for of in cohorts.values() for method in of)
 
 
 def classification_verdict(scores: Classifications) -> str:
     """Return each method's accuracy at the fewest and the most genes."""
-    keys = sorted({key for of in scores.values() for key in of}, key=float)
+    keys = sizes_of(scores)
     if not keys:
         return "not judged in this run"
     return "; ".join(
@@ -165,13 +173,18 @@ def classification_verdict(scores: Classifications) -> str:
     )
 
 
+def sizes_of(scores: Classifications) -> list[str]:
+    """Return the numbers of genes, rising."""
+    return sorted({key for of in scores.values() for key in of}, key=float)
+
+
 def count(n: int, noun: str) -> str:
     """Return "1 hospital", "1,204 hospitals"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def duration(seconds: float) -> str:
-    """Return 83 seconds as "1 min 23 s"; seconds alone below a minute."""
+    """Return 83 seconds as "1 min 23 s"; only seconds below a minute."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     if hours:
@@ -184,16 +197,3 @@ def _verdict(ratio: float) -> str:
         return "ratio 1.000, level"
     better_or_worse = "better" if ratio < 1 else "worse"
     return f"ratio {ratio:.3f}, the model is {abs(ratio - 1):.1%} {better_or_worse}"
-
-
-def _complete(cohorts: Survivals, methods: list[str]) -> list[Mapping[str, float]]:
-    """Return the C-indices of the cohorts in which every method has one."""
-    table = [
-        {
-            m: score.c_index
-            for m in methods
-            if (score := of.get(m)) and score.c_index is not None
-        }
-        for of in cohorts.values()
-    ]
-    return [c for c in table if len(c) == len(methods)]

@@ -1,4 +1,4 @@
-"""What the report of a simulated federation holds, checked before it is written.
+"""Schema of the report of a simulated federation, checked before it is written.
 
 docs/report.md explains every key. A misspelt top-level key is refused; further measures
 inside a section are kept in report.json, though the page does not show them.
@@ -43,20 +43,12 @@ class Site(_Part):
     """Loss of the last round that it took part in."""
 
 
-class Holdout(_Part):
-    """The public central test set."""
+class Apart(_Part):
+    """The hold-out, or the server's public cohort."""
 
     patients: int
     institutions: list[str]
-    """Where its patients were treated; none of them takes part in training."""
-
-
-class PublicCohort(_Part):
-    """The server's public cohort."""
-
-    patients: int
-    institutions: list[str]
-    """Where its patients were treated; none of them trains at a hospital or judges."""
+    """Where its patients were treated; no patient of these trains at a hospital."""
 
 
 class VocabularyFacts(_Part):
@@ -67,7 +59,7 @@ class VocabularyFacts(_Part):
 
 
 class StudyFacts(_Part):
-    """What was run, and with what."""
+    """The study, its data and its software."""
 
     name: str
     hash: str
@@ -78,17 +70,17 @@ class StudyFacts(_Part):
     """Trainable numbers of the model."""
     vocabulary: VocabularyFacts
     sites: list[Site]
-    holdout: Holdout
-    public: PublicCohort | None = None
+    holdout: Apart
+    public: Apart | None = None
     """None if there is none."""
     versions: dict[str, str]
     command: str
     seconds: float
-    """Wall-clock time of the whole run."""
+    """Wall-clock time of the complete run."""
     protections: list[str]
-    """What protects patients and hospitals in it, a sentence each."""
+    """Protections of patients and hospitals, a sentence each."""
     notes: list[str]
-    """What a reader should know about this run."""
+    """Remarks on this run."""
 
 
 Errors = dict[Scheme, dict[NumberText, float | None]]
@@ -203,7 +195,7 @@ class KaplanMeier(_Part):
 
 
 class ClassificationScore(_Part):
-    """Cancer types told apart from one number of genes."""
+    """Classification of the cancer type from one number of genes."""
 
     accuracy: float | None
     macro_f1: float | None
@@ -214,7 +206,7 @@ Classifications = dict[Classifier, dict[NumberText, ClassificationScore]]
 
 
 class Cost(_Part):
-    """What the run cost; a measure that was not taken is left out."""
+    """Cost of the run; a measure that was not taken is left out."""
 
     samples_per_s: float | None = None
     round_overhead_s: float | None = None
@@ -224,7 +216,7 @@ class Cost(_Part):
 
 
 class Report(Settings):
-    """The whole report."""
+    """The complete report."""
 
     schema_: Literal[1] = Field(alias="schema")
     study: StudyFacts

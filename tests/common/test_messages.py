@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgex.common import keys
-from fedgex.common.data.moments import CrossProducts, GeneMoments, Standardisation
+from fedgex.common.data.cross_products import CrossProducts
+from fedgex.common.data.moments import GeneMoments, Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import MessageError
 from fedgex.common.messages.codec import Message, boundary
@@ -107,7 +108,7 @@ ASKED: dict[str, Envelope] = {
         attempt=Shared(**ATTEMPT, sharers=SITES),
         boxes=BOXES,
     ),
-    keys.SECURE_KEYS: KeysRequest(**OF_ROUND, attempt=Attempt(**ATTEMPT)),
+    keys.SECURE_KEYS: KeysRequest(**OF_SCALE | OF_ROUND, attempt=Attempt(**ATTEMPT)),
     keys.SECURE_SHARES: SharesRequest(
         **OF_ROUND,
         attempt=Attempt(**ATTEMPT),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fedgex.client.training import local_round
 from fedgex.common.arrays import PER_GENE
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import CrossProducts, GeneMoments, pool
+from fedgex.common.data.moments import GeneMoments, pool
 from fedgex.common.federation import Update
 from fedgex.common.models import tasks, training
 from fedgex.common.study import PRETRAINING, Study

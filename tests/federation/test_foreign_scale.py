@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from flwr.app import ConfigRecord, Message
 
-from fedgex.common import keys
-from fedgex.common.data.moments import GeneMoments, foreign_scales
+from fedgex.common import federation, keys
+from fedgex.common.data.moments import GeneMoments, foreign_scale, foreign_scales
 from fedgex.common.errors import FederationError
 from fedgex.simulations.data.split import split
 from fedgex.simulations.scenario import find
@@ -111,6 +112,73 @@ def test_on_a_scale_that_is_no_logarithm_nobody_is_compared(
     assert run.events("run-started")[0]["sites"] == list(wide.names)
 
 
+# ---- where the server has no sums of it to compare ----
+
+
+def reasons(run: Finished) -> list[str | None]:
+    """Return why the odd hospital did not contribute, in each round."""
+    return [event["sites"][ODD]["reason"] for event in run.events("round")]
+
+
+def test_late_for_the_statistics_it_refuses_each_round_itself(
+    wide: Consortium, tmp_path: Path
+) -> None:
+    def late(name: str, message: Message) -> None:
+        if name == ODD and message.metadata.message_type == keys.STATISTICS:
+            message.content["late"] = ConfigRecord({})
+
+    run = wide.conduct(wide.study(**SHORT), tmp_path, alter=late)
+
+    assert [e["reason"] for e in run.events("not-answered")] == [
+        "FX-SITE-002",
+        "FX-SITE-010",  # of the cross-products
+    ]
+    assert reasons(run) == ["FX-SITE-010"] * 2
+
+
+def test_away_at_the_start_it_refuses_once_it_joins(
+    wide: Consortium, tmp_path: Path
+) -> None:
+    def away(name: str, message: Message) -> None:
+        if name == ODD and message.metadata.message_type != keys.TRAIN:
+            message.content["away"] = ConfigRecord({})
+
+    others = len(wide.names) - 1
+    wide.conduct(wide.study(**SHORT), tmp_path, alter=away, kill_after=others)
+    run = wide.conduct(wide.study(**SHORT), tmp_path)
+
+    assert ODD in run.events("run-started")[-1]["sites"]
+    assert reasons(run)[-1] == "FX-SITE-010"
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_where_a_public_cohort_gives_the_statistics_it_refuses_before_it_trains(
+    wide: Consortium,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    secure: bool,
+) -> None:
+    monkeypatch.setattr(federation, "MIN_PUBLIC_PATIENTS", 10)
+    changes: dict[str, Any] = {
+        "cross_products": False,
+        "public": {"statistics": True},
+        "strategy": {"name": "fedavg", "update": "delta", "weights": "equal"},
+    }
+    if secure:
+        changes["secure_aggregation"] = {"clip": 100.0}
+        changes["rounds"] = {"quorum": 3}
+    study = wide.study(**SHORT | changes)
+
+    run = wide.conduct(study, tmp_path, public=wide.holdout)
+
+    assert reasons(run) == ["FX-SITE-010"] * 2
+    asked = {e.message_type for e in run.exchanges if e.site == ODD}
+    assert asked == {keys.PREPARE, keys.SECURE_KEYS if secure else keys.TRAIN}
+    for event in run.events("round"):
+        contributed = [s["state"] == "contributed" for s in event["sites"].values()]
+        assert sum(contributed) == N_SITES - 1
+
+
 def test_between_hospitals_the_receipts_name_it(
     wide: Consortium, tmp_path: Path
 ) -> None:
@@ -145,6 +213,9 @@ def test_real_hospitals_are_on_one_scale_and_each_is_told_once_it_is_not(
 
     assert len(moments) == 25
     assert foreign_scales(moments) == {}
+    published = federation.standardisation(moments).mean
+    means = [np.where(m.count > 0, m.mean, np.nan) for m in moments.values()]
+    assert {foreign_scale(mean, published) for mean in means} == {None}
     for name, right in moments.items():
         for factor in (np.log(2), np.log10(2)):
             wrong = dataclasses.replace(

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 import fedgex.client.app
 from fedgex.client.training import local_round
 from fedgex.common import keys
-from fedgex.common.data.moments import SUPPRESSED, CrossProducts, unpack
+from fedgex.common.data.cross_products import CrossProducts, unpack
+from fedgex.common.data.moments import SUPPRESSED
 from fedgex.common.models import factor_model
 from fedgex.common.transport.records import to_arrays
 

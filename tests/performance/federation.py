@@ -108,7 +108,7 @@ def aggregation_memory(sizes: Sizes) -> list[Row]:
             f"{many_all:.0f} / {few_all:.0f} MB, {of}",
         ),
         below(
-            f"peak memory, aggregation alone, {updates}",
+            f"peak memory, aggregation only, {updates}",
             many / few,
             1.2,
             f"{many:.0f} / {few:.0f} MB above the process at rest",

@@ -59,7 +59,7 @@ def cost_of_privacy(sizes: Sizes) -> list[Row]:
                 below("private / plain training, time", time_ratio, 1.5, told),
                 below("private / plain training, peak memory", above[1], 2, mb),
                 below(
-                    "private / plain training, memory of the steps alone",
+                    "private / plain training, memory of the steps only",
                     above[0],
                     2,
                     f"{private[0]:.0f} / {plain[0]:.0f} MB above the process at rest",

@@ -107,7 +107,7 @@ def build(
     )
     scenario = Scenario.read(values, "a test's scenario")
     study, sites = rehearsal.prepare(scenario, data, folder, n_sites, {})
-    return kind(folder=folder, study=study, sites=sites, told=_silent, reviving=True)
+    return kind(folder=folder, study=study, sites=sites, report=_silent, reviving=True)
 
 
 @dataclass

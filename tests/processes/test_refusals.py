@@ -51,7 +51,7 @@ def test_only_the_fleet_and_health_are_reachable_from_outside(served):
         "/v1/fleet/../control/list-runs",
         "/v1/fleet/%2e%2e/control/list-runs",
     ]
-    with httpx.Client(verify=authority) as client:
+    with httpx.Client(verify=authority, trust_env=False) as client:
         found = {
             path: client.post(
                 address + path,
@@ -68,7 +68,8 @@ def test_only_the_fleet_and_health_are_reachable_from_outside(served):
 
 def test_control_on_the_loopback_interface_wants_the_supervisors_secret(served):
     port = Consortium(served.consortium.state).settings.control_port
-    reply = httpx.post(f"http://127.0.0.1:{port}/v1/control/list-runs", content=b"")
+    address = f"http://127.0.0.1:{port}/v1/control/list-runs"
+    reply = httpx.post(address, content=b"", trust_env=False)
     assert reply.status_code == 401
 
 

@@ -71,7 +71,7 @@ def test_an_absent_file_is_refused(tmp_path: Path):
 
 
 def test_a_file_that_is_not_toml_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="not a TOML file"):
+    with pytest.raises(ConfigError, match="is not TOML"):
         Scenario.load(written(tmp_path, "[study"))
 
 

@@ -108,7 +108,7 @@ class Hospital:
         return [x["event"] for x in audit_log.read(self.state_dir / "audit.jsonl")]
 
 
-def join(folder: Path) -> tuple[Path, Authority]:
+def join(folder: Path, server: str = "fed.example.org:9092") -> tuple[Path, Authority]:
     """Have north join; return its site.toml, and the consortium's authority."""
     (folder / "policy.toml").write_text(TEMPLATE)
     site_toml = folder / "site.toml"
@@ -124,7 +124,7 @@ def join(folder: Path) -> tuple[Path, Authority]:
     kit = {
         "consortium": "alliance",
         "site": "north",
-        "server": "fed.example.org:9092",
+        "server": server,
         "authority": pki.to_pem(authority[1]),
         "certificate": pki.to_pem(issued),
     }

@@ -59,18 +59,19 @@ from fedgex.simulations.evaluation.table import (
     paired_p,
     where,
 )
-from fedgex.simulations.reporting import charts
+from fedgex.simulations.reporting.charts import p_value
 from fedgex.simulations.reporting.schema import plain
 
 FEW = 32
 """Genes up to which the model is to be better than simple methods."""
 SHARES = (0.95, 0.99)
 """Of the accuracy from all genes: what a panel has to reach."""
+KINDS = (SELECTED, BY_F, RANDOM)
 LABELS = {
     FEDERATED: "federated model",
     POOLED: "pooled data",
-    LOCAL: f"a hospital alone ({LOCAL_SITES} largest)",
-    MIXTURE: "linear start alone",
+    LOCAL: f"local model ({LOCAL_SITES} largest sites)",
+    MIXTURE: "linear start",
     DISCRIMINANT: "linear discriminant",
     LOGISTIC: "logistic regression",
     BOOSTED: "gradient boosting",
@@ -125,22 +126,18 @@ class Scores:
     def smallest(self, method: str, kind: str, share: float) -> int | None:
         """Return the fewest genes with a share of the accuracy from all genes."""
         wanted = share * self.mean(method, ALL, self.n_genes)
-        able = [
-            size
-            for size in self.accuracy[method].get(kind, {})
-            if self.mean(method, kind, size) >= wanted
-        ]
-        return min(able, default=None)
+        sizes = self.accuracy[method].get(kind, {})
+        return min(
+            (n for n in sizes if self.mean(method, kind, n) >= wanted), default=None
+        )
 
     def against(self, kind: str, size: int) -> dict[str, dict[str, float]]:
         """Compare the federated model with each simple method."""
+        ours, at = self.mean(FEDERATED, kind, size), self.at[FEDERATED][kind]
         return {
             method: {
-                "difference": self.mean(FEDERATED, kind, size)
-                - self.mean(method, kind, size),
-                "p": paired_p(
-                    self.at[FEDERATED][kind][size], self.at[method][kind][size]
-                ),
+                "difference": ours - self.mean(method, kind, size),
+                "p": paired_p(at[size], self.at[method][kind][size]),
             }
             for method in (*SIMPLE, DISCRIMINANT, MIXTURE)
             if size in self.accuracy.get(method, {}).get(kind, {})
@@ -182,19 +179,13 @@ def _results(task: Task, answers: Answers) -> pd.DataFrame:
     places = np.unique(task.institution)
     metrics = [("accuracy", ""), ("macro_f1", "")]
     metrics += [("at institution", str(place)) for place in places]
-    order = [*LABELS]
-    rows = []
+    order, rows = [*LABELS], []
     for key in sorted(answers, key=lambda key: (order.index(key[0]), *key[1:])):
-        scores = [
-            [
-                *class_scores(task.truth, each),
-                *(
-                    (each == task.truth)[task.institution == place].mean()
-                    for place in places
-                ),
-            ]
-            for each in answers[key]
-        ]
+        scores = []
+        for each in answers[key]:
+            right = each == task.truth
+            at = [right[task.institution == place].mean() for place in places]
+            scores.append([*class_scores(task.truth, each), *at])
         values = np.mean(scores, axis=0).tolist()
         rows += [(*key, *m, v) for m, v in zip(metrics, values, strict=True)]
     return pd.DataFrame(
@@ -246,8 +237,7 @@ def _numbers(
             "smallest_on_unseen": {
                 f"{share:g}": {
                     method: {
-                        kind: scores.smallest(method, kind, share)
-                        for kind in (SELECTED, BY_F, RANDOM)
+                        kind: scores.smallest(method, kind, share) for kind in KINDS
                     }
                     for method in AT_ALL_SIZES
                 }
@@ -309,25 +299,24 @@ def _by_size(scores: Scores, runs: Runs, kind: str) -> str:
 
 
 def _comparison(scores: Scores) -> Cells:
-    return {
-        f"{kind}, {size} genes": {
-            LABELS[method]: f"{found['difference']:+.3f} "
-            f"({charts.p_value(None if math.isnan(found['p']) else found['p'])})"
-            for method, found in scores.against(kind, size).items()
-        }
-        for kind in (RANDOM, SELECTED)
-        for size in scores.few(kind)
-    }
+    rows = {}
+    for kind in (RANDOM, SELECTED):
+        for size in scores.few(kind):
+            row = rows[f"{kind}, {size} genes"] = dict[str, str]()
+            for method, found in scores.against(kind, size).items():
+                p = p_value(None if math.isnan(found["p"]) else found["p"])
+                row[LABELS[method]] = f"{found['difference']:+.3f} ({p})"
+    return rows
 
 
 def _by_kind(scores: Scores) -> Cells:
     rows = {}
     for method in AT_ALL_SIZES:
         of_method = scores.accuracy[method]
-        for kind in (SELECTED, BY_F, RANDOM):
+        for kind in KINDS:
             of_kind = of_method.get(kind, {})
             rows[f"{LABELS[method]}, {kind}"] = {
-                str(size): mean_sd(of_kind[size]) if size in of_kind else "-"
+                str(size): mean_sd(of_kind.get(size, ()))
                 for size in of_method[SELECTED]
             }
     return rows
@@ -341,45 +330,31 @@ def _fewest(chosen: Chosen, scores: Scores) -> Cells:
         of_all = scores.mean(FEDERATED, ALL, scores.n_genes)
         reached = scores.mean(FEDERATED, kind, size) / of_all
         rows[f"{share:.0%}"] = {"agreed": f"{size} (reaches {reached:.1%})"} | {
-            f"{LABELS[method]}, {kind}": str(
-                scores.smallest(method, kind, share) or "all"
-            )
-            for method in AT_ALL_SIZES
-            for kind in (SELECTED, BY_F, RANDOM)
+            f"{LABELS[m]}, {kind}": str(scores.smallest(m, kind, share) or "all")
+            for m in AT_ALL_SIZES
+            for kind in KINDS
         }
     return rows
 
 
 def _figures(task: Task, scores: Scores, answers: Answers) -> dict[str, Any]:
-    by_size = [
-        (
-            f"{kind} panels",
-            {
-                LABELS[m]: (look, scores.accuracy[m][kind] | scores.accuracy[m][ALL])
-                for m, look in LOOKS.items()
-                if m in scores.accuracy
-            },
-        )
-        for kind in (RANDOM, SELECTED)
-    ]
-    by_kind = [
-        (
-            LABELS[method],
-            {
-                kind: (look, scores.accuracy[method].get(kind, {}))
-                for kind, look in KIND_LOOKS.items()
-            },
-        )
-        for method in AT_ALL_SIZES
-    ]
-    levels = [
-        {
-            "all genes" if share == 1 else f"{share:.0%} of it": share
-            * scores.mean(method, ALL, scores.n_genes)
-            for share in (1.0, *SHARES)
+    by_size, by_kind, levels = [], [], []
+    for kind in (RANDOM, SELECTED):
+        lines = {
+            LABELS[m]: (look, scores.accuracy[m][kind] | scores.accuracy[m][ALL])
+            for m, look in LOOKS.items()
+            if m in scores.accuracy
         }
-        for method in AT_ALL_SIZES
-    ]
+        by_size.append((f"{kind} panels", lines))
+    for method in AT_ALL_SIZES:
+        of_kinds = scores.accuracy[method]
+        lines = {
+            kind: (look, of_kinds.get(kind, {})) for kind, look in KIND_LOOKS.items()
+        }
+        by_kind.append((LABELS[method], lines))
+        of_all = scores.mean(method, ALL, scores.n_genes)
+        of_share = {f"{share:.0%} of it": share * of_all for share in SHARES}
+        levels.append({"all genes": of_all} | of_share)
     size = _confused_at(answers)
     confusion = {
         f"{LABELS[m]}, {size} random genes": _confusion(task, answers, m)

@@ -21,8 +21,8 @@ from rich.console import Console
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_selection import f_classif
 
+from fedgex.common.data.cross_products import by_type, pool_types
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import by_type, pool_types
 from fedgex.common.models import predict as predictions
 from fedgex.common.models import tasks
 from fedgex.common.models.losses import eligible
@@ -58,6 +58,8 @@ AT_ALL_SIZES = (FEDERATED, LOGISTIC)
 
 Indices = NDArray[np.intp]
 """Positions of genes in the vocabulary."""
+Classes = NDArray[np.int64]
+"""Class of each unseen patient, shape (N,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +68,13 @@ class Job:
 
     method: str
     run: str
-    """Seed or draw over which scores are spread."""
+    """Seed or draw of the scores."""
     panels: tuple[Panel, ...]
     model: Model | None = None
     """None for methods that train on the panel's genes."""
 
 
-Answers = dict[tuple[str, str, int, str], list[NDArray[np.int64]]]
+Answers = dict[tuple[str, str, int, str], list[Classes]]
 """Predicted classes, each (N,), by method, kind of panel, number of genes and run;
 several where the method is a mean over models."""
 
@@ -110,10 +112,10 @@ def _references(
 ) -> dict[Path, Job]:
     """Return the methods that are trained on each panel."""
     jobs = {}
+    unseen = task.unseen.values.numpy()
     for method in (DISCRIMINANT, *SIMPLE):
         own = _of_method(split, method, panels)
         settings = json.dumps(BOOSTING) if method == BOOSTED else ""
-        unseen = task.unseen.values.numpy()
         key = resumable.digest(task.train, task.labels, unseen, settings, repr(own))
         path = folder_of(split) / f"{method}-{key}.json"
         jobs[path] = Job(method=method, run=run, panels=own)
@@ -131,12 +133,12 @@ def _of_models(
         if arm.method != LOCAL or _n_types(split, arm) > 1
     ]
     jobs = {}
+    unseen = task.unseen.values.numpy()
     for arm, model in models(split, able, console):
         methods = [arm.method]
         if arm.name == FEDERATED and len(model.study.linear_types) > 1:
             methods.append(MIXTURE)
         trained = [model.parameters[name] for name in sorted(model.parameters)]
-        unseen = task.unseen.values.numpy()
         for method in methods:
             own = _of_method(split, method, panels)
             key = resumable.digest(*trained, unseen, method, repr(own))
@@ -147,95 +149,75 @@ def _of_models(
 
 def _n_types(split: Split, arm: Arm) -> int:
     """Return the number of classes with patients at an arm's sites."""
-    return len(
-        {
-            name
-            for cohort in arm.sites.values()
-            for name in eligible(
-                split.study, CLASSIFICATION, split.patients(cohort)
-            ).cancer_type
-        }
-    )
+    cohorts = map(split.patients, arm.sites.values())
+    able = (eligible(split.study, CLASSIFICATION, each) for each in cohorts)
+    return len({name for patients in able for name in patients.cancer_type})
 
 
 def _answer(task: Task, job: Job) -> dict[str, list[int]]:
     """Return the classes that a job's method predicts, by name of the panel."""
-    predict = _method(task, job)
+    if job.model is not None:
+        read = _by_mixture if job.method == MIXTURE else _by_model
+        predict = read(task, job.model)
+    else:
+        predict = partial(_TRAINED[job.method], task)
     return {p.name: predict(np.array(p.genes)).tolist() for p in job.panels}
 
 
-def _method(task: Task, job: Job) -> Callable[[Indices], NDArray[np.int64]]:
-    """Return the map from genes to the class of each unseen patient, shape (N,)."""
-    if job.model is not None:
-        read = _by_mixture if job.method == MIXTURE else _by_model
-        return read(task, job.model)
-    return {DISCRIMINANT: _discriminant, LOGISTIC: _logistic, BOOSTED: _boosting}[
-        job.method
-    ](task)
-
-
-def _discriminant(task: Task) -> Callable[[Indices], NDArray[np.int64]]:
+def _discriminant(task: Task, seen: Indices) -> Classes:
     at = np.array([task.classes.index(name) for name in task.types.names])
     unseen = task.unseen.values.numpy()
-    return lambda seen: at[panel_selection.told(task.types, seen, unseen)]
+    return at[panel_selection.classify(task.types, seen, unseen)]
 
 
-def _logistic(task: Task) -> Callable[[Indices], NDArray[np.int64]]:
-    unseen = task.unseen.values.numpy()
-    return lambda seen: references.logistic(
-        task.train[:, seen], task.labels, unseen[:, seen]
+def _logistic(task: Task, seen: Indices) -> Classes:
+    unseen = task.unseen.values.numpy()[:, seen]
+    return references.logistic(task.train[:, seen], task.labels, unseen)
+
+
+def _boosting(task: Task, seen: Indices) -> Classes:
+    trees = HistGradientBoostingClassifier(
+        random_state=0, early_stopping=False, **BOOSTING
     )
+    trees.fit(task.train[:, seen], task.labels)
+    predicted: Classes = trees.predict(task.unseen.values[:, seen])
+    return predicted
 
 
-def _boosting(task: Task) -> Callable[[Indices], NDArray[np.int64]]:
-    def predict(seen: Indices) -> NDArray[np.int64]:
-        trees = HistGradientBoostingClassifier(
-            random_state=0, early_stopping=False, **BOOSTING
-        )
-        trees.fit(task.train[:, seen], task.labels)
-        predicted: NDArray[np.int64] = trees.predict(task.unseen.values[:, seen])
-        return predicted
-
-    return predict
+_TRAINED = {DISCRIMINANT: _discriminant, LOGISTIC: _logistic, BOOSTED: _boosting}
 
 
-def _by_model(task: Task, model: Model) -> Callable[[Indices], NDArray[np.int64]]:
+def _by_model(task: Task, model: Model) -> Callable[[Indices], Classes]:
     n_genes = task.unseen.values.shape[1]
     classifier = tasks.load_classifier(model.study, n_genes, model.parameters)
 
-    def predict(seen: Indices) -> NDArray[np.int64]:
+    def predict(seen: Indices) -> Classes:
         hidden = torch.ones(n_genes, dtype=torch.bool)
         hidden[seen] = False
         values = task.unseen.values.masked_fill(hidden, torch.nan)
         patients = dataclasses.replace(task.unseen, values=values)
         probabilities = predictions.class_probabilities(classifier, patients)
-        classes: NDArray[np.int64] = probabilities.argmax(dim=1).numpy()
+        classes: Classes = probabilities.argmax(dim=1).numpy()
         return classes
 
     return predict
 
 
-def _by_mixture(task: Task, model: Model) -> Callable[[Indices], NDArray[np.int64]]:
+def _by_mixture(task: Task, model: Model) -> Callable[[Indices], Classes]:
     """Predict the likeliest type by the linear start; -1 is no class."""
     study, n_genes = model.study, task.unseen.values.shape[1]
-    backbone = tasks.load_backbone(study, n_genes, model.parameters)
-    linear = backbone.encoder.linear
+    linear = tasks.load_backbone(study, n_genes, model.parameters).encoder.linear
     assert linear is not None
-    at = np.array(
-        [
-            task.classes.index(name) if name in task.classes else -1
-            for name in study.linear_types
-        ]
-    )
+    position = {name: i for i, name in enumerate(task.classes)}
+    at = np.array([position.get(name, -1) for name in study.linear_types])
 
-    def predict(seen: Indices) -> NDArray[np.int64]:
+    def predict(seen: Indices) -> Classes:
         found = []
         for batch in task.unseen.values[:, seen].split(64):
             genes = torch.from_numpy(seen).expand(len(batch), -1)
-            keep = ~batch.isnan()
-            evidence = linear.evidence(genes, batch.nan_to_num(0.0), keep)
+            evidence = linear.evidence(genes, batch.nan_to_num(0.0), ~batch.isnan())
             found.append(evidence.argmax(dim=1))
-        classes: NDArray[np.int64] = at[torch.cat(found).numpy()]
+        classes: Classes = at[torch.cat(found).numpy()]
         return classes
 
     return predict
@@ -256,10 +238,10 @@ RANDOM, SELECTED, BY_F, ALL = "random", "selected", "by F", "all"
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Genes that a method may see."""
+    """Genes that a method may use."""
 
     kind: str
-    """How they came together: RANDOM, SELECTED, BY_F or ALL."""
+    """How they were chosen: RANDOM, SELECTED, BY_F or ALL."""
     draw: str
     """Names the random draw; "" for the others."""
     genes: tuple[int, ...]
@@ -267,7 +249,7 @@ class Panel:
 
     @property
     def name(self) -> str:
-        """One of its own among all panels."""
+        """Name, unique among all panels."""
         return f"{self.kind} {self.draw} {len(self.genes)}"
 
 
@@ -356,20 +338,20 @@ def choose(split: Split, task: Task) -> Chosen:
         rows = np.nan_to_num(task.train)
         varies = np.flatnonzero(rows.std(axis=0) > 0)
         f, _ = f_classif(rows[:, varies], task.labels)
-        right = share_right(split, sizes)
         return {
             "selected": selection.genes.tolist(),
             "by_f": varies[np.argsort(-f, kind="stable")][: sizes[-1]].tolist(),
             "bound": selection.bound.tolist(),
-            "right": {str(size): share for size, share in right.items()},
+            "right": {str(k): share for k, share in share_right(split, sizes).items()},
         }
 
     found = resumable.cached(folder_of(split) / f"panels-{key}.json", compute)
+    right = found["right"]
     return Chosen(
         selected=tuple(found["selected"]),
         by_f=tuple(found["by_f"]),
         bound=tuple(found["bound"]),
-        right={size: found["right"][str(size)] for size in [*sizes, len(split.genes)]},
+        right={size: right[str(size)] for size in [*sizes, len(split.genes)]},
     )
 
 
@@ -406,14 +388,13 @@ def share_right(split: Split, sizes: Sequence[int]) -> dict[int, float]:
 def drawn(split: Split, seed: int) -> Iterator[tuple[Panel, ...]]:
     """Yield the random panels of each draw of a seed, one of each size."""
     names = split.genes.genes
-    at = {gene: i for i, gene in enumerate(names)}
     for draw in range(1 if split.quick else DRAWS):
         panels = references.panels(names, sizes_of(split), derive(seed, "panel", draw))
         yield tuple(
             Panel(
                 kind=RANDOM,
                 draw=f"{seed}-{draw}",
-                genes=tuple(sorted(at[gene] for gene in genes)),
+                genes=tuple(sorted(map(names.index, genes))),
             )
             for genes in panels.values()
         )

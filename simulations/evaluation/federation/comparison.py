@@ -25,7 +25,6 @@ from fedgex.simulations.evaluation.federation.scores import (
     MEASURES,
     TYPE_PANEL,
     Bench,
-    Measure,
     Part,
     Scores,
     Values,
@@ -35,14 +34,15 @@ from fedgex.simulations.evaluation.federation.scores import (
     yes,
 )
 from fedgex.simulations.evaluation.page import Results
-from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Measure, Split
 from fedgex.simulations.evaluation.table import markdown, mean_known, mean_sd, paired_p
 from fedgex.simulations.reporting.schema import plain
 
 POOLED_WITHIN = 1.02
 """Goal: error of the federated model over that of the pooled one."""
+AGAINST = ("how much worse", "p", "within 2 %")
 NOT_ESTIMABLE = "not estimable"
-LOCAL_MEAN = "alone, mean over sites"
+LOCAL_MEAN = "local, mean over sites"
 AMONG = "federated among"
 """The federated model, restricted to the cancers of a site."""
 
@@ -98,10 +98,7 @@ def _central(
     bench: Bench, both: Mapping[str, Sequence[Scores]], local: Mapping[str, Scores]
 ) -> Part:
     """Compare with the pooled model, and with the mean over sites."""
-    by_seed = {
-        name: [bench.values(scores) for scores in results]
-        for name, results in both.items()
-    }
+    by_seed = {name: [*map(bench.values, results)] for name, results in both.items()}
     of_local = bench.drawn[LOCAL_MEAN] = _mean_local(bench, local)
     rows = {
         name: {m.name: mean_sd([v[m.key] for v in values]) for m in MEASURES}
@@ -114,11 +111,12 @@ def _central(
         )
         ratio = ratios[m.key] = m.against(federated, pooled)
         p = p_values[m.key] = _p(bench, m, both[FEDERATED], both[POOLED])
-        against[m.name] = {
-            "how much worse": percent(ratio),
-            "p": "-" if math.isnan(p) else f"{p:.2g}",
-            "within 2 %": "-" if math.isnan(ratio) else yes(not ratio > POOLED_WITHIN),
-        }
+        row = against[m.name] = dict.fromkeys(AGAINST, "-")
+        if not math.isnan(p):
+            row["p"] = f"{p:.2g}"
+        if not math.isnan(ratio):
+            row["how much worse"] = percent(ratio)
+            row["within 2 %"] = yes(ratio <= POOLED_WITHIN)
     fields = {
         "seeds": len(bench.split.seeds),
         "local": len(local),
@@ -128,7 +126,7 @@ def _central(
     }
     return fields, {
         "central": by_seed,
-        "alone_mean": of_local,
+        "local_mean": of_local,
         "against_pooled": ratios,
         "p": p_values,
     }
@@ -167,18 +165,13 @@ def _p(
     """Return the p of two arms over institutions, NaN where these are not enough."""
     if measure.key == "c-index":
         return math.nan
-    names = sorted(set(bench.split.institution))
-    both = [
-        [
-            mean_known(
-                bench.values(scores, bench.split.institution == name)[measure.key]
-                for scores in results
-            )
-            for name in names
-        ]
-        for results in (one, other)
-    ]
-    return paired_p(both[0], both[1])
+    means: list[list[float]] = [[], []]
+    for name in sorted(set(bench.split.institution)):
+        rows = bench.split.institution == name
+        for values, results in zip(means, (one, other), strict=True):
+            known = (bench.values(scores, rows)[measure.key] for scores in results)
+            values.append(mean_known(known))
+    return paired_p(*means)
 
 
 # ---- each site ----
@@ -197,27 +190,22 @@ def _each_site(bench: Bench, federated: Scores, local: Mapping[str, Scores]) -> 
             LOCAL: bench.values(scores, same),
         }
         known = _estimable(bench, types, found[LOCAL], same)
-        rows[site] = {
+        row = rows[site] = {
             "patients": str(bench.split.sites[site].n_patients),
             "cancers": str(len(types)),
             "unseen patients": str(int(same.sum())),
-        } | {
-            m.name: " / ".join(
-                f"{values[m.key]:.3f}"
-                for way, values in found.items()
-                if way != AMONG or m.of_types
-            )
-            if m.key in known
-            else NOT_ESTIMABLE
-            for m in MEASURES
         }
+        for m in MEASURES:
+            ways = [way for way in found if way != AMONG or m.of_types]
+            cells = [f"{found[way][m.key]:.3f}" for way in ways]
+            row[m.name] = " / ".join(cells) if m.key in known else NOT_ESTIMABLE
         numbers[site] = {
             name: {key: value for key, value in values.items() if key in known}
             for name, values in found.items()
         }
     tally = {m.name: _tally(m, numbers.values(), FEDERATED) for m in MEASURES}
     among = {
-        f"{m.name}, told the cancers": _tally(m, numbers.values(), AMONG)
+        f"{m.name}, restricted to the cancers": _tally(m, numbers.values(), AMONG)
         for m in MEASURES
         if m.of_types
     }
@@ -227,20 +215,18 @@ def _each_site(bench: Bench, federated: Scores, local: Mapping[str, Scores]) -> 
         yes(all(each["worse"] == 0 for each in those)) if able else "-"
         for those in (tally.values(), [*same_question, *among.values()])
     )
-    counts = {
-        name: {k: str(v) for k, v in each.items()}
-        for name, each in (tally | among).items()
-    }
+    both = tally | among
+    counts = {name: {k: str(n) for k, n in each.items()} for name, each in both.items()}
     fields = {
         "each_site": markdown("site", rows),
         "not_estimable": NOT_ESTIMABLE,
-        "tally": markdown("federated against alone, sites", counts),
+        "tally": markdown("federated against local, sites", counts),
         "able": able,
         "compared": len(numbers),
         "met": met,
         "met_among": met_among,
     }
-    return fields, {"sites": numbers, "sites_against_alone": tally | among}
+    return fields, {"sites": numbers, "sites_against_local": both}
 
 
 def _tally(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ from fedgex.simulations.evaluation.arms import (
     arms,
     models,
 )
-from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
-from fedgex.simulations.evaluation.table import Cells, markdown, mean_known, mean_sd
+from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Measure, Split
+from fedgex.simulations.evaluation.table import markdown, mean_known, mean_sd
 
 Floats = NDArray[np.float32]
 Scores = Mapping[str, Floats]
@@ -54,41 +54,14 @@ DRAWS = 3
 """Small panels drawn for each seed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """A score on unseen patients."""
-
-    key: str
-    name: str
-    better: Literal["lower", "higher"]
-
-    def against(self, one: float, other: float) -> float:
-        """Return by what factor `one` is worse (above 1) or better than `other`."""
-        worse, better = (one, other) if self.better == "lower" else (other, one)
-        return worse / better if better else math.inf
-
-    @property
-    def of_types(self) -> bool:
-        """Whether it scores the classification."""
-        return self.key.startswith("accuracy")
-
-    def is_better(self, one: float, other: float) -> bool:
-        """Return whether `one` is the better value."""
-        return one < other if self.better == "lower" else one > other
-
-
 MEASURES = (
-    Measure(key="mse-0.5", name="MSE, 50 % hidden", better="lower"),
-    Measure(key="mse-0.9", name="MSE, 90 % hidden", better="lower"),
-    Measure(key="mse-panel-100", name="MSE from 100 genes", better="lower"),
-    Measure(key="mse-mnar-0.5", name="MSE, 50 % dropped out", better="lower"),
-    Measure(
-        key=f"accuracy-{TYPE_PANEL}",
-        name=f"accuracy, {TYPE_PANEL} genes",
-        better="higher",
-    ),
-    Measure(key="accuracy", name="accuracy, all genes", better="higher"),
-    Measure(key="c-index", name="C-index", better="higher"),
+    Measure("mse-0.5", "MSE, 50 % hidden", "lower"),
+    Measure("mse-0.9", "MSE, 90 % hidden", "lower"),
+    Measure("mse-panel-100", "MSE from 100 genes", "lower"),
+    Measure("mse-mnar-0.5", "MSE, 50 % dropped out", "lower"),
+    Measure(f"accuracy-{TYPE_PANEL}", f"accuracy, {TYPE_PANEL} genes", "higher"),
+    Measure("accuracy", "accuracy, all genes", "higher"),
+    Measure("c-index", "C-index", "higher"),
 )
 ERRORS = tuple(measure for measure in MEASURES if measure.better == "lower")
 
@@ -165,10 +138,7 @@ def _panels_seen(model: Model) -> dict[str, torch.Tensor]:
             seed = derive(model.study.seed, "panel", draw)
             drawn = references.panels(genes, [TYPE_PANEL], seed)[TYPE_PANEL]
             panels[f"{TYPE_PANEL}-{draw}"] = set(drawn)
-    return {
-        name: torch.tensor([gene in panel for gene in genes])
-        for name, panel in panels.items()
-    }
+    return {k: torch.tensor([g in panel for g in genes]) for k, panel in panels.items()}
 
 
 def values_of(
@@ -189,13 +159,10 @@ def values_of(
     for name in [n.removeprefix("cells/") for n in scores if n.startswith("cells/")]:
         cells = scores[f"cells/{name}"][chosen].sum()
         if cells:
-            found[f"mse-{name}"] = float(
-                scores[f"squares/{name}"][chosen].sum(dtype=np.float64) / cells
-            )
-    for key, prefix in (
-        (f"accuracy-{TYPE_PANEL}", f"hit/{TYPE_PANEL}-"),
-        ("accuracy", "hit/all"),
-    ):
+            squares = scores[f"squares/{name}"][chosen].sum(dtype=np.float64)
+            found[f"mse-{name}"] = float(squares / cells)
+    small = f"accuracy-{TYPE_PANEL}", f"hit/{TYPE_PANEL}-"
+    for key, prefix in (small, ("accuracy", "hit/all")):
         hits = [scores[name][chosen] for name in scores if name.startswith(prefix)]
         known = np.concatenate(hits) if hits else np.empty(0)
         known = known[~np.isnan(known)]
@@ -284,13 +251,10 @@ class Bench:
 
     def central(self) -> dict[str, list[Scores]]:
         """Score federated and pooled, one result a seed."""
-        wanted = [
-            arm
-            for seed in self.split.seeds
-            for arm in arms(self.split, seed, (FEDERATED, POOLED))
-        ]
+        kinds, split = (FEDERATED, POOLED), self.split
+        wanted = [arm for seed in split.seeds for arm in arms(split, seed, kinds)]
         found: dict[str, list[Scores]] = {}
-        for arm, scores in self.each(self.split, wanted):
+        for arm, scores in self.each(split, wanted):
             found.setdefault(arm.name, []).append(scores)
         for name, results in found.items():
             self.drawn[name] = self.values(results[0])
@@ -322,13 +286,10 @@ class Bench:
             split = dataclasses.replace(split, sites=sites)
         ordered = dict(sorted(split.sites.items()))
         wanted = [
-            Arm(name=name, study=study, sites=ordered)
-            for name, (_, study) in ways.items()
+            Arm(name=k, study=each, sites=ordered) for k, (_, each) in ways.items()
         ]
-        found = {
-            ways[arm.name][0]: self.values(scores)
-            for arm, scores in self.each(split, wanted)
-        }
+        scored = self.each(split, wanted)
+        found = {ways[arm.name][0]: self.values(scores) for arm, scores in scored}
         self.drawn.update(found)
         return found
 
@@ -353,23 +314,12 @@ class Bench:
 
 def table(bench: Bench, found: Mapping[str, Values]) -> str:
     """Return a table with pooled and federated first, and errors over the pooled."""
-    pooled = bench.drawn[POOLED]
-    rows: Cells = {
-        name: {
-            m.name: mean_sd([values[m.key]])
-            + (
-                f" (x {values[m.key] / pooled[m.key]:.3f})"
-                if m in ERRORS and name != POOLED
-                else ""
-            )
-            for m in MEASURES
-        }
-        for name, values in (
-            (POOLED, pooled),
-            (FEDERATED, bench.drawn[FEDERATED]),
-            *found.items(),
-        )
-    }
+    pooled, rows = bench.drawn[POOLED], dict[str, dict[str, str]]()
+    ours = {name: bench.drawn[name] for name in (POOLED, FEDERATED)}
+    for name, values in {**ours, **found}.items():
+        row = rows[name] = {m.name: mean_sd([values[m.key]]) for m in MEASURES}
+        for m in ERRORS if name != POOLED else ():
+            row[m.name] += f" (x {values[m.key] / pooled[m.key]:.3f})"
     return markdown("trained", rows)
 
 

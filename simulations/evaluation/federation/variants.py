@@ -21,6 +21,7 @@ from fedgex.common.seeds import derive
 from fedgex.common.study import PRETRAINING, LocalTraining, StrategyRule, Study
 from fedgex.simulations import resumable
 from fedgex.simulations.analysis import foreign_scale
+from fedgex.simulations.data.split import panel
 from fedgex.simulations.evaluation.arms import FEDERATED, initial_state
 from fedgex.simulations.evaluation.federation.scores import (
     MEASURES,
@@ -40,6 +41,7 @@ PANEL_SHARE = 0.6
 """Share of its genes that a site measures, where panels differ."""
 PULL = 0.01
 """Weight of FedProx's proximal term."""
+EQUAL = {"weights": "equal"}
 PANELS_WITHIN = 1.05
 """Goal: error with different panels over that with full ones."""
 AT_SERVER = ("gene means", "change of the model")
@@ -71,10 +73,7 @@ def ways_to_train(study: Study, *, quick: bool) -> dict[str, tuple[str, Study]]:
         return ways
     return ways | {
         "fedadam": ("FedAdam", _by(study, name="fedadam")),
-        "trimmed-mean": (
-            "trimmed mean",
-            _by(study, name="trimmed-mean", weights="equal"),
-        ),
+        "trimmed-mean": ("trimmed mean", _by(study, **EQUAL, name="trimmed-mean")),
         "few-local-steps": ("few local steps", _paced(study, _fewer)),
         "many-local-steps": ("many local steps", _paced(study, _more)),
     }
@@ -159,38 +158,30 @@ def panels(bench: Bench) -> Part:
         )
     found = bench.variants(ways, sites)
     if not split.quick:
-        fewer = {
-            site: _cut(
-                cohort,
-                round(PANEL_SHARE * len(cohort.patients)),
-                derive(seed, "some", site),
-            )
-            for site, cohort in split.sites.items()
-        }
+        fewer = {}
+        for site, cohort in split.sites.items():
+            n = round(PANEL_SHARE * len(cohort.patients))
+            fewer[site] = _cut(cohort, n, derive(seed, "some", site))
         label = f"{PANEL_SHARE:.0%} of the patients, all genes"
         found |= bench.variants({"some-patients": (label, bench.study)}, fewer)
     own_way, full = next(iter(found.values())), bench.drawn[FEDERATED]
     against = {m.key: m.against(own_way[m.key], full[m.key]) for m in MEASURES}
     measured = [sum(g in c.genes for c in sites.values()) for g in split.genes.genes]
+    worse = [f"{m.name} {percent(against[m.key])}" for m in MEASURES]
     fields = {
         "panels": table(bench, found),
         "panel_share": PANEL_SHARE,
         "genes": len(split.genes),
         "measured": (min(measured), max(measured)),
-        "panels_worse": ", ".join(
-            f"{m.name} {percent(against[m.key])}" for m in MEASURES
-        ),
+        "panels_worse": ", ".join(worse),
         "within_full": all_within(against, PANELS_WITHIN),
     }
     return fields, {"panels": found, "panels_against_full": against}
 
 
 def some_genes(cohort: Cohort, seed: int, site: str) -> Cohort:
-    """Return a site with a random share of its genes, as a scenario's panel_share."""
-    rng = np.random.default_rng([seed, *f"panel/{site}".encode()])
-    n_genes = len(cohort.genes)
-    n_kept = max(1, round(PANEL_SHARE * n_genes))
-    kept = np.sort(rng.choice(n_genes, n_kept, replace=False))
+    """Return a site with its random share of genes, as for a scenario's panel_share."""
+    kept = panel(seed, site, len(cohort.genes), PANEL_SHARE)
     return dataclasses.replace(
         cohort,
         genes=tuple(cohort.genes[i] for i in kept),
@@ -220,9 +211,8 @@ def foreign(bench: Bench) -> Part:
     for kind, mistake in foreign_scale.MISTAKES.items():
         if mistake.scale == declared:
             continue
-        cohort, findings = foreign_scale.at_the_door(
-            own, split.study, declared, mistake
-        )
+        found_at = own, split.study, declared, mistake
+        cohort, findings = foreign_scale.at_the_door(*found_at)
         row = dict.fromkeys(("check-data", *AT_SERVER), "-")
         row["check-data"] = foreign_scale.verdict(cohort, findings)
         checks[kind] = {
@@ -256,11 +246,9 @@ def _entered(bench: Bench, kind: str, description: str) -> dict[str, tuple[str, 
     label, study = f"one site in {description}", bench.study
     ways = {f"foreign-{kind}": (label, study)}
     if kind == "log10" and not bench.split.quick:
-        for defence in ("trimmed-mean", "median"):
-            ways[f"foreign-{kind}-{defence}"] = (
-                f"{label}, {defence.replace('-', ' ')}",
-                _by(study, name=defence, weights="equal"),
-            )
+        for name in ("trimmed-mean", "median"):
+            defended = f"{label}, {name.replace('-', ' ')}"
+            ways[f"foreign-{kind}-{name}"] = defended, _by(study, **EQUAL, name=name)
     return ways
 
 
@@ -268,17 +256,13 @@ def _at_the_server(
     level: float | None, norm_ratio: float, study: Study
 ) -> dict[str, str]:
     means, change = AT_SERVER
-    row = {
-        means: "like the others'"
-        if level is None
-        else f"left out, {level:.2f} times the others'"
-    }
+    row = {means: "like the others'"}
+    if level is not None:
+        row[means] = f"left out, {level:.2f} times the others'"
     if not math.isnan(norm_ratio):
         far = norm_ratio > study.rounds.max_norm_ratio
-        row[change] = (
-            f"{norm_ratio:.2g} times the others', "
-            f"{'quarantined' if far else 'accepted'}"
-        )
+        verdict = "quarantined" if far else "accepted"
+        row[change] = f"{norm_ratio:.2g} times the others', {verdict}"
     return row
 
 

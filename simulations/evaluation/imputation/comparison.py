@@ -52,13 +52,15 @@ from fedgex.simulations.evaluation.test_sets import (
 )
 from fedgex.simulations.reporting.schema import plain
 
+TESTED = (GAUSSIAN, MIXTURE)
+"""Methods against which the differences are tested."""
 SHOWN_LEVELS = (0.5, 0.8, 0.95)
 RATIOS = {
     GAUSSIAN: "over Gaussian",
     MIXTURE: "over mixture",
     LINEAR: "over its network switched off",
     POOLED: "over pooled",
-    LOCAL: "over site alone",
+    LOCAL: "over local",
 }
 """Comparisons of the federated model, with their headings."""
 GOALS: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
@@ -129,13 +131,11 @@ def _compared(results: pd.DataFrame, setting: str) -> dict[str, Any]:
     mse = nested(where(here, metric="mse"), "method")
     own = np.array(mse[FEDERATED])
     means = {m: np.mean(mse[m]) for m in REFERENCES}
-    best = min(means, key=lambda m: means[m])
+    best = min(means, key=means.__getitem__)
     by_group = mean_over(where(here, metric="by_group"), "seed", "method")
     return {
         "ratio": {m: (own / mse[m]).tolist() for m in RATIOS if m in mse},
-        "p": {
-            m: paired_p(by_group[FEDERATED], by_group[m]) for m in (GAUSSIAN, MIXTURE)
-        },
+        "p": {m: paired_p(by_group[FEDERATED], by_group[m]) for m in TESTED},
         "institutions": int(np.isfinite(by_group[FEDERATED]).sum()),
         "best_reference": best,
         "ratio_to_best": float(own.mean() / means[best]),
@@ -151,18 +151,13 @@ def _goals(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
             for setting, found in comparison.items()
             if setting in asked or setting.split(" ")[0] in asked
         }
-        worst = max(ratios, key=lambda s: ratios[s]) if ratios else None
-        found = math.nan if worst is None else ratios[worst]
-        beaten = found < limit if other == MIXTURE else found <= limit
-        goals.append(
-            {
-                "goal": goal,
-                "limit": limit,
-                "worst": worst,
-                "found": found,
-                "met": None if worst is None else bool(beaten),
-            }
-        )
+        worst = max(ratios, key=ratios.__getitem__, default=None)
+        row = {"goal": goal, "limit": limit, "worst": worst}
+        found, met = math.nan, None
+        if worst is not None:
+            found = ratios[worst]
+            met = found < limit if other == MIXTURE else found <= limit
+        goals.append(row | {"found": found, "met": met})
     return goals
 
 
@@ -172,17 +167,16 @@ def _by_gene(results: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     pearson = nested(where(results, metric="gene_pearson"), "method", "seed")
     found: dict[str, dict[str, list[float]]] = {}
     for method, by_seed in errors.items():
-        rows = found.setdefault(method, {})
+        rows = found[method] = dict[str, list[float]]()
         for seed, error in by_seed.items():
             own, r = np.array(error), np.array(pearson[method][seed])
-            counts = {
-                "genes": np.isfinite(own).sum(),
-                "r above 0": (r > 0).sum(),
-                "r above .5": (r > 0.5).sum(),
-                "below the Gaussian's error": (own < errors[GAUSSIAN][seed]).sum(),
-            }
-            for name, count in counts.items():
-                rows.setdefault(name, []).append(float(count))
+            for name, able in (
+                ("genes", np.isfinite(own)),
+                ("r above 0", r > 0),
+                ("r above .5", r > 0.5),
+                ("below the Gaussian's error", own < errors[GAUSSIAN][seed]),
+            ):
+                rows.setdefault(name, []).append(float(able.sum()))
     return found
 
 

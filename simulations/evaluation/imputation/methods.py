@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from rich.console import Console
 from scipy.stats import norm
 from torch import Tensor
 
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import CrossProducts
 from fedgex.common.evaluation.imputation import restoration
 from fedgex.common.evaluation.imputers import (
     Float,
@@ -34,7 +33,7 @@ from fedgex.common.evaluation.imputers import (
     ppca,
 )
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
-from fedgex.common.models.gexbert import select
+from fedgex.common.models.gexbert import GexBert, select
 from fedgex.common.models.tasks import Parameters
 from fedgex.common.models.uncertainty import restore_with_uncertainty
 from fedgex.common.study import Study
@@ -68,7 +67,7 @@ LABELS = {
     FEDERATED: "ours, federated",
     LINEAR: "ours, network switched off",
     POOLED: "ours, pooled",
-    LOCAL: f"ours, a site alone ({LOCAL_SITES} largest)",
+    LOCAL: f"ours, local ({LOCAL_SITES} largest sites)",
 }
 """Labels of the methods, in the order of the tables."""
 PATTERNS: dict[str, str] = {
@@ -109,23 +108,9 @@ class LinearImputer:
         return filled
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Material:
-    """Inputs of any method, and its test sets."""
-
-    study: Study
-    test_sets: Sequence[TestSet]
-    pooled: Patients
-    n_genes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    method: str
-    """A key of LABELS, UNCERTAINTY, or one site's arm."""
-    seed: int
-    parameters: Parameters | None = None
-    """Those of the model, if the method is one of ours."""
+Job = tuple[str, int, Parameters | None]
+"""A key of LABELS, UNCERTAINTY or one site's arm; the seed; and the parameters, if the
+method is one of ours."""
 
 
 def collect(
@@ -140,11 +125,10 @@ def collect(
     asked = [[e.name, len(e.patients), repr(e.rules)] for e in test_sets]
     key = resumable.digest(json.dumps([seen, asked]))
     folder = split.folder / "imputation"
-    jobs: dict[Path, _Job] = {}
+    jobs: dict[Path, Job] = {}
     for seed in split.seeds:
         for method in REFERENCES:
-            path = folder / f"{method}-{seed}-{key}.json"
-            jobs[path] = _Job(method=method, seed=seed)
+            jobs[folder / f"{method}-{seed}-{key}.json"] = method, seed, None
         most = QUICK_LOCAL if split.quick else LOCAL_SITES
         for arm, model in models(split, arms(split, seed, most_local=most), console):
             methods = [arm.name]
@@ -154,24 +138,18 @@ def collect(
             own = resumable.digest(*(part for pair in named for part in pair))
             for method in methods:
                 path = folder / f"{method.replace(' ', '-')}-{seed}-{key}-{own}.json"
-                jobs[path] = _Job(method=method, seed=seed, parameters=model.parameters)
-    material = _Material(
-        study=split.study,
-        test_sets=test_sets,
-        pooled=split.pooled,
-        n_genes=len(split.genes),
-    )
+                jobs[path] = method, seed, model.parameters
     resumable.compute_all(
-        partial(_compute, material),
+        partial(_compute, split.study, test_sets, split.pooled),
         jobs,
         split.workers,
         console,
-        lambda job: f"evaluated {job.method}, seed {job.seed}",
+        lambda job: f"evaluated {job[0]}, seed {job[1]}",
     )
     found: dict[tuple[str, int], list[Found]] = {}
-    for path, job in jobs.items():
-        method = LOCAL if job.method.startswith(f"{LOCAL}-") else job.method
-        found.setdefault((method, job.seed), []).append(resumable.load(path))
+    for path, (method, seed, _) in jobs.items():
+        method = LOCAL if method.startswith(f"{LOCAL}-") else method
+        found.setdefault((method, seed), []).append(resumable.load(path))
     order = [*LABELS, UNCERTAINTY]
     return pd.DataFrame(
         [
@@ -206,11 +184,23 @@ def _rows(cohorts: Sequence[str], found: Sequence[Found]) -> list[tuple[Any, ...
     ]
 
 
-def _compute(material: _Material, job: _Job) -> Found:
-    if job.method == UNCERTAINTY:
-        return _evaluate_uncertainty(material, job)
-    imputer = _imputer(material, job)
-    return {each.name: evaluate(imputer, each, job.seed) for each in material.test_sets}
+def _compute(
+    study: Study, test_sets: Sequence[TestSet], pooled: Patients, job: Job
+) -> Found:
+    """Return the results of a method on every test set; of UNCERTAINTY on the first."""
+    method, seed, parameters = job
+    n_genes = pooled.values.shape[1]
+    if parameters is None:
+        imputer = _reference(method, pooled)
+        return {each.name: evaluate(imputer, each, seed) for each in test_sets}
+    ours = model_imputer(study, parameters, n_genes)
+    if method == UNCERTAINTY:
+        return {test_sets[0].name: _uncertainty(ours.backbone, test_sets[0], seed)}
+    imputer = ours
+    if method == LINEAR:
+        assert ours.backbone.encoder.linear is not None
+        imputer = LinearImputer(ours.backbone.encoder.linear)
+    return {each.name: evaluate(imputer, each, seed) for each in test_sets}
 
 
 def evaluate(imputer: Imputer, test_set: TestSet, seed: int) -> dict[str, Any]:
@@ -224,64 +214,47 @@ def evaluate(imputer: Imputer, test_set: TestSet, seed: int) -> dict[str, Any]:
     """
     true = test_set.patients.values.numpy()
     found: dict[str, Any] = {}
+    groups = [test_set.group == name for name in np.unique(test_set.group)]
     for setting, hidden in test_set.settings(seed):
         restored = imputer.impute(np.where(hidden, np.float32(np.nan), true))
         score = restoration(true, restored, hidden)
         square = np.where(hidden, restored - true, 0.0) ** 2
-        rows = [test_set.group == name for name in np.unique(test_set.group)]
-        found[setting] = {
-            "mse": score.mse,
-            "by_group": [
-                float(square[r].sum() / hidden[r].sum())
-                if hidden[r].any()
-                else math.nan
-                for r in rows
-            ],
-        }
+        sums = [(square[rows].sum(), hidden[rows].sum()) for rows in groups]
+        by_group = [float(total / n) if n else math.nan for total, n in sums]
+        found[setting] = {"mse": score.mse, "by_group": by_group}
         if setting == BY_GENE:
             found[setting]["gene_mse"] = score.gene_mse.tolist()
             found[setting]["gene_pearson"] = score.gene_pearson.tolist()
     return found
 
 
-def _imputer(material: _Material, job: _Job) -> Imputer:
-    if job.parameters is not None:
-        ours = model_imputer(material.study, job.parameters, material.n_genes)
-        if job.method != LINEAR:
-            return ours
-        assert ours.backbone.encoder.linear is not None
-        return LinearImputer(ours.backbone.encoder.linear)
-    values = material.pooled.values.numpy()
-    if job.method == MEAN:
+def _reference(method: str, pooled: Patients) -> Imputer:
+    """Return an imputer of REFERENCES, fitted to pooled rows."""
+    values = pooled.values.numpy()
+    if method == MEAN:
         return MeanImputer()
-    if job.method == KNN:
+    if method == KNN:
         return NearestNeighbours(values)
-    if job.method == MIXTURE:
-        typed = {
-            i: t for i, t in enumerate(material.pooled.cancer_type) if t is not None
-        }
+    if method == MIXTURE:
+        typed = {i: t for i, t in enumerate(pooled.cancer_type) if t is not None}
         return fit_mixture(values[list(typed)], list(typed.values()))
     covariance = CrossProducts.of(values).covariance()
-    if job.method == GAUSSIAN:
+    if method == GAUSSIAN:
         return GaussianImputer(covariance)
-    rank = int(job.method.removeprefix("ppca-"))
-    return ppca(covariance, min(rank, material.n_genes - 1))
+    rank = int(method.removeprefix("ppca-"))
+    return ppca(covariance, min(rank, values.shape[1] - 1))
 
 
-def _evaluate_uncertainty(material: _Material, job: _Job) -> dict[str, Any]:
-    """Return coverage and width of the intervals of the unseen values."""
-    assert job.parameters is not None
-    ours = model_imputer(material.study, job.parameters, material.n_genes)
-    test_set = material.test_sets[0]
+def _uncertainty(backbone: GexBert, test_set: TestSet, seed: int) -> dict[str, Any]:
+    """Return coverage and width of the intervals of the hidden values, by setting."""
     true = test_set.patients.values
     found: dict[str, Any] = {}
-    for setting, hidden in test_set.settings(job.seed):
+    for setting, hidden in test_set.settings(seed):
         gone = torch.from_numpy(hidden)
-        mean, sd = restore_with_uncertainty(
-            ours.backbone, torch.where(gone, torch.nan, true)
-        )
+        given = torch.where(gone, torch.nan, true)
+        mean, sd = restore_with_uncertainty(backbone, given)
         found[setting] = coverage(true[gone], mean[gone], sd[gone])
-    return {test_set.name: found}
+    return found
 
 
 def coverage(true: Tensor, mean: Tensor, sd: Tensor) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fedgex.simulations.evaluation.arms import LOCAL
 from fedgex.simulations.evaluation.page import Results
 from fedgex.simulations.evaluation.protocol import MIN_EVENTS, Split
 from fedgex.simulations.evaluation.survival import predictions as methods
-from fedgex.simulations.evaluation.survival.predictions import OURS, Predictions
+from fedgex.simulations.evaluation.survival.predictions import Predictions
 from fedgex.simulations.evaluation.survival.tables import (
     CALIBRATED,
     OVERALL,
@@ -136,15 +136,16 @@ def evaluate(
         for method in OVERALL
         if method in predictions
     }
-    true = predictions.get("anchors/true")
+    errors = {}
+    if "anchors/true" in predictions:
+        for name, rows in counted.items():
+            followed = unseen.duration[rows], unseen.event[rows]
+            risk = predictions["anchors/true"][rows, 0]
+            errors[name] = c_index_with_se(*followed, risk)[1]
     return Scores(
         deaths=deaths,
         c_index={method: _means(several) for method, several in c_indices.items()},
-        error={}
-        if true is None
-        else {
-            name: _c_index_error(unseen, true, rows) for name, rows in counted.items()
-        },
+        error=errors,
         overall=overall,
         thirds=thirds,
         anchors=anchors,
@@ -161,9 +162,7 @@ def average(seeds: Sequence[Scores]) -> Scores:
     return Scores(
         deaths=one.deaths,
         c_index={
-            method: _means(
-                [each.c_index[method] for each in seeds if method in each.c_index]
-            )
+            method: _means([e.c_index[method] for e in seeds if method in e.c_index])
             for method in methods
         },
         error=_means([each.error for each in seeds]),
@@ -172,12 +171,9 @@ def average(seeds: Sequence[Scores]) -> Scores:
             for method in one.overall
         },
         thirds={
-            name: [
-                (float(predicted), float(seen))
-                for predicted, seen in np.mean(
-                    [each.thirds[name] for each in seeds], axis=0
-                )
-            ]
+            name: list(
+                map(tuple, np.mean([e.thirds[name] for e in seeds], axis=0).tolist())
+            )
             for name in one.thirds
         },
         anchors=one.anchors,
@@ -198,11 +194,7 @@ def _evaluate(split: Split, seed: int, console: Console) -> Scores:
         split,
         federated.study,
         "models",
-        lambda: (
-            methods.of_models(split, trained)
-            | methods.of_hidden(trained, hidden)
-            | methods.without_anchors(split, trained[OURS], screens)
-        ),
+        lambda: methods.of_models(split, trained, hidden, screens),
     )
     of_references = methods.cached(
         split,
@@ -243,11 +235,6 @@ def _method(key: str) -> str:
 
 def _c_index(unseen: Patients, prediction: Floats, rows: Rows) -> float:
     return c_index(unseen.duration[rows], unseen.event[rows], prediction[rows, 0])
-
-
-def _c_index_error(unseen: Patients, prediction: Floats, rows: Rows) -> float:
-    risk = prediction[rows, 0]
-    return c_index_with_se(unseen.duration[rows], unseen.event[rows], risk)[1]
 
 
 def _thirds(
@@ -303,9 +290,6 @@ def _brier(
         left = np.array([int((duration > end).sum()) for end in ends])
         until = left >= MIN_LEFT
         if until.sum() > 1 and not np.isnan(alive[rows]).any():
-            scores.append(
-                integrated_brier_score(
-                    duration, event, alive[rows][:, until], ends[until]
-                )
-            )
+            followed = alive[rows][:, until], ends[until]
+            scores.append(integrated_brier_score(duration, event, *followed))
     return float(np.nanmean(scores)) if scores else math.nan

@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fedgex.common.data.cohort import Cohort
+from fedgex.common.data.cross_products import CrossProducts
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import CrossProducts, pool
+from fedgex.common.data.moments import pool
 from fedgex.common.evaluation.imputers import GaussianImputer, Imputer, MeanImputer
 from fedgex.common.evaluation.survival import kaplan_meier
 from fedgex.common.models import masking, tasks
@@ -59,7 +58,7 @@ COX_RIDGE = "Cox ridge"
 COX_CLINICAL = "Cox ridge + clinical"
 PCA_COX = "PCA + Cox"
 CLINICAL_COX = "clinical Cox"
-TYPE_ALONE = "cancer type alone"
+TYPE_ONLY = "cancer type only"
 WITH_CLINICAL = "federated + clinical"
 TUNED = "federated, tuned"
 TUNED_ROUNDS = 4
@@ -82,12 +81,8 @@ N_ANCHORS = 50
 """Genes of largest |z| in a cancer's Cox screen; at most a quarter of all genes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SurvivalModel:
-    """A model whose survival phase is that of `study`."""
-
-    study: Study
-    parameters: tasks.Parameters
+Job = tuple[Arm, Study, Model]
+"""An arm, the study whose survival phase is trained, and the arm's model."""
 
 
 def variants(study: Study) -> dict[str, Study]:
@@ -116,25 +111,22 @@ def variants(study: Study) -> dict[str, Study]:
 
 def survival_models(
     split: Split, seed: int, console: Console
-) -> tuple[Model, dict[str, SurvivalModel]]:
+) -> tuple[Model, dict[str, Model]]:
     """Return the federated model, and the models of every method and site.
 
-    Each arm is trained once; a variant of its survival phase starts from all that was
-    learned before.
+    Each arm is trained once; a variant of its survival phase starts from the parameters
+    before that phase.
     """
     local = not split.quick and split.number == 0
     kinds = (FEDERATED, POOLED, LOCAL) if local else (FEDERATED, POOLED)
-    jobs: dict[str, _Job] = {}
-    federated = None
+    jobs: dict[str, Job] = {}
     for arm, model in models(split, arms(split, seed, kinds), console):
         wanted = variants(arm.study)
         if arm.name == FEDERATED:
             federated = model
-        else:  # alone-SITE becomes alone/SITE, which no method is called
+        else:  # local-SITE becomes local/SITE, which names no method
             wanted = {arm.name.replace(f"{LOCAL}-", f"{LOCAL}/", 1): wanted[OURS]}
-        for name, study in wanted.items():
-            jobs[name] = _Job(arm=arm, study=study, model=model)
-    assert federated is not None
+        jobs |= {name: (arm, study, model) for name, study in wanted.items()}
     return federated, _trained(split, jobs, console)
 
 
@@ -150,21 +142,28 @@ def cached(
     return found
 
 
-def of_models(split: Split, trained: Mapping[str, SurvivalModel]) -> Predictions:
-    """Return the predictions of trained models from all genes."""
-    unseen = split.patients(split.unseen)
-    return {name: _of_model(model, unseen) for name, model in sorted(trained.items())}
-
-
-def of_hidden(
-    trained: Mapping[str, SurvivalModel], unseen_sets: Mapping[str, Patients]
+def of_models(
+    split: Split,
+    trained: Mapping[str, Model],
+    unseen_sets: Mapping[str, Patients],
+    screens: Mapping[str, CoxScore],
 ) -> Predictions:
-    """Return the federated models' predictions of partly visible patients."""
-    return {
-        f"{name}/{method}": _of_model(trained[method], patients)
-        for name, patients in unseen_sets.items()
-        for method in (OURS, WITH_CLINICAL)
-    }
+    """Return the predictions of trained models from all genes, and from some.
+
+    Those of the federated models also for partly visible patients, by set and method;
+    and with each cancer's anchors hidden, `all/federated`.
+    """
+    unseen = split.patients(split.unseen)
+    found = {name: _of_model(model, unseen) for name, model in sorted(trained.items())}
+    for name, patients in unseen_sets.items():
+        for method in (OURS, WITH_CLINICAL):
+            found[f"{name}/{method}"] = _of_model(trained[method], patients)
+    hidden = torch.zeros_like(unseen.measured)
+    for name, scores in screens.items():
+        gone = torch.zeros(len(split.genes), dtype=torch.bool)
+        gone[torch.from_numpy(cox_screen.anchors(scores, n_anchors(split)))] = True
+        hidden[unseen.type_index((name,)) == 0] = gone
+    return found | {"all/federated": _of_model(trained[OURS], _hide(unseen, hidden))}
 
 
 def hidden_sets(split: Split, seed: int) -> dict[str, Patients]:
@@ -197,12 +196,11 @@ def screen(split: Split) -> dict[str, CoxScore]:
     able = [eligible(study, SURVIVAL, split.patients(c)) for c in _cohorts(split)]
     for name in study.survival.cancer_types:
         rows = [_of_type(patients, name) for patients in able]
+        least = study.minimum_cohort
         scores = [
-            CoxScore.of(
-                some.values.numpy(), some.duration, some.event, study.minimum_cohort
-            )
+            CoxScore.of(some.values.numpy(), some.duration, some.event, least)
             for some in rows
-            if len(some) >= study.minimum_cohort
+            if len(some) >= least
         ]
         if scores:
             found[name] = reduce(add, scores)
@@ -251,9 +249,9 @@ def of_references(
                 for key, patients in unseen_sets.items()
                 if key.startswith("panel-")
             },
-            None
-            if name not in screens
-            else cox_screen.anchors(screens[name], n_anchors(split)),
+            cox_screen.anchors(screens[name], n_anchors(split))
+            if name in screens
+            else None,
             imputers,
             seed,
             ends,
@@ -262,19 +260,6 @@ def of_references(
             empty = np.full((len(unseen), 1 + len(ends)), np.nan)
             found.setdefault(key, empty)[rows.numpy()] = prediction
     return found
-
-
-def without_anchors(
-    split: Split, federated: SurvivalModel, screens: Mapping[str, CoxScore]
-) -> Predictions:
-    """Return the federated model's predictions with each cancer's anchors hidden."""
-    unseen = split.patients(split.unseen)
-    hidden = torch.zeros_like(unseen.measured)
-    for name, scores in screens.items():
-        gone = torch.zeros(len(split.genes), dtype=torch.bool)
-        gone[torch.from_numpy(cox_screen.anchors(scores, n_anchors(split)))] = True
-        hidden[unseen.type_index((name,)) == 0] = gone
-    return {"all/federated": _of_model(federated, _hide(unseen, hidden))}
 
 
 def _of_cancer(
@@ -292,53 +277,52 @@ def _of_cancer(
     Parameters
     ----------
     filled
-        Values on which the model of all genes is to be tried, each (n, V).
+        Values for which the model of all genes predicts too, each (n, V).
     panels
-        Test patients of whom a model trained on the very panel is asked.
+        Test patients with a panel's genes, for models trained on the same panel.
     anchors
         Genes that are deleted and restored.
     """
     ridge: Fit = partial(references.cox_ridge, seed=seed)
     x, clinical = train.values.numpy(), train.clinical.numpy()
     true, test_clinical = test.values.numpy(), test.clinical.numpy()
-    both = {COX_CLINICAL: np.concatenate([true, test_clinical], axis=1)} | {
-        key.replace(GAUSSIAN, CLINICAL_GAUSSIAN): np.concatenate(
-            [values, test_clinical], axis=1
-        )
+    both_kinds = {"seed": seed, "n_clinical": clinical.shape[1]}
+    with_clinical: Fit = partial(references.cox_ridge, **both_kinds)
+
+    def both(values: Floats) -> Floats:
+        return np.concatenate([values, test_clinical], axis=1)
+
+    of_all: dict[str, Floats] = {COX_RIDGE: true, **filled}
+    of_both = {COX_CLINICAL: both(true)} | {
+        key.replace(GAUSSIAN, CLINICAL_GAUSSIAN): both(values)
         for key, values in filled.items()
         if key.endswith(GAUSSIAN)
     }
-    tests: dict[str, Floats] = {COX_RIDGE: true, **filled}
-    restored: dict[str, Floats] = {}
+    fits = [
+        (ridge, x, of_all),
+        (with_clinical, np.concatenate([x, clinical], axis=1), of_both),
+        (references.pca_cox, x, {PCA_COX: true}),
+        (references.clinical_cox, clinical, {CLINICAL_COX: test_clinical}),
+    ]
+    for key, patients in panels.items():
+        seen = patients.measured.any(dim=0).numpy()
+        only = {f"{key}/{PANEL_TRAINED}": patients.values.numpy()[:, seen]}
+        fits.append((ridge, x[:, seen], only))
     if anchors is not None:
         deleted = true.copy()
         deleted[:, anchors] = np.nan
         restored = {key: i.impute(deleted) for key, i in imputers.items()}
-        tests |= {f"all/{key}": values for key, values in restored.items()}
-    found = _predictions(ridge, x, train, tests, ends)
-    found |= _predictions(
-        partial(references.cox_ridge, seed=seed, n_clinical=clinical.shape[1]),
-        np.concatenate([x, clinical], axis=1),
-        train,
-        both,
-        ends,
-    )
-    found |= _predictions(references.pca_cox, x, train, {PCA_COX: true}, ends)
-    found |= _predictions(
-        references.clinical_cox, clinical, train, {CLINICAL_COX: test_clinical}, ends
-    )
-    found[TYPE_ALONE] = np.tile(_kaplan_meier(train, ends), (len(test), 1))
-    for key, patients in panels.items():
-        seen = patients.measured.any(dim=0).numpy()
-        only = {f"{key}/{PANEL_TRAINED}": patients.values.numpy()[:, seen]}
-        found |= _predictions(ridge, x[:, seen], train, only, ends)
-    if anchors is not None:
+        of_all |= {f"all/{key}": values for key, values in restored.items()}
         only = {f"anchors/{key}": v[:, anchors] for key, v in restored.items()}
         only["anchors/true"] = true[:, anchors]
-        found |= _predictions(ridge, x[:, anchors], train, only, ends)
-        rest = np.delete(x, anchors, axis=1)
+        fits.append((ridge, x[:, anchors], only))
         without = {"all/without": np.delete(true, anchors, axis=1)}
-        found |= _predictions(ridge, rest, train, without, ends)
+        fits.append((ridge, np.delete(x, anchors, axis=1), without))
+    found: Predictions = {
+        TYPE_ONLY: np.tile(_kaplan_meier(train, ends), (len(test), 1))
+    }
+    for fit, rows, tests in fits:
+        found |= _predictions(fit, rows, train, tests, ends)
     return found
 
 
@@ -354,13 +338,10 @@ def _predictions(
     # Equal rows get equal risks only up to rounding, which would order them.
     log_hazard = torch.tensor(np.round(risk, 9), dtype=torch.float64)
     baseline = breslow(log_hazard[: len(x)], train.duration, train.event)
-    found, start = {}, len(x)
-    for name, rows in tests.items():
-        own = log_hazard[start : start + len(rows)]
-        start += len(rows)
-        alive = predict_survival(
-            baseline, own, torch.tensor(ends, dtype=train.duration.dtype)
-        )
+    found, until = {}, torch.tensor(ends, dtype=train.duration.dtype)
+    of_tests = log_hazard[len(x) :].split([len(rows) for rows in tests.values()])
+    for name, own in zip(tests, of_tests, strict=True):
+        alive = predict_survival(baseline, own, until)
         found[name] = torch.cat([own[:, None], alive.double()], dim=1).numpy()
     return found
 
@@ -372,7 +353,7 @@ def _kaplan_meier(train: Patients, ends: Floats) -> Floats:
     return np.concatenate([[0.0], at_ends])
 
 
-def _of_model(model: SurvivalModel, patients: Patients) -> NDArray[np.float64]:
+def _of_model(model: Model, patients: Patients) -> NDArray[np.float64]:
     n_genes = patients.values.shape[1]
     loaded = tasks.load_survival(model.study, n_genes, model.parameters)
     risk = predicting.log_hazard(model.study, loaded, patients)
@@ -383,72 +364,55 @@ def _of_model(model: SurvivalModel, patients: Patients) -> NDArray[np.float64]:
 
 
 def _imputers(split: Split, federated: Model) -> dict[str, Imputer]:
-    """Return what fills the gaps for the simple Cox model, by name of the result."""
+    """Return the imputers for the simple Cox model, by name of the result."""
     floor = split.study.minimum_cohort
     sums = pool(
         CrossProducts.of(split.patients(cohort).values.numpy()).suppressed(floor)
         for cohort in _cohorts(split)
     )
+    ours = federated.study, federated.parameters, len(split.genes)
     return {
         GAUSSIAN: GaussianImputer(sums.covariance()),
-        RESTORED: evaluation.model_imputer(
-            federated.study, federated.parameters, len(split.genes)
-        ),
+        RESTORED: evaluation.model_imputer(*ours),
         MEAN_FILLED: MeanImputer(),
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    arm: Arm
-    study: Study
-    """Study whose survival phase is to be trained."""
-    model: Model
-    """That of the arm."""
-
-
 def _trained(
-    split: Split, jobs: Mapping[str, _Job], console: Console
-) -> dict[str, SurvivalModel]:
+    split: Split, jobs: Mapping[str, Job], console: Console
+) -> dict[str, Model]:
     """Return the model of each job, its survival phase trained if it is another one."""
-
-    def path(job: _Job) -> Path:
-        name = f"survival-{job.arm.name}-{job.study.hash[:12]}.safetensors"
-        return split.folder / "models" / name
-
+    paths = {
+        name: split.folder
+        / "models"
+        / f"survival-{arm.name}-{study.hash[:12]}.safetensors"
+        for name, (arm, study, _) in jobs.items()
+        if study != arm.study
+    }
     resumable.compute_all(
         _train,
-        {path(job): job for job in jobs.values() if job.study != job.arm.study},
+        {path: jobs[name] for name, path in paths.items()},
         split.workers,
         console,
-        lambda job: f"survival of {job.arm.name}, seed {job.study.seed}",
+        lambda job: f"survival of {job[0].name}, seed {job[1].seed}",
     )
-    return {
-        name: SurvivalModel(
-            study=job.study,
-            parameters=job.model.parameters
-            if job.study == job.arm.study
-            else resumable.load(path(job)),
+    trained = {name: model for name, (_, _, model) in jobs.items()}
+    for name, path in paths.items():
+        trained[name] = dataclasses.replace(
+            trained[name], study=jobs[name][1], parameters=resumable.load(path)
         )
-        for name, job in jobs.items()
-    }
+    return trained
 
 
-def _train(job: _Job) -> Mapping[str, NDArray[np.float32]]:
+def _train(job: Job) -> Mapping[str, NDArray[np.float32]]:
     """Train a survival phase again from the parameters before it."""
-    model = job.model
+    arm, study, model = job
     before = dict(model.parameters)
-    if job.study.survival.backbone == "frozen":
-        fresh = tasks.initial(job.study, len(model.genes))
+    if study.survival.backbone == "frozen":
+        fresh = tasks.initial(study, len(model.genes))
         before |= {k: v for k, v in fresh.items() if k.startswith(f"{SURVIVAL}.")}
-    return train(
-        job.study,
-        model.genes,
-        model.standardisation,
-        job.arm.sites,
-        before,
-        without=(PRETRAINING, CLASSIFICATION),
-    )
+    scale, others = model.standardisation, (PRETRAINING, CLASSIFICATION)
+    return train(study, model.genes, scale, arm.sites, before, without=others)
 
 
 def _cohorts(split: Split) -> list[Cohort]:

@@ -30,7 +30,7 @@ from fedgex.simulations.evaluation.survival.predictions import (
     RESTORED,
     SCHEMES,
     TUNED,
-    TYPE_ALONE,
+    TYPE_ONLY,
     WITH_CLINICAL,
 )
 from fedgex.simulations.evaluation.table import markdown, mean_known, mean_sd, paired_p
@@ -55,7 +55,7 @@ METHODS = (
     POOLED,
     LOCAL,
 )
-OVERALL = (*(name for name in METHODS if name != LOCAL), TYPE_ALONE)
+OVERALL = (*(name for name in METHODS if name != LOCAL), TYPE_ONLY)
 CALIBRATED = (COX_RIDGE, COX_CLINICAL, OURS, WITH_CLINICAL)
 PARTLY = (
     OURS,
@@ -187,7 +187,7 @@ def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> R
         "not_estimable": NOT_ESTIMABLE,
         "local": LOCAL,
         "cox_ridge": COX_RIDGE,
-        "type_alone": TYPE_ALONE,
+        "type_alone": TYPE_ONLY,
         "gain": GAIN,
         "schemes": SCHEMES,
         "within": markdown("method", _within(splits, types)),
@@ -232,11 +232,7 @@ def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> R
 def difference(splits: Sequence[Scores], one: str, other: str) -> Difference:
     """Compare two methods where both predict something."""
     pairs = [
-        [
-            (of_one, of_other)
-            for of_one, of_other in _pairs([each], one, other)
-            if not math.isnan(of_one) and not math.isnan(of_other)
-        ]
+        [pair for pair in _pairs([each], one, other) if not any(map(math.isnan, pair))]
         for each in splits
     ]
     means = [float(np.mean([a - b for a, b in some])) for some in pairs if some]
@@ -316,33 +312,26 @@ def _partly(splits: Sequence[Scores], scheme: str) -> Rows:
             against = difference(splits, key, f"{scheme}/{GAUSSIAN}")
             rows[method]["against Gaussian-imputed"] = str(against)
     for method in _present(splits, (OURS, COX_RIDGE)):
-        rows[f"{method}, everything measured"] = {
-            "C-index": mean_sd(_means(splits, method))
-        }
+        text = mean_sd(_means(splits, method))
+        rows[f"{method}, everything measured"] = {"C-index": text}
     return rows
 
 
 def _anchors(recovered: Mapping[str, Recovery]) -> Rows:
     """Return a row a cancer: C-index by fate of the anchors, and recovered shares."""
-    return {
-        name: {
+    rows = {}
+    for name, each in recovered.items():
+        ways = {"federated model": each.ours, "Gaussian": each.gaussian}
+        rows[name] = {
             "true": f"{each.true:.3f}",
-            "restored, federated model": f"{each.ours:.3f}",
-            "restored, Gaussian": f"{each.gaussian:.3f}",
+            **{f"restored, {way}": f"{value:.3f}" for way, value in ways.items()},
             "mean-filled or absent": f"{each.absent:.3f}",
             "gap ± SE": f"{each.true - each.absent:+.3f} ± {each.error:.3f}",
         }
-        | {
-            f"recovered, {method}": f"{each.share(restored):.2f}"
-            if each.is_sure
-            else "gap too small"
-            for method, restored in (
-                ("federated model", each.ours),
-                ("Gaussian", each.gaussian),
-            )
-        }
-        for name, each in recovered.items()
-    }
+        for way, value in ways.items():
+            share = f"{each.share(value):.2f}" if each.is_sure else "gap too small"
+            rows[name][f"recovered, {way}"] = share
+    return rows
 
 
 def _recovered(recovered: Mapping[str, Recovery]) -> str:
@@ -359,13 +348,11 @@ def _by_cancer(
     splits: Sequence[Scores], key: str, types: Sequence[str]
 ) -> dict[str, str]:
     """Return a method's cells: each cancer, and their mean."""
-    cells = {}
-    for name in types:
-        text = mean_sd(
-            [each.c_index.get(key, {}).get(name, math.nan) for each in splits]
-        )
-        cells[name] = NOT_ESTIMABLE if text == "-" else text
-    return cells | {"mean": mean_sd(_means(splits, key))}
+    found = [each.c_index.get(key, {}) for each in splits]
+    cells = {name: [each.get(name, math.nan) for each in found] for name in types}
+    texts = {name: mean_sd(values) for name, values in cells.items()}
+    texts = {n: NOT_ESTIMABLE if text == "-" else text for n, text in texts.items()}
+    return texts | {"mean": mean_sd(_means(splits, key))}
 
 
 def _means(splits: Sequence[Scores], key: str) -> list[float]:

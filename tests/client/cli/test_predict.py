@@ -246,20 +246,20 @@ def test_anndata_is_read(tmp_path: Path) -> None:
     assert out.to_numpy() == pytest.approx(truth.to_numpy(), abs=1e-4)
 
 
-# ---- spread ----
+# ---- uncertainty ----
 
 
-def test_each_restored_value_has_a_spread_and_no_other(tmp_path: Path) -> None:
+def test_each_restored_value_has_an_uncertainty_and_no_other(tmp_path: Path) -> None:
     linear = {"cross_products": True, "linear_rank": 2}
     trained = model(tmp_path / "model", study=linear)
     sheet(tmp_path)
 
     assert predict("impute", tmp_path).exit_code == 0
-    result = predict("spread", tmp_path, output=tmp_path / "spread.csv")
+    result = predict("uncertainty", tmp_path, output=tmp_path / "sd.csv")
 
     assert result.exit_code == 0, result.output
-    assert card(tmp_path, "spread.csv")["prediction"]["samples"] == 3
-    out = table(tmp_path / "spread.csv")
+    assert card(tmp_path, "sd.csv")["prediction"]["samples"] == 3
+    out = table(tmp_path / "sd.csv")
     assert list(out.columns) == list(GENES)
     given = as_frame().reindex(columns=GENES)
     assert ((out == "").to_numpy() == given.notna().to_numpy()).all()
@@ -271,20 +271,32 @@ def test_each_restored_value_has_a_spread_and_no_other(tmp_path: Path) -> None:
         assert out[gene].astype(float).to_numpy() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_spread_of_genes_asked_for_is_told_alone(tmp_path: Path) -> None:
+def test_the_uncertainty_of_genes_asked_for_is_told_alone(tmp_path: Path) -> None:
     model(tmp_path / "model", study={"cross_products": True, "linear_rank": 2})
     sheet(tmp_path)
 
-    assert predict("spread", tmp_path, "--genes", "EEE5,BBB2").exit_code == 0
+    assert predict("uncertainty", tmp_path, "--genes", "EEE5,BBB2").exit_code == 0
 
     assert list(table(tmp_path / "out.csv").columns) == ["BBB2", "EEE5"]
+
+
+def test_the_commands_name_of_before_warns_and_writes_the_same(tmp_path: Path) -> None:
+    model(tmp_path / "model", study={"cross_products": True, "linear_rank": 2})
+    sheet(tmp_path)
+    predict("uncertainty", tmp_path)
+
+    before = predict("spread", tmp_path, output=tmp_path / "before.csv")
+
+    assert before.exit_code == 0
+    assert "called uncertainty now" in before.stderr
+    assert table(tmp_path / "before.csv").equals(table(tmp_path / "out.csv"))
 
 
 def test_a_model_that_cannot_tell_how_sure_it_is_says_so(tmp_path: Path) -> None:
     model(tmp_path / "model")
     sheet(tmp_path)
 
-    result = predict("spread", tmp_path)
+    result = predict("uncertainty", tmp_path)
 
     assert result.exit_code == 1
     assert "linear_rank" in result.stderr
@@ -468,12 +480,14 @@ def test_restored_counts_are_those_expected_of_the_samples_reads(
     assert card(tmp_path)["prediction"]["cells_restored"] == 9
 
 
-def test_the_spread_of_counts_is_on_the_studys_scale(tmp_path: Path) -> None:
+def test_the_uncertainty_of_counts_is_on_the_studys_scale(tmp_path: Path) -> None:
     linear = {"cross_products": True, "linear_rank": 2}
     trained = model(tmp_path / "model", study=linear)
     per_million = counts(tmp_path)
 
-    result = predict("spread", tmp_path, scale="counts", clinical=tmp_path / "c.csv")
+    result = predict(
+        "uncertainty", tmp_path, scale="counts", clinical=tmp_path / "c.csv"
+    )
 
     assert result.exit_code == 0, result.output
     out = table(tmp_path / "out.csv").replace("", "nan").astype(float)

@@ -150,7 +150,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     result = predict("embed", tmp_path, output=tmp_path / "absent" / "out.csv")
 
     assert result.exit_code == 1
-    assert "cannot be written (No such file or directory)" in result.stderr
+    assert "could not be written: No such file or directory" in result.stderr
 
 
 @pytest.mark.parametrize(

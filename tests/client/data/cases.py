@@ -27,12 +27,12 @@ def expression() -> pd.DataFrame:
 
 
 def clinical() -> pd.DataFrame:
-    """Return 20 patients, all with an event."""
+    """Return 20 patients, of whom 19 had the event."""
     return pd.DataFrame(
         {
             "patient": PATIENTS,
             "duration": [100 * i for i in range(1, 21)],
-            "event": [1] * 20,
+            "event": [1] * 19 + [0],
             "age": [40 + i for i in range(20)],
             "sex": ["male", "F"] * 10,
             "cancer_type": ["BRCA"] * 20,
@@ -116,7 +116,11 @@ def wide(mean: float, **data: Any) -> Case:
     rng = np.random.default_rng(0)
     names = [*GENES, *(f"G{i}X" for i in range(150))]
     values = rng.normal(mean, 0.1, (20, 156))
-    return pd.DataFrame(values, PATIENTS, names), None, data
+    return (
+        pd.DataFrame(values, PATIENTS, names),
+        None,
+        {"unknown_genes": "keep", **data},
+    )
 
 
 def with_hgnc(folder: Path) -> Case:
@@ -132,6 +136,14 @@ def twice(label: str, shift: float, table: Path | None = None) -> Case:
     return pd.concat([sheet, extra], axis=1), clinical(), data
 
 
+def barcodes(kind: str) -> Case:
+    names = [f"TCGA-AA-{i:04d}" for i in range(20)]
+    samples = [f"{name}-{kind}" for name in names]
+    table = clinical().assign(patient=names, sample=samples)
+    return expression().set_axis(samples), table, {}
+
+
+PERSONS = [*(f"P{i:03d}" for i in range(19)), "P000.1"]
 S = Scale
 CASES: dict[str, Case | Any] = {
     "FX-DATA-006": cell(2, 1, "1,5"),
@@ -157,6 +169,7 @@ CASES: dict[str, Case | Any] = {
     "FX-DATA-034": wide(3.0),
     "FX-DATA-035": spread(1.0, scale=S.LOG2P1, target=S.RELATIVE),
     "FX-DATA-041": (expression().rename(columns={"VIM": "2-Sep"}), None, {}),
+    "FX-DATA-049": (expression().add_prefix("X"), clinical(), {}),
     "FX-DATA-042": with_hgnc,
     "FX-DATA-043": with_hgnc,
     "FX-DATA-044": twice("TP53", 0.0),
@@ -173,6 +186,20 @@ CASES: dict[str, Case | Any] = {
     "FX-DATA-062": (expression(), clinical(), {"time_unit": "years"}),
     "FX-DATA-063": cell(2, "duration", 0, table=True),
     "FX-DATA-064": cell(2, "event", "", table=True),
+    "FX-DATA-067": cell(2, "event", "1:DECEASED", table=True),
+    "FX-DATA-068": (expression(), clinical().assign(event=1), {}),
+    "FX-DATA-069": (expression(), clinical().assign(duration=range(1, 21)), {}),
+    "FX-DATA-080": (expression(), clinical().assign(duration=range(41000, 41020)), {}),
+    "FX-DATA-081": cell(2, "age", "90+", table=True),
+    "FX-DATA-082": barcodes("11A"),
+    "FX-DATA-083": (expression().set_axis(PERSONS), None, {}),
+    "FX-DATA-084": (expression().T.assign(Entrez_Gene_Id=7157), None, {}),
+    "FX-DATA-085": (
+        expression().T.iloc[:, :3].set_axis(["length", "TPM", "FPKM"], axis=1),
+        None,
+        {},
+    ),
+    "FX-DATA-008": cell(2, "duration", "1,234", table=True),
     "FX-DATA-065": cell(2, "age", 1961, table=True),
     "FX-DATA-066": cell(2, "sex", "woman", table=True),
     "FX-DATA-070": (expression()[:9], clinical()[:9], {}),
@@ -190,6 +217,12 @@ CASES: dict[str, Case | Any] = {
         expression(),
         clinical(),
         {"opt_outs": opt_outs(folder, "PAT-003")},
+    ),
+    "FX-DATA-075": (expression().rename({"PAT-003": "pat-002"}), None, {}),
+    "FX-DATA-076": lambda folder: (
+        expression(),
+        clinical(),
+        {"opt_outs": opt_outs(folder, "nobody")},
     ),
 }
 ELSEWHERE = {f"FX-DATA-0{i}" for i in (28, 29, 36, 37, 40, 50, 51, 74)}

@@ -106,7 +106,7 @@ def test_anndata_with_obs_needs_no_other_file(tmp_path: Path) -> None:
     cohort, _ = load(tmp_path, expression(), expression=path)
 
     assert cohort.patients == tuple(PATIENTS)
-    assert cohort.clinical["event"].tolist() == [1.0] * 20
+    assert cohort.clinical["event"].tolist() == [1.0] * 19 + [0.0]
 
 
 # ---- samples and patients ----
@@ -198,7 +198,7 @@ def test_few_opt_outs_and_none_look_the_same(tmp_path: Path) -> None:
         for those in (PATIENTS[:3], ["a stranger"])
     )
 
-    assert few == none
+    assert few["FX-DATA-073"] == none["FX-DATA-073"]
     assert few["FX-DATA-073"].found.endswith("left out: suppressed")
 
 
@@ -252,3 +252,116 @@ def test_real_data_on_another_scale_are_refused(
     codes = reported(tmp_path, expression(), expression=path, scale=declared)
 
     assert "FX-DATA-032" in codes
+
+
+# ---- what real tables hold ----
+
+
+def test_what_one_row_of_a_patient_says_holds_for_all_samples(tmp_path: Path) -> None:
+    sheet = expression().set_axis([f"S{i}" for i in range(20)])
+    table = clinical().assign(sample=sheet.index)
+    table["patient"] = [PATIENTS[i // 2] for i in range(20)]
+    follow_up = ["duration", "event", "age", "sex", "cancer_type"]
+    table.loc[::2, follow_up] = ""
+
+    cohort, _ = load(tmp_path, sheet, table, tasks=("survival",))
+
+    used = cohort.take(cohort.first_samples())
+    assert used.with_survival().all()
+    assert used.clinical["duration"].tolist() == [200.0 * i for i in range(1, 11)]
+
+
+def test_of_a_patients_samples_a_tumour_and_then_most_genes_are_used(
+    tmp_path: Path,
+) -> None:
+    kinds = ["11A", "01A", "01B"]
+    names = [f"TCGA-AA-{i:04d}" for i in range(20)]
+    sheet = pd.concat([expression()] * 3, keys=kinds)
+    sheet.index = [f"{names[PATIENTS.index(p)]}-{kind}" for kind, p in sheet.index]
+    sheet.loc[f"{names[0]}-01A", "TP53"] = np.nan  # so 01B has more
+    table = pd.concat([clinical()] * 3).assign(sample=sheet.index, patient=names * 3)
+    sheet.loc[[f"{name}-11A" for name in names]] += 12.0
+
+    cohort, findings = load(tmp_path, sheet, table)
+
+    used = cohort.take(cohort.first_samples())
+    assert used.patients == tuple(names)
+    assert np.isfinite(used.expression).all()
+    assert used.expression.max() < 12
+    (several,) = [f for f in findings if f.code == "FX-DATA-028"]
+    assert "20 patients" in several.found
+    assert "40 samples" in several.found
+
+
+@pytest.mark.parametrize(
+    ("words", "event"),
+    [
+        (("1:DECEASED", "0:LIVING"), (1, 0)),
+        (("Dead", "Alive"), (1, 0)),
+        (("TRUE", "FALSE"), (1, 0)),
+        (("1", "0"), (1, 0)),
+    ],
+)
+def test_events_in_words_are_read(
+    tmp_path: Path, words: tuple[str, str], event: tuple[int, int]
+) -> None:
+    cohort, _ = load(tmp_path, expression(), clinical().assign(event=[*words] * 10))
+
+    assert cohort.clinical["event"].tolist() == [*event] * 10
+
+
+@pytest.mark.parametrize("cell", ["'--", "[Not Available]", "not reported", "<NA>"])
+def test_marks_of_public_portals_for_missing_are_missing(
+    tmp_path: Path, cell: str
+) -> None:
+    table = clinical()
+    table.loc[3, ["duration", "age", "cancer_type"]] = cell
+
+    cohort, _ = load(tmp_path, expression(), table)
+
+    assert cohort.clinical.loc[3, ["duration", "age", "cancer_type"]].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("column", "times", "code"),
+    [
+        ("OS_MONTHS", [100 * i for i in range(1, 21)], "FX-DATA-069"),
+        ("duration", [20_000 * i / 20 for i in range(1, 21)], "FX-DATA-069"),
+        ("duration", [1990 + i for i in range(20)], "FX-DATA-080"),
+    ],
+)
+def test_times_that_speak_for_another_unit_are_reported(
+    tmp_path: Path, column: str, times: list[float], code: str
+) -> None:
+    table = clinical().assign(duration=times).rename(columns={"duration": column})
+    columns = DataColumns(duration=column)
+
+    assert code in reported(tmp_path, expression(), table, columns=columns)
+
+
+def test_follow_up_in_days_is_not_doubted(tmp_path: Path) -> None:
+    table = clinical().rename(columns={"duration": "days_to_death"})
+    columns = DataColumns(duration="days_to_death")
+
+    codes = reported(tmp_path, expression(), table, columns=columns)
+
+    assert not {"FX-DATA-069", "FX-DATA-080"} & set(codes)
+
+
+def test_annotation_is_no_sample_whatever_it_holds(tmp_path: Path) -> None:
+    sheet = expression().T.assign(Chr="chr17", Length=2591)
+    sheet.index = sheet.index.rename("Geneid")
+
+    cohort, findings = load(tmp_path, sheet)
+
+    assert cohort.patients == tuple(PATIENTS)
+    (left_out,) = [f for f in findings if f.code == "FX-DATA-084"]
+    assert "Chr, Length" in left_out.found
+
+
+def test_a_column_of_patients_is_no_gene(tmp_path: Path) -> None:
+    sheet = expression().assign(patient=range(500, 520))
+
+    cohort, _ = load(tmp_path, sheet)
+
+    assert cohort.genes == tuple(sorted(GENES))

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedgex.client.data.expression import known_genes
+from fedgex.client.settings import DataSettings
 from fedgex.common.data.scales import Scale
 
 from .cases import (
@@ -25,8 +27,8 @@ def test_orientation_is_recognised_by_identifiers(tmp_path: Path) -> None:
     unknown = [f"XGENE{i}" for i in range(6)]
     sheet = expression().set_axis(unknown, axis=1)
 
-    straight, _ = load(tmp_path, sheet, clinical())
-    turned, findings = load(tmp_path, sheet.T, clinical())
+    straight, _ = load(tmp_path, sheet, clinical(), unknown_genes="keep")
+    turned, findings = load(tmp_path, sheet.T, clinical(), unknown_genes="keep")
 
     assert turned.genes == straight.genes == tuple(unknown)
     np.testing.assert_array_equal(turned.expression, straight.expression)
@@ -49,7 +51,8 @@ def test_orientation_that_nothing_tells_is_refused_unless_declared(
     sheet = expression().set_axis([f"X{i}" for i in range(6)], axis=1)
 
     assert "FX-DATA-011" in reported(tmp_path, sheet)
-    cohort, _ = load(tmp_path, sheet.T, orientation="genes-by-samples")
+    told = {"orientation": "genes-by-samples", "unknown_genes": "keep"}
+    cohort, _ = load(tmp_path, sheet.T, **told)
     assert cohort.patients == tuple(PATIENTS)
 
 
@@ -125,12 +128,57 @@ def test_ensembl_ids_and_retired_symbols_become_current(tmp_path: Path) -> None:
     assert by_code["FX-DATA-043"].startswith("3 genes (bHLHe39, ERBB, KRAS2)")
 
 
-def test_ensembl_ids_without_a_table_leave_no_genes(tmp_path: Path) -> None:
-    ids = [f"ENSG0000000000{i}.1" for i in range(6)]
+def test_ensembl_ids_need_no_table_of_the_hospitals(tmp_path: Path) -> None:
+    ids = ["ENSG00000141510.18", "ENSG00000136997", "ENSG00000146648"]
+    known, _ = load(tmp_path, expression().iloc[:, :3].set_axis(ids, axis=1))
+    unknown = [f"ENSG9999999999{i}.1" for i in range(6)]
+    codes = reported(tmp_path, expression().set_axis(unknown, axis=1), clinical())
 
-    codes = reported(tmp_path, expression().set_axis(ids, axis=1), clinical())
-
+    assert known.genes == ("EGFR", "MYC", "TP53")
     assert {"FX-DATA-040", "FX-DATA-041"} <= set(codes)
+
+
+KINDS = {
+    "Ensembl transcripts": [f"ENST0000026930{i}.9" for i in range(6)],
+    "mouse symbols": ["Trp53", "Egfr", "Kras", "Myc", "Actb", "Vim"],
+    "Illumina probes": [f"ILMN_16517{i}" for i in range(6)],
+    "Entrez ids": ["7157", "1956", "3845", "4609", "60", "7431"],
+    "SYMBOL|ENTREZ": ["TP53|7157", "EGFR|1956", "KRAS|3845", "MYC|4609", "A|1", "B|2"],
+    "labels of no known kind": [f"P{i:03d}" for i in range(6)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_that_name_no_genes_are_refused_by_their_kind(
+    tmp_path: Path, kind: str
+) -> None:
+    sheet = expression().set_axis(KINDS[kind], axis=1)
+
+    finding = reported(tmp_path, sheet, clinical())["FX-DATA-049"]
+
+    assert kind in finding.found
+    assert "0 of 6" in finding.found
+    assert not any(label in str(finding) for label in KINDS[kind][:4])
+
+
+def test_half_of_the_labels_may_be_of_other_genes(tmp_path: Path) -> None:
+    novel = expression().rename(columns={"TP53": "X1", "MYC": "X2", "EGFR": "X3"})
+
+    cohort, _ = load(tmp_path, novel, clinical())
+
+    assert {"X1", "X2", "X3"} < set(cohort.genes)
+
+
+def test_only_names_of_genes_may_leave() -> None:
+    genes, data = ("P001", "TP53", "X1"), settings()
+
+    assert known_genes(genes, data, fixed=()) == ("TP53",)
+    assert known_genes(genes, data, fixed=("X1",)) == ("TP53", "X1")
+    assert known_genes(genes, settings(unknown_genes="keep"), ()) == genes
+
+
+def settings(**data: Any) -> DataSettings:
+    return DataSettings(expression=Path("e.csv"), scale=Scale.LOG2P1, **data)
 
 
 def test_only_the_first_ten_genes_are_named(tmp_path: Path) -> None:
@@ -138,7 +186,8 @@ def test_only_the_first_ten_genes_are_named(tmp_path: Path) -> None:
     for i in range(25):
         sheet[f"FLAT{i:02d}"] = 1.0
 
-    found = reported(tmp_path, sheet, clinical())["FX-DATA-047"].found
+    keep = {"unknown_genes": "keep"}
+    found = reported(tmp_path, sheet, clinical(), **keep)["FX-DATA-047"].found
 
     assert found.startswith("25 genes (FLAT00, ")
     assert "FLAT09 and 15 more)" in found

@@ -46,6 +46,7 @@ def site(tmp_path: Path) -> Path:
     path.write_text(
         'name = "north"\n[data]\nexpression = "expression.csv"\nscale = "log2p1"\n'
         'opt_outs = "opt-outs.txt"\norientation = "samples-by-genes"\n'
+        'unknown_genes = "keep"\n'
     )
     model(tmp_path / "model")
     return path

@@ -5,8 +5,8 @@ import socket
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.request import urlopen
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -47,8 +47,9 @@ def scrape(settings: SiteSettings) -> Callable[[], Numbers]:
     monitoring.serve(settings)
 
     def scraped() -> Numbers:
-        with urlopen(f"http://127.0.0.1:{settings.metrics_port}/metrics") as reply:
-            text = reply.read().decode()
+        text = httpx.get(
+            f"http://127.0.0.1:{settings.metrics_port}/metrics", trust_env=False
+        ).text
         return {
             (sample.name, *(value for _, value in sorted(sample.labels.items()))): (
                 sample.value

@@ -92,13 +92,22 @@ def test_a_name_that_the_table_does_not_hold_is_unmapped(
     assert names.unmapped == (label,)
 
 
-def test_without_a_table_symbols_stay_and_ensembl_ids_are_unmapped() -> None:
+def test_without_a_table_symbols_stay_and_ensembl_ids_are_looked_up() -> None:
     names = current_symbols(
-        ["TP53", "MUT", "C1orf112", "HLA-A", "ENSG00000141510.2"], None
+        ["TP53", "MUT", "C1orf112", "HLA-A", "ENSG00000141510.2", "ENSG99999999999"],
+        None,
     )
 
-    assert names.symbols == ("TP53", "MUT", "C1orf112", "HLA-A", None)
-    assert names.unmapped == ("ENSG00000141510.2",)
+    assert names.symbols == ("TP53", "MUT", "C1orf112", "HLA-A", "TP53", None)
+    assert names.unmapped == ("ENSG99999999999",)
+
+
+def test_the_packaged_table_knows_symbols_of_today_and_before_and_no_alias() -> None:
+    table = GeneTable.packaged()
+
+    assert all(map(table.knows, ("TP53", "MARCH1", "MARCHF1", "C1orf112")))
+    assert not any(map(table.knows, ("P001", "Trp53", "P53", "S1", "patient")))
+    assert table.by_ensembl["ENSG00000141510"] == "TP53"
 
 
 @pytest.mark.parametrize("label", ["2-Sep", "Mar-01", "7157", "", "?|10357", "1.5"])

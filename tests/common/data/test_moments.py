@@ -7,18 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedgex.common.data.moments import (
+from fedgex.common.data.cross_products import (
     OTHERS,
-    SUPPRESSED,
     CrossProducts,
-    GeneMoments,
-    Standardisation,
     by_type,
-    foreign_scales,
     pack,
-    pool,
     pool_types,
     unpack,
+)
+from fedgex.common.data.moments import (
+    SUPPRESSED,
+    GeneMoments,
+    Standardisation,
+    foreign_scales,
+    pool,
 )
 from fedgex.common.errors import UpdateError
 

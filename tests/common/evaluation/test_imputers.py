@@ -5,7 +5,8 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 
-from fedgex.common.data.moments import CrossProducts, GeneMoments, Standardisation
+from fedgex.common.data.cross_products import CrossProducts
+from fedgex.common.data.moments import GeneMoments, Standardisation
 from fedgex.common.errors import ConfigError
 from fedgex.common.evaluation.imputation import restoration
 from fedgex.common.evaluation.imputers import (

@@ -122,13 +122,11 @@ def test_a_torn_or_absent_manifest_is_refused(tmp_path, content):
     else:
         manifest.write_text(content)
 
-    with pytest.raises(CheckpointError, match=r"holds no readable manifest.json"):
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint's manifest.json"):
         checkpoint.load(tmp_path / "1")
 
 
-@pytest.mark.parametrize(
-    ("content", "found"), [('{"format": 2}', "2"), ("{}", "None"), ("[]", "None")]
-)
+@pytest.mark.parametrize(("content", "found"), [('{"format": 2}', "2"), ("{}", "None")])
 def test_another_format_is_refused(tmp_path, content, found):
     (tmp_path / "manifest.json").write_text(content)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from scipy.stats import multivariate_normal
 
-from fedgex.common.data.moments import OTHERS, CrossProducts, pool_types
+from fedgex.common.data.cross_products import OTHERS, CrossProducts, pool_types
 from fedgex.common.models import factor_model
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedgex.common.data.moments import OTHERS, CrossProducts
+from fedgex.common.data.cross_products import OTHERS, CrossProducts
 from fedgex.common.errors import UpdateError
 from fedgex.common.models import tasks
 from fedgex.common.models.factor_model import NOISE_FACTOR

@@ -3,8 +3,8 @@
 import json
 import socket
 from pathlib import Path
-from urllib.request import urlopen
 
+import httpx
 import pytest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -31,10 +31,9 @@ def test_a_scrape_gets_what_the_collector_says_and_nothing_else() -> None:
     port = free_port()
     metrics_server.serve(port, One())
 
-    with urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
-        said = reply.read().decode()
+    reply = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
 
-    assert said == "# HELP one Always 1.\n# TYPE one gauge\none 1.0\n"
+    assert reply.text == "# HELP one Always 1.\n# TYPE one gauge\none 1.0\n"
 
 
 def test_no_other_address_of_the_machine_is_listened_on() -> None:

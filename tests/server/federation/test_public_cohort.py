@@ -11,8 +11,9 @@ import torch
 
 from fedgex.common import federation
 from fedgex.common.data.cohort import Cohort, save_cohort
+from fedgex.common.data.cross_products import OTHERS, CrossProducts
 from fedgex.common.data.dataset import to_patients
-from fedgex.common.data.moments import OTHERS, CrossProducts, Standardisation
+from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
 from fedgex.common.models import tasks, training

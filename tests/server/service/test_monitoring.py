@@ -5,8 +5,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -30,8 +30,7 @@ def scrape(founded: Consortium) -> Callable[[], Numbers]:
     monitoring.serve(Consortium(founded.folder))
 
     def scraped() -> Numbers:
-        with urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
-            text = reply.read().decode()
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
         return {
             (sample.name, *(value for _, value in sorted(sample.labels.items()))): (
                 sample.value

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedgex.common.data.cross_products import by_type
 from fedgex.common.data.dataset import Patients
-from fedgex.common.data.moments import by_type
 from fedgex.common.models import factor_model
 from fedgex.common.models.gexbert import (
     Encoder,

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
-from fedgex.common.data.moments import CrossProducts, by_type, pool_types
+from fedgex.common.data.cross_products import CrossProducts, by_type, pool_types
 from fedgex.common.errors import ConfigError
 from fedgex.common.evaluation.imputers import RIDGE
 from fedgex.simulations.analysis import panel_selection
@@ -140,7 +140,7 @@ def test_a_covariance_that_no_patients_can_have_is_mended_before_genes_are_chose
 def test_fewer_than_two_types_are_refused() -> None:
     values, _ = patients(n=20)
 
-    with pytest.raises(ConfigError, match="tell of 1 of the cancer types A, B, C"):
+    with pytest.raises(ConfigError, match="describe 1 of the cancer types A, B, C"):
         types_of(values, ["A"] * 20)
 
 
@@ -159,14 +159,14 @@ def test_the_discriminant_says_which_normal_density_is_the_highest() -> None:
     expected = np.argmax(densities, axis=0)
 
     types = types_of(values, labels)
-    told = panel_selection.told(types, np.array(panel), unseen)
+    found = panel_selection.classify(types, np.array(panel), unseen)
     right = panel_selection.n_right(types, np.array(panel), unseen, truth)
 
-    assert told.tolist() == expected.tolist()
+    assert found.tolist() == expected.tolist()
     assert right == (np.array(NAMES)[expected] == np.array(truth)).sum()
 
 
-def test_a_patient_of_another_or_no_type_is_never_told_right() -> None:
+def test_a_patient_of_another_or_no_type_is_never_classified_right() -> None:
     values, labels = patients()
 
     found = panel_selection.n_right(

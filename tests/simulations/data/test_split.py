@@ -1,7 +1,6 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
@@ -13,54 +12,9 @@ from hypothesis import strategies as st
 from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import ConfigError
 from fedgex.simulations.data.split import Split, slugs, split
-from fedgex.simulations.scenario import Scenario, find
+from fedgex.simulations.scenario import find
 
-# Patients by cohort and institution, in that order. North spans both cohorts; East and
-# West have fewer than three patients.
-PATIENTS = {
-    "LUAD": {"North": 3, "South": 4, "East": 2, "Held Out": 2},
-    "BRCA": {"North": 2, "West": 1, "Held Out": 3},
-}
-GENES = {"LUAD": ["A", "B", "C"], "BRCA": ["A", "B", "D"]}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Write two expression files and one clinical table, and return their folder."""
-    folder = tmp_path / "data"
-    (folder / "rna").mkdir(parents=True)
-    rows = []
-    for cohort, institutions in PATIENTS.items():
-        ids = []
-        for institution, n in institutions.items():
-            for i in range(n):
-                ids.append(f"{cohort}-{institution[:4]}-{i}".replace(" ", "_"))
-                rows.append((ids[-1], institution, 100.0 + i, i % 2, 60, "FEMALE"))
-        values = np.arange(3 * len(ids), dtype=np.float32).reshape(-1, 3)
-        table = pd.DataFrame(values, pd.Index(ids, name="patient"), GENES[cohort])
-        table.to_parquet(folder / "rna" / f"{cohort}.parquet")
-    columns = ["patient", "hospital", "os_days", "os_event", "age", "sex"]
-    pd.DataFrame(rows, columns=columns).to_csv(folder / "clinical.csv", index=False)
-    return folder
-
-
-def scenario(**changes: dict[str, Any]) -> Scenario:
-    """Return the scenario of the data above, with `changes` to its sections."""
-    values: dict[str, dict[str, Any]] = {
-        "study": {"name": "test", "minimum_cohort": 2},
-        "data": {
-            "expression": "rna/*.parquet",
-            "scale": "log2p1",
-            "clinical": "clinical.csv",
-            "cancer_type_from": "file",
-            "columns": {"duration": "os_days", "event": "os_event"},
-        },
-        "sites": {"column": "hospital", "minimum_patients": 3},
-        "holdout": {"institutions": ["Held Out"]},
-    }
-    for section, change in changes.items():
-        values[section] = values.get(section, {}) | change
-    return Scenario.read(values, "test")
+from .conftest import scenario
 
 
 def patients_of(folder: Path) -> list[str]:
@@ -454,111 +408,6 @@ def test_a_split_whose_files_were_changed_is_refused(data: Path, tmp_path: Path)
 
     with pytest.raises(ConfigError, match="not as they were written"):
         split(scenario(), data, tmp_path / "out")
-
-
-def test_folders_that_no_split_wrote_are_refused_and_left_alone(
-    data: Path, tmp_path: Path
-):
-    (tmp_path / "out" / "sites" / "mine").mkdir(parents=True)
-
-    with pytest.raises(ConfigError, match="no split wrote"):
-        split(scenario(), data, tmp_path / "out")
-
-    assert (tmp_path / "out" / "sites" / "mine").is_dir()
-
-
-def test_unknown_names_are_refused_at_once_with_the_nearest(data: Path, tmp_path: Path):
-    study = {"survival": {"rounds": 1, "cancer_types": ["LAUD"]}}
-    holdout = {"institutions": ["held out", "Sout", "Elsewhere"]}
-
-    with pytest.raises(ConfigError) as refused:
-        split(scenario(study=study, holdout=holdout), data, tmp_path / "out")
-
-    message = str(refused.value)
-    assert '"held out"; did you mean "Held Out"?' in message
-    assert '"Sout"; did you mean "South"' in message
-    assert '"Elsewhere"' in message
-    assert 'study.survival.cancer_types: no patient with expression has "LAUD"; ' in (
-        message
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_mandatory_site_that_does_not_exist_is_refused(data: Path, tmp_path: Path):
-    study = {"rounds": {"mandatory_sites": ["North"]}}
-
-    with pytest.raises(ConfigError, match=r'no site "North"; did you mean "north"\?'):
-        split(scenario(study=study), data, tmp_path / "out")
-
-
-def test_columns_that_are_named_or_needed_must_be_there(data: Path, tmp_path: Path):
-    types = {"rounds": 1, "cancer_types": ["LUAD"]}
-    columns = {"duration": "days", "age": "years"}
-
-    with pytest.raises(ConfigError) as refused:
-        split(
-            scenario(study={"survival": types}, data={"columns": columns}),
-            data,
-            tmp_path / "out",
-        )
-
-    message = str(refused.value)
-    assert "no column 'days'" in message  # named
-    assert "no column 'years'" in message  # named
-    assert "no column 'event'" in message  # needed by survival
-    assert "os_event" in message  # what there is
-
-
-def test_absent_files_are_all_named(data: Path, tmp_path: Path):
-    source = {"expression": "dna/*.parquet", "clinical": "clinic.csv"}
-
-    with pytest.raises(ConfigError, match=r"(?s)dna/\*\.parquet.*clinic\.csv"):
-        split(scenario(data=source), data, tmp_path / "out")
-
-
-def test_repeated_samples_are_refused_without_naming_them(data: Path, tmp_path: Path):
-    shutil.copy(data / "rna" / "BRCA.parquet", data / "rna" / "LIHC.parquet")
-
-    with pytest.raises(ConfigError, match="6 samples occur more than once") as refused:
-        split(scenario(), data, tmp_path / "out")
-
-    assert "BRCA-" not in str(refused.value)
-
-
-def test_repeated_patients_are_refused_without_naming_them(data: Path, tmp_path: Path):
-    table = pd.read_csv(data / "clinical.csv")
-    pd.concat([table, table.head(2)]).to_csv(data / "clinical.csv", index=False)
-
-    with pytest.raises(ConfigError, match="2 rows repeat a patient") as refused:
-        split(scenario(), data, tmp_path / "out")
-
-    assert "LUAD-" not in str(refused.value)
-
-
-def test_text_among_the_genes_is_refused(data: Path, tmp_path: Path):
-    path = data / "rna" / "LUAD.parquet"
-    pd.read_parquet(path).assign(stage="I").to_parquet(path)
-
-    with pytest.raises(ConfigError, match=r"LUAD\.parquet: 1 columns .* 'stage'"):
-        split(scenario(), data, tmp_path / "out")
-
-
-def test_identifiers_that_meet_nowhere_are_refused(data: Path, tmp_path: Path):
-    source = {"patient_from_sample": 2}
-
-    with pytest.raises(ConfigError, match=r"data\.patient_from_sample"):
-        split(scenario(data=source), data, tmp_path / "out")
-
-
-@pytest.mark.parametrize("small", ["region", "leave-out"])
-def test_a_split_without_sites_is_refused(data: Path, tmp_path: Path, small: str):
-    everybody = ["North", "South", "East", "West", "Held Out"]
-    holdout = {"institutions": everybody[:2] + everybody[4:]}
-    if small == "region":
-        holdout = {"institutions": everybody}
-
-    with pytest.raises(ConfigError, match="no site is left"):
-        split(scenario(sites={"small": small}, holdout=holdout), data, tmp_path / "out")
 
 
 def test_slugs_are_readable():

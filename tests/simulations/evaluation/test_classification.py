@@ -124,11 +124,11 @@ def test_random_panels_count_once_a_seed_and_draw_and_chosen_ones_once_a_seed(
     found = scores(outcome)
 
     for method in found:
-        seeds = 1 if method == "alone" else 2
+        seeds = 1 if method == "local" else 2
         assert len(found[method]["random"]["8"]["accuracy"]) == seeds * 2, method
     for method in ("federated", "pooled", "mixture"):
         assert len(found[method]["selected"]["8"]["accuracy"]) == 2, method
-    for method in ("alone", "logistic", "boosting", "discriminant"):
+    for method in ("local", "logistic", "boosting", "discriminant"):
         assert len(found[method]["selected"]["8"]["accuracy"]) == 1, method
 
 
@@ -179,7 +179,7 @@ def test_a_second_run_reads_what_was_said_and_finds_the_same(
     def refuse(*_: object) -> None:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(methods, "_method", refuse)
+    monkeypatch.setattr(methods, "_answer", refuse)
     monkeypatch.setattr(methods, "share_right", refuse)
 
     again = comparison.run(lambda _: ground, Console(file=StringIO()))
@@ -192,7 +192,7 @@ def test_quick_leaves_out_hospitals_alone_and_most_panels(
 ) -> None:
     found = comparison.run(grounds(data, out, quick=True), Console(file=StringIO()))
 
-    assert "alone" not in scores(found)
+    assert "local" not in scores(found)
     assert set(scores(found)["federated"]["random"]) == {"8", "32"}
     assert len(scores(found)["federated"]["random"]["8"]["accuracy"]) == 1
 

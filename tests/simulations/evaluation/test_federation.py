@@ -7,7 +7,7 @@ import json
 from importlib import import_module, resources
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -146,7 +146,7 @@ def test_every_seed_has_both_and_one_seed_everything_else(numbers: Any) -> None:
     assert set(numbers["error_against_pooled"]) == {
         "federated",
         "pooled",
-        "alone, mean over sites",
+        "local, mean over sites",
         "FedProx",
         "large sites and those of ten",
         "large sites only",
@@ -166,31 +166,32 @@ def test_a_site_counts_where_unseen_patients_of_its_cancers_can_tell(
     numbers: Any,
 ) -> None:
     for key, name in (("mse-0.5", "MSE, 50 % hidden"), ("c-index", "C-index")):
-        able = [s for s in numbers["sites"].values() if key in s["alone"]]
+        able = [s for s in numbers["sites"].values() if key in s["local"]]
         better = [
             s
             for s in able
-            if key != "c-index" and s["federated"][key] < s["alone"][key]
+            if key != "c-index" and s["federated"][key] < s["local"][key]
         ]
-        tally = numbers["sites_against_alone"][name]
+        tally = numbers["sites_against_local"][name]
 
         assert sum(tally.values()) == len(able) > 0
         assert key == "c-index" or tally["better"] == len(better)
 
 
-def test_told_which_cancers_a_site_has_the_model_is_right_as_often_or_more(
+def test_restricted_to_a_sites_cancers_the_model_is_right_as_often_or_more(
     numbers: Any,
 ) -> None:
-    told = [s for s in numbers["sites"].values() if "accuracy" in s["alone"]]
+    able = [s for s in numbers["sites"].values() if "accuracy" in s["local"]]
 
-    assert told
-    for site in told:
+    assert able
+    for site in able:
         assert site["federated among"]["accuracy"] >= site["federated"]["accuracy"]
-        assert "c-index" not in site["alone"] or (
+        assert "c-index" not in site["local"] or (
             site["federated among"]["c-index"] == site["federated"]["c-index"]
         )
-    tally = numbers["sites_against_alone"]["accuracy, all genes, told the cancers"]
-    assert sum(tally.values()) == len(told)
+    tallies = numbers["sites_against_local"]
+    tally = tallies["accuracy, all genes, restricted to the cancers"]
+    assert sum(tally.values()) == len(able)
 
 
 def test_without_deaths_and_with_one_type_a_site_is_not_estimable(
@@ -337,12 +338,12 @@ def test_no_line_of_the_page_names_a_patient(outcome: Results) -> None:
 
 
 def test_all_questions_of_the_command_have_an_answer() -> None:
-    for question in Question:
-        module = import_module(f"fedgex.simulations.evaluation.{question.value}")
+    for question in get_args(Question):
+        module = import_module(f"fedgex.simulations.evaluation.{question}")
         page = resources.files("fedgex.simulations.evaluation") / "pages"
 
         assert callable(module.run)
-        assert (page / f"{question.value}.md").is_file()
+        assert (page / f"{question}.md").is_file()
 
 
 def test_an_unknown_question_is_a_usage_error(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_every_method_is_judged_at_every_setting_and_seed(done: Path) -> None:
             "panel 20",
             "mnar 0.5",
         ]
-        seeds = 1 if method == "alone" else 2
+        seeds = 1 if method == "local" else 2
         assert {len(of_seed) for of_seed in by_setting.values()} == {seeds}, method
     ratio = found["comparison"]["mcar 0.5"]["ratio"]["gaussian"]
     assert ratio == pytest.approx(

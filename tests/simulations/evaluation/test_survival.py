@@ -32,7 +32,7 @@ from fedgex.simulations.evaluation.survival.predictions import (
     MEAN_FILLED,
     OURS,
     RESTORED,
-    TYPE_ALONE,
+    TYPE_ONLY,
     WITH_CLINICAL,
 )
 from fedgex.simulations.evaluation.survival.tables import (
@@ -155,7 +155,7 @@ def test_every_method_is_judged_on_every_split(found: Results) -> None:
             assert set(values) == estimable
             if method != LOCAL:
                 assert all(0 <= value <= 1 for value in values.values())
-        assert each["c_index"][TYPE_ALONE] == dict.fromkeys(estimable, 0.5)
+        assert each["c_index"][TYPE_ONLY] == dict.fromkeys(estimable, 0.5)
         absent = each["c_index"][f"anchors/{MEAN_FILLED}"]
         assert absent == dict.fromkeys(estimable, 0.5)
         assert 0 < each["overall"][OURS]["brier"] < 0.5
@@ -314,14 +314,14 @@ def test_the_number_over_all_cancers_rewards_the_type_and_that_within_does_not()
     forecast[:20, 1:] = 0.2
 
     overall = comparison.evaluate(
-        study(), patients, {TYPE_ALONE: forecast}, {}, {}
+        study(), patients, {TYPE_ONLY: forecast}, {}, {}
     ).overall
 
     within = 2 * 20 * 19 / 2
     across = 20 * 20
     expected = (across + within / 2) / (across + within)
-    assert overall[TYPE_ALONE]["pooled"] == pytest.approx(expected)
-    assert overall[TYPE_ALONE]["stratified"] == 0.5
+    assert overall[TYPE_ONLY]["pooled"] == pytest.approx(expected)
+    assert overall[TYPE_ONLY]["stratified"] == 0.5
 
 
 def test_thirds_hold_what_was_said_beside_what_was_seen() -> None:

@@ -65,7 +65,7 @@ def test_each_condition_is_judged_once_a_seed(done: Path) -> None:
     report = json.loads((done / "utility.json").read_text())
 
     assert [each["name"] for each in report["conditions"]] == [
-        "public cohort alone",
+        "public cohort only",
         "epsilon 8",
         "without privacy, same start",
         "without privacy, all of it",

@@ -211,8 +211,9 @@ def foreign(bench: Bench) -> Part:
     for kind, mistake in foreign_scale.MISTAKES.items():
         if mistake.scale == declared:
             continue
-        found_at = own, split.study, declared, mistake
-        cohort, findings = foreign_scale.at_the_door(*found_at)
+        cohort, findings = foreign_scale.at_the_door(
+            own, split.study, declared, mistake
+        )
         row = dict.fromkeys(("check-data", *AT_SERVER), "-")
         row["check-data"] = foreign_scale.verdict(cohort, findings)
         checks[kind] = {

@@ -286,8 +286,9 @@ def _of_cancer(
     ridge: Fit = partial(references.cox_ridge, seed=seed)
     x, clinical = train.values.numpy(), train.clinical.numpy()
     true, test_clinical = test.values.numpy(), test.clinical.numpy()
-    both_kinds = {"seed": seed, "n_clinical": clinical.shape[1]}
-    with_clinical: Fit = partial(references.cox_ridge, **both_kinds)
+    with_clinical: Fit = partial(
+        references.cox_ridge, seed=seed, n_clinical=clinical.shape[1]
+    )
 
     def both(values: Floats) -> Floats:
         return np.concatenate([values, test_clinical], axis=1)

@@ -163,7 +163,7 @@ def of_models(
         gone = torch.zeros(len(split.genes), dtype=torch.bool)
         gone[torch.from_numpy(cox_screen.anchors(scores, n_anchors(split)))] = True
         hidden[unseen.type_index((name,)) == 0] = gone
-    return found | {"all/federated": _of_model(trained[OURS], _hide(unseen, hidden))}
+    return found | {"all/federated": _of_model(trained[OURS], unseen.without(hidden))}
 
 
 def hidden_sets(split: Split, seed: int) -> dict[str, Patients]:
@@ -180,9 +180,9 @@ def hidden_sets(split: Split, seed: int) -> dict[str, Patients]:
             panel_seed = derive(seed, "survival", "panel", *names)
             panel = set(references.panels(genes, (PANEL,), panel_seed)[PANEL])
             visible = torch.tensor([gene in panel for gene in genes])
-            found[f"panel-{draw}"] = _hide(unseen, ~visible.expand(len(unseen), -1))
+            found[f"panel-{draw}"] = unseen.without(~visible)
         rng = generator(seed, "survival", "mcar", *names)
-        found[f"mcar-{draw}"] = _hide(unseen, masking.mcar(unseen.measured, RATE, rng))
+        found[f"mcar-{draw}"] = unseen.without(masking.mcar(unseen.measured, RATE, rng))
     return found
 
 
@@ -422,9 +422,3 @@ def _cohorts(split: Split) -> list[Cohort]:
 
 def _of_type(patients: Patients, name: str) -> Patients:
     return patients.take((patients.type_index((name,)) == 0).nonzero().squeeze(1))
-
-
-def _hide(patients: Patients, hidden: torch.Tensor) -> Patients:
-    return dataclasses.replace(
-        patients, values=patients.values.masked_fill(hidden, torch.nan)
-    )

@@ -139,6 +139,7 @@ class Gate:
             return self._logged(self._release(request, run).to_records(), about)
         assert isinstance(request, StudyRequest)
         _same(kind, request, contract)
+        approvals.admit_run(run.contract, run.run)
         self._open_now(settings)
         private = contract.study.privacy.patient is not None
         if private:
@@ -208,6 +209,8 @@ class Gate:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
         received = approvals.receive(signed)
         approvals.admitted(received.hash)  # so what is sent now is an approval
+        if request.run is not None and request.run.run:
+            approvals.admit_run(received.hash, request.run.run)
         decision = self.state_dir / "decisions" / f"{received.hash}.json"
         return ContractReply(
             site=Decision(name=self.identity.name, decision=decision.read_text())

@@ -16,8 +16,9 @@ from fedgex.client.admission.receipts import ASKED, RECEIVED, asked_of
 from fedgex.client.identity import AUDIT, Identity
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
-from fedgex.common.errors import ConfigError, TrustError
+from fedgex.common.errors import TrustError
 from fedgex.common.settings import Name, Settings
+from fedgex.common.system import files
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.audit_log import Head
 from fedgex.common.trust.contract import Contract
@@ -29,6 +30,9 @@ from fedgex.common.trust.receipt import (
     verify_receipt,
 )
 from fedgex.common.trust.signed import Signed
+
+MAX_BYTES = 1 << 30
+"""Of a file of exported receipts: those of a hundred hospitals over 3000 rounds."""
 
 Line = Mapping[str, Any]
 Round = tuple[str, str, int]
@@ -153,11 +157,9 @@ def compare(settings: SiteSettings, path: Path) -> tuple[int, list[str]]:
     TrustError
         If the coordinator did not sign what the file holds.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    theirs = Exported.from_json(text, path.name)
+    theirs = Exported.read(
+        files.read_json(path, "what log export wrote", most=MAX_BYTES), path.name
+    )
     authority = Identity.load(settings.state_dir).authority
     own = _read(export(settings).receipts)
     other = _read(theirs.receipts)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedgex.client.identity import AUDIT
+from fedgex.common import parsing
 from fedgex.common.codes import Code
 from fedgex.common.data.cross_products import (
     OTHERS,
@@ -41,7 +42,7 @@ from fedgex.common.data.cross_products import (
     unpack,
 )
 from fedgex.common.data.moments import GeneMoments, Standardisation
-from fedgex.common.errors import FedgexError
+from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.system.files import exclusive_lock, explained, write_atomic
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.audit_log import Chain
@@ -155,9 +156,10 @@ class Cohorts:
     @classmethod
     def read(cls, about: str, arrays: Sums) -> Cohorts:
         """Return what `about` and `arrays` returned."""
+        most = parsing.LONG_BYTES
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in json.loads(about).items()
+            for name, value in parsing.json_object(about, "a sum", most=most).items()
         }
         bits = np.unpackbits(arrays["patterns"], axis=0, count=len(arrays["who"]))
         return cls(**{**values, **arrays, "patterns": bits.astype(bool)})
@@ -260,7 +262,14 @@ class ReleasedSums:
                 key = secrets.token_bytes(HMAC_BYTES)
                 write_atomic(self.folder / KEY, key.hex().encode())
             self.key = bytes.fromhex((self.folder / KEY).read_text())
-        except (OSError, ValueError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            SafetensorError,
+            ConfigError,
+        ) as error:
             raise self._lost(f"cannot be used ({error})") from error
         if known - {each.cohorts.fingerprint for each in self.records}:
             raise self._lost(

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgex.client.admission.receipts import ASKED, RECEIVED, asked_of
+from fedgex.client.admission.approvals import ASKED
+from fedgex.client.admission.receipts import RECEIVED, asked_of
 from fedgex.client.identity import AUDIT, Identity
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedgex.client.admission.gate import read_working, stop_working
-from fedgex.client.identity import Identity
+from fedgex.client.identity import Identity, require_server
 from fedgex.client.ledger import debit
 from fedgex.client.service import monitoring, supernode
 from fedgex.client.settings import SiteSettings
@@ -59,7 +59,7 @@ def run(site_toml: Path) -> None:
     """
     site_toml = site_toml.resolve()
     settings = SiteSettings.load(site_toml)
-    Identity.load(settings.state_dir)
+    require_server(settings, Identity.load(settings.state_dir).server, "the kit")
     warn_of_others(settings.state_dir)
     busy = (
         f"another daemon serves {settings.state_dir}; stop it with fedgex-site stop, "

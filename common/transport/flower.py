@@ -80,7 +80,7 @@ def look_less_often() -> None:
         while not await server.on_tick(0):
             await asyncio.sleep(TICK_S)
 
-    uvicorn.Server.main_loop = main_loop  # type: ignore[assignment,method-assign]
+    uvicorn.Server.main_loop = main_loop  # type: ignore[method-assign, assignment]
 
 
 def send_heartbeat(client: RuntimeHttpClient) -> None:

@@ -216,13 +216,15 @@ class Rehearsal(Daemons):
         self.report(f"published: contract {hash[:12]}")
         return hash
 
-    def approve(self, hash: str, sites: Iterable[str] | None = None) -> None:
+    def approve(
+        self, hash: str, sites: Iterable[str] | None = None, *, runs: int = 1
+    ) -> None:
         """Have a person at each hospital approve the contract."""
         expires = (datetime.now(UTC) + timedelta(days=20)).date()
         for name in self.sites if sites is None else sites:
             self.site(
                 "study", "approve", self.site_toml(name), hash, "--by", "data-officer",
-                "--expires", str(expires),
+                "--expires", str(expires), "--runs", str(runs),
             )  # fmt: skip
         self.report("approved: by a person at every hospital")
 

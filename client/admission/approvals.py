@@ -21,9 +21,10 @@ from pydantic import AwareDatetime, Field, model_validator
 from fedgex.client.identity import AUDIT, Identity, described
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
+from fedgex.common import keys
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
-from fedgex.common.settings import Settings
+from fedgex.common.settings import Settings, added
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.audit_log import Chain
@@ -37,7 +38,7 @@ Verdict = Literal["approved", "rejected", "withdrawn"]
 """Decisions of a person about a contract."""
 
 HASH_PATTERN = re.compile(r"[0-9a-f]{64}")
-RECEIVED, DECIDED = "contract-received", "decision"
+RECEIVED, DECIDED, ASKED = "contract-received", "decision", "asked"
 """Events of the audit log."""
 
 
@@ -64,6 +65,9 @@ class Decision(Settings):
     """Last day of an approval, UTC; null for the others."""
     reason: str = ""
     """Reason of a rejection or withdrawal; never leaves the hospital."""
+    runs: int | None = added(None, ge=1, le=1000)
+    """Runs of the contract that an approval permits, those before it included. None in
+    decisions of fedgex 0.1.0, whose approvals are for any number."""
 
     @model_validator(mode="after")
     def _what_each_needs(self) -> Self:
@@ -73,6 +77,8 @@ class Decision(Settings):
             raise ValueError(
                 "a rejection or withdrawal needs a reason, and an approval has none"
             )
+        if self.decision != "approved" and self.runs is not None:
+            raise ValueError("an approval is for a number of runs, and nothing else is")
         return self
 
 
@@ -202,6 +208,7 @@ class ApprovalStore:
         by: str,
         expires: date | None = None,
         reason: str = "",
+        runs: int | None = 1,
     ) -> Decision:
         """Sign, log and store a person's decision.
 
@@ -214,7 +221,7 @@ class ApprovalStore:
             If the contract is unknown, changed or, to be approved, expired; or if it
             was withdrawn, which is final.
         ConfigError
-            If `by`, `expires` or `reason` cannot be what they are.
+            If `by`, `expires`, `reason` or `runs` cannot be what they are.
         TrustError
             If the hospital's own certificate does not hold now.
         """
@@ -241,6 +248,7 @@ class ApprovalStore:
             "at": now,
             "expires": expires,
             "reason": reason.strip(),
+            "runs": runs if decision == "approved" else None,
         }
         made = Decision.read(values, "the decision")
         dumped = made.model_dump(mode="json")
@@ -282,6 +290,33 @@ class ApprovalStore:
                 hash[:16],
             )
         return None
+
+    def runs(self, hash: str) -> tuple[str, ...]:
+        """Return the runs of a contract that used patients here, oldest first.
+
+        A run that asked only who would take part used none, and does not count.
+        """
+        asked = [x for x in self._events(ASKED, hash) if x["type"] != keys.PREPARE]
+        return tuple(dict.fromkeys(line["run"] for line in asked))
+
+    def admit_run(self, hash: str, run: str) -> None:
+        """Refuse a run of a contract beyond the number that a person approved.
+
+        Raises
+        ------
+        Refusal
+            `Code.RUNS_USED`. A run that goes on, or is resumed, counts once.
+        """
+        decision, begun = self.decision(hash), self.runs(hash)
+        if decision is None or decision.runs is None or run in begun:
+            return
+        if len(begun) >= decision.runs:
+            raise Refusal(
+                Code.RUNS_USED,
+                f"{decision.by} approved {runs_of(decision)} of contract {hash[:16]}, "
+                f"and {len(begun)} began: {', '.join(begun)}. For another one, approve "
+                f"it again with --runs {len(begun) + 1}.",
+            )
 
     def admitted(self, hash: str) -> Contract:
         """Return the contract if it may run here now.
@@ -400,6 +435,13 @@ class ApprovalStore:
             logger.warning("decisions/%s is not this hospital's", path.name)
             return None
         return made
+
+
+def runs_of(decision: Decision) -> str:
+    """Return the number of runs of an approval, in words."""
+    if decision.runs is None:
+        return "any number of runs"
+    return f"{decision.runs} run{'' if decision.runs == 1 else 's'}"
 
 
 def require_pins(contract: Contract) -> None:

@@ -140,6 +140,7 @@ class Gate:
         assert isinstance(request, StudyRequest)
         require_pins(contract)
         _same(kind, request, contract)
+        approvals.admit_run(run.contract, run.run)
         self._open_now(settings)
         private = contract.study.privacy.patient is not None
         if private:
@@ -213,6 +214,8 @@ class Gate:
         received = approvals.receive(signed)
         require_pins(received.contract)
         approvals.admitted(received.hash)  # so what is sent now is an approval
+        if request.run is not None and request.run.run:
+            approvals.admit_run(received.hash, request.run.run)
         decision = approvals.signed_decision(received.hash)
         return ContractReply(site=Decision(name=self.identity.name, decision=decision))
 

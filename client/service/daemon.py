@@ -88,12 +88,23 @@ class _Daemon:
         self.started = datetime.now(UTC)
         port, secret = _free_port(), secrets.token_hex(32)
         environment = {supernode.SECRET_VARIABLE: secret}
-        arguments = json.dumps({"site_toml": str(site_toml), "port": port})
-        self.node = Child("fedgex.client.service.supernode", [arguments], environment)
+        arrivals, arrived = os.pipe()
+        for end in (arrivals, arrived):
+            os.set_blocking(end, False)
+        process = supernode.SuperNodeSettings(
+            site_toml=site_toml, port=port, arrivals=arrived
+        )
+        self.node = Child(
+            "fedgex.client.service.supernode",
+            [process.model_dump_json()],
+            environment,
+            [arrived],
+        )
         self.worker = Child(
             "fedgex.client.service.worker",
-            [str(site_toml), str(port)],
+            [str(site_toml), str(port), str(arrivals)],
             environment | {"OMP_NUM_THREADS": str(settings.policy.threads)},
+            [arrivals],
         )
 
     def serve(self) -> None:

@@ -141,8 +141,8 @@ def share(request: SharesRequest, settings: SiteSettings) -> SharesReply:
                 f"{len(public)} participants; the quorum is {study.rounds.quorum}."
             )
         group = Group(state.context, public)
-        for each in public.values():
-            protocol.measured(each, len(state.measured))
+        for keys_of_one in public.values():
+            protocol.measured(keys_of_one, len(state.measured))
         if not state.keys:
             shares = protocol.share_out(group, state.private)
             state.keys, state.shares = public, {settings.name: shares[settings.name]}

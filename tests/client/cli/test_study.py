@@ -31,12 +31,12 @@ def test_an_approval_from_list_to_withdrawal(site_toml: Path, contract: Signed) 
     def listed() -> str:
         return site("study", "list", site_toml).stdout
 
-    assert listed() == f"{short}  undecided                 {PURPOSE}\n"
+    assert listed().split(maxsplit=2) == [short, "undecided", f"{PURPOSE}\n"]
 
     result = approve(site_toml, contract.hash[:8])
     assert result.exit_code == 0
     assert result.stdout == (
-        f"approved {contract.hash} until {NEXT_WEEK} by Dr. Curie\n"
+        f"approved {contract.hash} until {NEXT_WEEK} for 1 run by Dr. Curie\n"
     )
     assert f"approved until {NEXT_WEEK}" in listed()
 
@@ -101,6 +101,7 @@ release      by 2 administrator(s)
 code         fedgex 0.1
 patients     10 or more here, or we take no part (the stricter of contract and policy)
 state        undecided
+runs         one if approved, more with approve --runs, 0 begun
 our policy   refuses nothing of it
 
 --- text that was signed
@@ -155,7 +156,7 @@ def test_json_of_show_is_for_scripts(site_toml: Path, contract: Signed) -> None:
     facts = json.loads(result.stdout)
     assert facts["text"] == TEXT
     assert facts["decision"]["by"] == "Dr. Curie"
-    assert facts["state"] == f"approved until {NEXT_WEEK}"
+    assert facts["state"] == f"approved until {NEXT_WEEK}, 1 run"
 
 
 @pytest.mark.parametrize("command", ["show", "approve", "reject", "withdraw"])

@@ -21,6 +21,7 @@ from fedgex.client.training.secure_round import ExchangeError
 from fedgex.client.training.secure_state import AttemptState
 from fedgex.common import keys
 from fedgex.common.arrays import PER_GENE
+from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.messages.fields import (
     AdvertisedKeys,
@@ -31,6 +32,7 @@ from fedgex.common.messages.fields import (
 from fedgex.common.messages.replies import TrainReply
 from fedgex.common.messages.requests import (
     ConfirmRequest,
+    CrossProductsRequest,
     KeysRequest,
     SharesRequest,
     StatisticsRequest,
@@ -104,13 +106,14 @@ class Coordinator:
         asked = KeysRequest(
             study=self.study,
             vocabulary=VOCABULARY,
+            standardisation=Standardisation.identity(GENES),
             round=order,
             attempt=Attempt(attempt=1, run=""),
-        )
+        ).to_records()
+        if not issubclass(kind, CrossProductsRequest):
+            del asked[keys.STANDARDISATION]
         return kind.from_records(
-            RecordDict(
-                {**asked.to_records(), keys.EXCHANGE: record, **self.records, **records}
-            )
+            RecordDict({**asked, keys.EXCHANGE: record, **self.records, **records})
         )
 
     # ---- the steps, each of one site ----

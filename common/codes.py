@@ -144,6 +144,7 @@ class Code(StrEnum):
     RELEASE_UNVERIFIED = "FX-RUN-004", "error", "A released model could not be verified, or is another run's; it was not kept", "Inform the administrator; use none that came another way"
     EXCHANGE_REFUSED = "FX-RUN-005", "error", "Secure aggregation: changed or unsigned keys, a second or too short list, or a round that is over", "Inform the administrator: the log says what, and no share has left; [privacy.md](privacy.md#secure-aggregation)"
     SUMS_TOO_CLOSE = "FX-RUN-006", "error", "Sums over patients would differ by fewer than the minimum from some that left before; or the record of those is damaged", "Nothing: the site trains without them; the log says which. [privacy.md](privacy.md#sums-over-patients)"
+    ANOTHER_MODEL = "FX-RUN-007", "error", "A model is not the one that the run's receipts name: hospitals were sent different ones", "Keep receipts and log; compare them with another hospital's: `fedgex-site log compare`"
 
     # predictions
     NO_VOCABULARY_GENE = "FX-PREDICT-001", "error", "No gene of the vocabulary is measured", "Check the names of the genes and their axis; Ensembl ids need `--hgnc-table`"

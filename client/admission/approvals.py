@@ -414,10 +414,10 @@ class ApprovalStore:
 
     def _events(self, event: str, hash: str) -> list[dict[str, Any]]:
         try:
-            lines = audit_log.read(self._audit.path)
+            lines = audit_log.events(self._audit.path, event)
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
-        return [x for x in lines if x["event"] == event and x.get("contract") == hash]
+        return [line for line in lines if line.get("contract") == hash]
 
     def _on_file(self, hash: str) -> Decision | None:
         """Return the stored decision, None if there is none that we signed."""

@@ -138,8 +138,7 @@ def heads(state_dir: Path) -> list[Head]:
     try:
         return [
             Head(**line["ledger"])
-            for line in audit_log.read(state_dir / AUDIT)
-            if line["event"] in (CREATED, DEBITED)
+            for line in audit_log.events(state_dir / AUDIT, CREATED, DEBITED)
         ]
     except (TrustError, KeyError, TypeError) as error:
         raise LedgerError(

@@ -337,7 +337,8 @@ def _receipts(
             "one for each of the contract's rounds."
         )
     signed = [_signed(folder, name) for name in found]
-    receipt.verify_chain(signed, authority, contract.site_keys)
+    secure = contract.study.secure_aggregation is not None
+    receipt.verify_chain(signed, authority, contract.site_keys, secure=secure)
     receipts = [Receipt.read_signed(each) for each in signed]
     for place, (each, of_round) in enumerate(zip(receipts, rounds, strict=True), 1):
         contributed = {n for n, s in each.sites.items() if s.state == "contributed"}

@@ -168,8 +168,9 @@ class Deployment:
     ) -> SignedReply | None:
         """Verify and return the site's signed part; None if the reply needs none.
 
-        Refusals and replies to a release need none; for a contract the signed decision
-        is stored instead. All else is signed under the site's registered certificate.
+        Replies about a contract or a release need none, and temporary refusals: for a
+        contract the signed decision is stored instead. All else is signed under the
+        site's registered certificate, refusals too.
 
         Raises
         ------
@@ -177,18 +178,17 @@ class Deployment:
             If it is missing, untrusted, or of another site, run, round, request or
             reply.
         """
-        refused = refusal_code(reply) is not None
-        if request.type == keys.CONTRACT:
-            if not refused:
-                self._keep_decision(site, reply)
-            return None
-        if request.type == keys.RELEASE:
+        code = refusal_code(reply)
+        if request.type == keys.CONTRACT and code is None:
+            self._keep_decision(site, reply)
+        if request.type in (keys.CONTRACT, keys.RELEASE):
             return None
         found = read_part(reply)
         if found is None:
-            if refused:
+            if code in codes.TEMPORARY:
                 return None
-            raise TrustError(f'the reply is not signed: it has no "{keys.PART}"')
+            what = "the reply" if code is None else f"the refusal {code}"
+            raise TrustError(f'{what} is not signed: it has no "{keys.PART}"')
         certificate = self.consortium.site(site).certificate
         part = verify_part(
             found.json_,
@@ -246,7 +246,9 @@ class Deployment:
 
     def resume(self, receipts: Sequence[Signed]) -> None:
         """Verify the chain of receipts, and continue with the last one."""
-        verify_chain(receipts, self.consortium.authority, self.contract.site_keys)
+        secure = self.study.secure_aggregation is not None
+        pins = self.contract.site_keys
+        verify_chain(receipts, self.consortium.authority, pins, secure=secure)
         self.last_receipt = receipts[-1].to_json() if receipts else ""
 
     # ---- the contract ----

@@ -313,7 +313,8 @@ class Alliance:
         """Return the run's receipts, their chain and all signatures verified."""
         paths = sorted(self.run_dir.glob("checkpoints/*/receipt.json"))
         signed = [Signed.from_json(path.read_text(), str(path)) for path in paths]
-        verify_chain(signed, self.consortium.authority)
+        secure = self.outcome.final.study.secure_aggregation is not None
+        verify_chain(signed, self.consortium.authority, secure=secure)
         return [Receipt.read_signed(each) for each in signed]
 
     def states(self, name: str) -> list[tuple[str, str | None]]:

@@ -230,15 +230,18 @@ def test_a_part_of_something_else_is_refused_and_says_of_what(
         deployed.verify("north", ROUND_3, ASKED, sign(**changed))
 
 
-def test_a_reply_without_a_part_is_refused_unless_it_is_a_refusal(
+def test_a_reply_without_a_part_is_refused_unless_it_is_a_temporary_refusal(
     deployed: Deployment,
 ) -> None:
     unsigned = RecordDict({keys.SITE: ConfigRecord({"name": "north"})})
-    refusal = RecordDict({keys.REFUSAL: ConfigRecord({"code": "FX-RUN-002"})})
+    final = RecordDict({keys.REFUSAL: ConfigRecord({"code": "FX-RUN-002"})})
+    paused = RecordDict({keys.REFUSAL: ConfigRecord({"code": "FX-SITE-004"})})
 
     with pytest.raises(TrustError, match="the reply is not signed"):
         deployed.verify("north", ROUND_3, ASKED, unsigned)
-    assert deployed.verify("north", ROUND_3, ASKED, refusal) is None
+    with pytest.raises(TrustError, match="the refusal FX-RUN-002 is not signed"):
+        deployed.verify("north", ROUND_3, ASKED, final)
+    assert deployed.verify("north", ROUND_3, ASKED, paused) is None
 
 
 def test_a_revoked_sites_signature_counts_no_more(

@@ -13,6 +13,7 @@ _PLACES = {
     "check-data": ("data:commands", "Check the hospital's data before a study does; nothing leaves the machine."),
     "init": ("site:commands", "Write settings, policy, keys and a request; what exists is kept as it is."),
     "join": ("site:commands", "Take the kit that the administrator made from our request."),
+    "rotate": ("site:commands", "Make keys that replace ours; the old ones serve until the new kit is joined."),
     "check-connection": ("site:commands", "Check the connection to the server step by step; name the fault and its fix."),
     "status": ("status:commands", "Show whether the site runs, what it may do, and what needs attention."),
     "pause": ("site:commands", "Answer no message until `resume`; what is computed now is still sent."),

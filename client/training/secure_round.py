@@ -131,9 +131,9 @@ def share(request: SharesRequest, settings: SiteSettings) -> SharesReply:
             own = Identity.load(settings.state_dir)
             held = ApprovalStore.of(settings).contract(request.run.contract)
             pins = held.contract.site_keys
-            for name, each in request.participants.items():
+            for name, participant in request.participants.items():
                 if name != settings.name:  # ours are compared below
-                    _require_signed(name, each, state.context, own, pins)
+                    _require_signed(name, participant, state.context, own, pins)
         if public.get(settings.name) != state.public:
             raise TrustError("our keys are not in the list as we made them.")
         if len(public) < study.rounds.quorum:

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,21 @@ class Coordinator:
             "round": Round(phase="pretraining", number=1),
         }
 
+    @cached_property
+    def standardisation(self) -> Standardisation:
+        """The victim's own, which it has no reason to refuse."""
+        asked = {name: self.secure[name] for name in ("study", "vocabulary")}
+        sums = StatisticsReply.from_records(self.ask(StatisticsRequest(**asked))).sums
+        return Standardisation(mean=sums.mean, sd=sums.sd)
+
     def genuine(self, site: str) -> Participant:
         """Ask a hospital for its keys, and pass them on as they are."""
         self.ask(PrepareRequest(study=self.study), site)
-        request = KeysRequest(**self.secure, attempt=Attempt(attempt=1, run=RUN))
+        request = KeysRequest(
+            **self.secure,
+            standardisation=self.standardisation,
+            attempt=Attempt(attempt=1, run=RUN),
+        )
         found = KeysReply.from_records(self.ask(request, site))
         public, part = found.advertised.public, found.part
         assert part is not None
@@ -220,8 +232,6 @@ class Coordinator:
         if code(reply) is not None:
             return reply
         own, genes = self.genuine(VICTIM), self.secure["vocabulary"]
-        asked = {name: self.secure[name] for name in ("study", "vocabulary")}
-        sums = StatisticsReply.from_records(self.ask(StatisticsRequest(**asked))).sums
         measured = protocol.measured(own.public, len(genes))
         participants = {n: self.participant(n, measured) for n in OTHERS}
         participants[VICTIM] = own
@@ -249,7 +259,7 @@ class Coordinator:
         reply = self.ask(
             TrainRequest(
                 **self.secure,
-                standardisation=Standardisation(mean=sums.mean, sd=sums.sd),
+                standardisation=self.standardisation,
                 model=to_record(model),
                 attempt=Shared(attempt=1, run=RUN, sharers=NAMES),
                 boxes=sent,

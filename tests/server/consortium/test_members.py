@@ -293,7 +293,7 @@ def test_a_new_hospital_replaces_no_key(admitted: Any, ask: Ask) -> None:
 def test_hospitals_are_admitted_once_enough_administrators_are(
     admitted: Any, ask: Ask
 ) -> None:
-    for name in ("ada", "bo"):
+    for name in admitted.consortium.administrators():
         members.revoke_administrator(admitted.consortium, name, "left")
 
     asked = ask("east")

@@ -132,9 +132,12 @@ class Code(StrEnum):
     OUTSIDE_VERSIONS = "FX-STUDY-007", "error", "The installed fedgex is not the contract's", "Install the release that the contract names"
     AGAINST_POLICY = "FX-STUDY-008", "error", "`policy.toml` refuses what the contract asks for", "`study show` names it; change the policy, or ask for another contract"
     STANDARDISATION_CHANGED = "FX-STUDY-009", "error", "Another standardisation than the first of this run", "Inform the administrator; nothing was computed with it"
+    RUNS_USED = "FX-STUDY-011", "error", "More runs of the contract than a person at the site approved", "Nothing, or approve it again with a larger `--runs`; the run waits"
+    NOT_PINNED = "FX-STUDY-010", "error", "Secure aggregation under a contract that pins no keys, or a key (of a hospital or an administrator) that neither contract nor `join` pins", "Ask for a new contract; for administrators who changed, a new kit: `join --administrators-changed`. If nobody changed a key, inform the administrators"
     DELTA_TOO_LARGE = "FX-PRIV-001", "error", "The study's delta, or the hospital's `privacy_delta`, is not below 1 / patients", "Ask for a study with a smaller delta; set a smaller `privacy_delta`"
     BUDGET_EXCEEDED = "FX-PRIV-002", "error", "The round would exceed the hospital's privacy budget; nothing was computed", "Nothing: the budget is spent. `fedgex-site ledger show` lists on what; [privacy.md](privacy.md#the-budget)"
     LEDGER_UNUSABLE = "FX-PRIV-003", "error", "The privacy ledger is missing, unreadable, changed, or restored from a backup", "Put the newest ledger back, see [hospital-operation.md](hospital-operation.md#7-the-privacy-ledger)"
+    PLAN_EXCEEDED = "FX-PRIV-004", "error", "A contract asks for a round again, under other bytes, more often than twice in all its runs; nothing was computed or charged", "Inform the administrator: budget would be spent on what the contract does not plan; [privacy.md](privacy.md#the-budget)"
     UNKNOWN_RUN = "FX-RUN-001", "error", "A message names no run, or one that cannot be", "Inform the administrator"
     ANSWERED_ALREADY = "FX-RUN-002", "error", "A round was answered already, for another request", "Inform the administrator; nothing was computed twice"
     LOG_RESTORED = "FX-RUN-003", "error", "The site's audit log lacks a line that the server holds its signature over", "Put the newest log back, see [hospital-operation.md](hospital-operation.md#8-keys-backup-leaving)"
@@ -167,6 +170,12 @@ class Code(StrEnum):
 
 
 TEMPORARY = frozenset(
-    {Code.PAUSED, Code.OUTSIDE_HOURS, Code.DISK_FULL, Code.NOT_APPROVED}
+    {
+        Code.PAUSED,
+        Code.OUTSIDE_HOURS,
+        Code.DISK_FULL,
+        Code.NOT_APPROVED,
+        Code.RUNS_USED,
+    }
 )
 """Refusals that pass without a new message: the server asks the site again."""

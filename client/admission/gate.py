@@ -20,10 +20,10 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedgex.client.admission.approvals import ApprovalStore, Refusal
+from fedgex.client.admission.approvals import ApprovalStore, Refusal, require_pins
 from fedgex.client.admission.receipts import ASKED, Receipts
 from fedgex.client.admission.reply_cache import AnotherRequestError, Replies
-from fedgex.client.identity import Identity
+from fedgex.client.identity import Identity, keep_revocations
 from fedgex.client.ledger import debit
 from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.settings import SiteSettings
@@ -131,14 +131,16 @@ class Gate:
         run = _run(request)
         self._same_log(request.receipt)
         if isinstance(request, ContractRequest):
-            return self._logged(self._contract(request, approvals).to_records(), about)
+            return self._logged(self._contract(request, settings).to_records(), about)
         contract = approvals.admitted(run.contract)
         receipts = Receipts(self.state_dir, run.run)
         receipts.keep(request.receipt, run, self.identity, self.audit)
         if isinstance(request, ReleaseRequest):
             return self._logged(self._release(request, run).to_records(), about)
         assert isinstance(request, StudyRequest)
+        require_pins(contract)
         _same(kind, request, contract)
+        approvals.admit_run(run.contract, run.run)
         sent = {}
         if isinstance(request, TrainRequest):
             sent = {"model": receipts.follow(request)}
@@ -202,19 +204,23 @@ class Gate:
         return stored
 
     def _contract(
-        self, request: ContractRequest, approvals: ApprovalStore
+        self, request: ContractRequest, settings: SiteSettings
     ) -> ContractReply:
         """Store a contract; reply with the approval, if there is one."""
         try:
+            if request.revocations is not None:
+                keep_revocations(self.state_dir, request.revocations.crl)
             signed = Signed.from_json(request.contract.json_, "the contract sent")
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
+        approvals = ApprovalStore.of(settings)  # after the revocations were kept
         received = approvals.receive(signed)
+        require_pins(received.contract)
         approvals.admitted(received.hash)  # so what is sent now is an approval
-        decision = self.state_dir / "decisions" / f"{received.hash}.json"
-        return ContractReply(
-            site=Decision(name=self.identity.name, decision=decision.read_text())
-        )
+        if request.run is not None and request.run.run:
+            approvals.admit_run(received.hash, request.run.run)
+        decision = approvals.signed_decision(received.hash)
+        return ContractReply(site=Decision(name=self.identity.name, decision=decision))
 
     def _release(self, request: ReleaseRequest, run: Run) -> ReleaseReply:
         """Verify a released model and store it for predictions."""

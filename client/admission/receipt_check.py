@@ -212,14 +212,15 @@ class _Ours:
         """Verify a receipt, and that it follows those before it."""
         contract = Receipt.read_signed(signed).contract
         path = self.contracts / f"{contract}.json"
-        secure = True
+        secure, pins = True, None
         if path.exists():
             text = Signed.from_json(path.read_bytes(), path.name)
-            secure = Contract.read_signed(text).study.secure_aggregation is not None
+            held = Contract.read_signed(text)
+            secure, pins = held.study.secure_aggregation is not None, held.site_keys
         else:
             wrong.append(f"{name} is of contract {contract[:16]}, which is not here")
         authority = self.identity.authority
-        return verify_receipt(signed, authority, before, secure=secure)
+        return verify_receipt(signed, authority, before, pins, secure=secure)
 
     def contributed(self, receipt: Receipt) -> bool:
         entry = receipt.sites.get(self.name)

@@ -23,8 +23,9 @@ from fedgex.common.arrays import Arrays
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.settings import Digest, Name, Settings, added
 from fedgex.common.transport.records import digest
-from fedgex.common.trust import pki
+from fedgex.common.trust import pinning, pki
 from fedgex.common.trust.audit_log import Head
+from fedgex.common.trust.pinning import Pins
 from fedgex.common.trust.signed import Signed, check_signature
 
 NO_RECEIPT = "0" * 64
@@ -195,6 +196,7 @@ def verify_part(
     *,
     at: datetime | None = None,
     revoked: Collection[int] = (),
+    pins: Pins | None = None,
 ) -> Part:
     """Return a part once certificate and signature are verified.
 
@@ -210,14 +212,20 @@ def verify_part(
         Time for which the certificate must be valid; now, if absent.
     revoked
         Serial numbers.
+    pins
+        The contract's `site_keys`; none if it pins none, or is not at hand.
 
     Raises
     ------
+    PinError
+        If the contract pins another key of the site.
     TrustError
         If certificate or signature cannot be trusted, or name another site.
     """
     holder = pki.from_pem(certificate)
     name = pki.verify(holder, authority, "site", at=at, revoked=revoked)
+    if pins:
+        pinning.require(holder, pins, "the contract")
     check_signature(holder, text.encode(), signature)
     part = Part.from_json(text, f"the part signed by {name}")
     if part.site != name:
@@ -229,7 +237,11 @@ def verify_part(
 
 
 def verify_chain(
-    receipts: Sequence[Signed], authority: x509.Certificate, *, secure: bool = False
+    receipts: Sequence[Signed],
+    authority: x509.Certificate,
+    pins: Pins | None = None,
+    *,
+    secure: bool = False,
 ) -> None:
     """Refuse receipts that are not one run's, without a gap from its first to the last.
 
@@ -243,7 +255,7 @@ def verify_chain(
 
     Parameters
     ----------
-    secure
+    pins, secure
         As for `verify_receipt`.
 
     Raises
@@ -254,7 +266,7 @@ def verify_chain(
     before: list[tuple[str, Receipt]] = []
     for place, signed in enumerate(receipts, start=1):
         try:
-            receipt = verify_receipt(signed, authority, before, secure=secure)
+            receipt = verify_receipt(signed, authority, before, pins, secure=secure)
         except TrustError as error:
             raise TrustError(f"receipt {place} does not hold: {error}") from error
         before.append((signed.hash, receipt))
@@ -264,6 +276,7 @@ def verify_receipt(
     signed: Signed,
     authority: x509.Certificate,
     before: Sequence[tuple[str, Receipt]] | None,
+    pins: Pins | None = None,
     *,
     secure: bool = False,
 ) -> Receipt:
@@ -279,6 +292,8 @@ def verify_receipt(
     before
         Hash and content of the receipts before it without a gap, oldest first, which it
         must follow; empty for a run's first, None if the one before is not there.
+    pins
+        As for `verify_part`.
     secure
         Whether the run aggregates securely: then each request holds shares for one
         site only, and requests are not compared.
@@ -295,7 +310,7 @@ def verify_receipt(
         _verify_order(receipt, before)
     requests: dict[str, list[str]] = {}
     for name, entry in receipt.sites.items():
-        part = _verify_entry(receipt, name, entry, authority)
+        part = _verify_entry(receipt, name, entry, authority, pins)
         if part is not None:
             requests.setdefault(part.request, []).append(name)
     if len(requests) > 1 and not secure:
@@ -328,7 +343,11 @@ def _verify_order(receipt: Receipt, before: Sequence[tuple[str, Receipt]]) -> No
 
 
 def _verify_entry(
-    receipt: Receipt, name: str, entry: SitePart, authority: x509.Certificate
+    receipt: Receipt,
+    name: str,
+    entry: SitePart,
+    authority: x509.Certificate,
+    pins: Pins | None,
 ) -> Part | None:
     if entry.part is None or entry.signature is None or entry.certificate is None:
         if entry.state == "contributed":
@@ -339,7 +358,12 @@ def _verify_entry(
             )
         return None
     part = verify_part(
-        entry.part, entry.signature, entry.certificate, authority, at=receipt.time
+        entry.part,
+        entry.signature,
+        entry.certificate,
+        authority,
+        at=receipt.time,
+        pins=pins,
     )
     expected = {
         "site": name,

@@ -28,7 +28,7 @@ from flwr.serverapp import Grid
 
 from fedgex.common import codes, keys
 from fedgex.common.errors import ConfigError, FederationError, TrustError, UpdateError
-from fedgex.common.messages.fields import LastReceipt, Run, SignedText
+from fedgex.common.messages.fields import LastReceipt, Revocations, Run, SignedText
 from fedgex.common.messages.replies import ContractReply, read_part
 from fedgex.common.messages.requests import ContractRequest, Envelope, ReleaseRequest
 from fedgex.common.models import checkpoint
@@ -196,6 +196,7 @@ class Deployment:
             certificate,
             self.consortium.authority,
             revoked=self.consortium.revoked(),
+            pins=self.contract.site_keys,
         )
         expected = {
             "site": site,
@@ -246,7 +247,8 @@ class Deployment:
     def resume(self, receipts: Sequence[Signed]) -> None:
         """Verify the chain of receipts, and continue with the last one."""
         secure = self.study.secure_aggregation is not None
-        verify_chain(receipts, self.consortium.authority, secure=secure)
+        pins = self.contract.site_keys
+        verify_chain(receipts, self.consortium.authority, pins, secure=secure)
         self.last_receipt = receipts[-1].to_json() if receipts else ""
 
     # ---- the contract ----
@@ -258,7 +260,11 @@ class Deployment:
         temporary: Collection[str] = codes.TEMPORARY,
     ) -> Outcomes:
         """Send the contract to its sites; store each reply as it arrives."""
-        offer = ContractRequest(contract=SignedText(json_=self.signed.to_json()))
+        revoked = self.consortium.revocation_list
+        offer = ContractRequest(
+            contract=SignedText(json_=self.signed.to_json()),
+            revocations=Revocations(crl=revoked) if revoked else None,
+        )
         request = Request(
             type=keys.CONTRACT, message=lambda: offer, group=keys.CONTRACT
         )

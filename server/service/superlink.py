@@ -27,6 +27,7 @@ from typing import Any
 from fedgex.common.errors import FedgexError
 from fedgex.common.settings import Settings
 from fedgex.common.system.processes import begin
+from fedgex.common.transport.flower import look_less_often
 from fedgex.common.trust.audit_log import Chain
 from fedgex.server.service.flower import NODE_KEY_HEADER, SECRET_HEADER, superlink_app
 
@@ -251,6 +252,7 @@ async def serve(settings: SuperLinkSettings, secret: str) -> None:
     """Serve both listeners until the process is stopped."""
     import uvicorn  # not needed by the supervisor, which imports this module
 
+    look_less_often()
     app, node_of = superlink_app(
         control_port=settings.control_port,
         health_port=settings.health_port,

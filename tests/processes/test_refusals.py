@@ -152,7 +152,7 @@ def test_new_keys_bring_a_struck_site_back_without_touching_other_kits(served):
     )  # fmt: skip
     consortium.redirect(name, kit)
     consortium.site("join", site_toml, kit)
-    consortium.approve(served.contract, [name])
+    consortium.approve(served.contract, [name], runs=1000)
     consortium.start_site(name)
     served.resume(run)
     served.survives()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedgex.client.training.secure_round import ExchangeError
 from fedgex.client.training.secure_state import AttemptState
 from fedgex.common import keys
 from fedgex.common.arrays import PER_GENE
+from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.messages.fields import (
     AdvertisedKeys,
@@ -30,6 +32,7 @@ from fedgex.common.messages.fields import (
 from fedgex.common.messages.replies import TrainReply
 from fedgex.common.messages.requests import (
     ConfirmRequest,
+    CrossProductsRequest,
     KeysRequest,
     SharesRequest,
     StatisticsRequest,
@@ -103,13 +106,14 @@ class Coordinator:
         asked = KeysRequest(
             study=self.study,
             vocabulary=VOCABULARY,
+            standardisation=Standardisation.identity(GENES),
             round=order,
             attempt=Attempt(attempt=1, run=""),
-        )
+        ).to_records()
+        if not issubclass(kind, CrossProductsRequest):
+            del asked[keys.STANDARDISATION]
         return kind.from_records(
-            RecordDict(
-                {**asked.to_records(), keys.EXCHANGE: record, **self.records, **records}
-            )
+            RecordDict({**asked, keys.EXCHANGE: record, **self.records, **records})
         )
 
     # ---- the steps, each of one site ----
@@ -614,9 +618,13 @@ def deployed(
     """Return a coordinator of hospitals that know their consortium's authority."""
 
     class Known:
-        authority = signers.authority
+        authority, revoked = signers.authority, frozenset(())
 
+    pins = {n: pki.fingerprint(held) for n, (_, held) in signers.issued.items()}
+    contract = SimpleNamespace(contract=SimpleNamespace(site_keys=pins))
+    approvals = SimpleNamespace(contract=lambda hash: contract)
     monkeypatch.setattr(secure_round.Identity, "load", lambda folder: Known)
+    monkeypatch.setattr(secure_round.ApprovalStore, "of", lambda settings: approvals)
     run = {"contract": "c" * 64, "run": "run-1"}
     coordinator.records = {keys.RUN: ConfigRecord(dict(run))}
     coordinator.make_keys()

@@ -48,6 +48,8 @@ class Answer(Settings):
     expires: date | None = None
     """Last day of an approval."""
     reason: str = ""
+    runs: int | None = None
+    """Runs that an approval permits; None: any number."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ OUT ?= runs/demo
 ENVIRONMENT ?= $(VENV)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo rehearsal check test test-federation test-bench chaos bench build sbom clean
+.PHONY: help install demo rehearsal check test test-federation test-bench chaos fuzz bench build sbom clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -58,6 +58,10 @@ test-bench: install
 ## chaos     kill at every named fail-point, on both sides; FEDGEX_CHAOS=N tries N of them
 chaos: install
 	FEDGEX_CHAOS=$${FEDGEX_CHAOS:-all} $(BIN)/pytest -rs -m chaos
+
+## fuzz      try each parser that faces another party; FEDGEX_FUZZ=N inputs for each
+fuzz: install
+	FEDGEX_FUZZ=$${FEDGEX_FUZZ:-10000} $(BIN)/pytest -q tests/fuzz
 
 ## bench     throughput, overhead, memory and cost, as ratios of one run
 bench: install

@@ -132,15 +132,19 @@ class Code(StrEnum):
     OUTSIDE_VERSIONS = "FX-STUDY-007", "error", "The installed fedgex is not the contract's", "Install the release that the contract names"
     AGAINST_POLICY = "FX-STUDY-008", "error", "`policy.toml` refuses what the contract asks for", "`study show` names it; change the policy, or ask for another contract"
     STANDARDISATION_CHANGED = "FX-STUDY-009", "error", "Another standardisation than the first of this run", "Inform the administrator; nothing was computed with it"
+    RUNS_USED = "FX-STUDY-011", "error", "More runs of the contract than a person at the site approved", "Nothing, or approve it again with a larger `--runs`; the run waits"
+    NOT_PINNED = "FX-STUDY-010", "error", "Secure aggregation under a contract that pins no keys, or a key (of a hospital or an administrator) that neither contract nor `join` pins", "Ask for a new contract; for administrators who changed, a new kit: `join --administrators-changed`. If nobody changed a key, inform the administrators"
     DELTA_TOO_LARGE = "FX-PRIV-001", "error", "The study's delta, or the hospital's `privacy_delta`, is not below 1 / patients", "Ask for a study with a smaller delta; set a smaller `privacy_delta`"
     BUDGET_EXCEEDED = "FX-PRIV-002", "error", "The round would exceed the hospital's privacy budget; nothing was computed", "Nothing: the budget is spent. `fedgex-site ledger show` lists on what; [privacy.md](privacy.md#the-budget)"
     LEDGER_UNUSABLE = "FX-PRIV-003", "error", "The privacy ledger is missing, unreadable, changed, or restored from a backup", "Put the newest ledger back, see [hospital-operation.md](hospital-operation.md#7-the-privacy-ledger)"
+    PLAN_EXCEEDED = "FX-PRIV-004", "error", "A contract asks for a round again, under other bytes, more often than twice in all its runs; nothing was computed or charged", "Inform the administrator: budget would be spent on what the contract does not plan; [privacy.md](privacy.md#the-budget)"
     UNKNOWN_RUN = "FX-RUN-001", "error", "A message names no run, or one that cannot be", "Inform the administrator"
     ANSWERED_ALREADY = "FX-RUN-002", "error", "A round was answered already, for another request", "Inform the administrator; nothing was computed twice"
     LOG_RESTORED = "FX-RUN-003", "error", "The site's audit log lacks a line that the server holds its signature over", "Put the newest log back, see [hospital-operation.md](hospital-operation.md#8-keys-backup-leaving)"
     RELEASE_UNVERIFIED = "FX-RUN-004", "error", "A released model could not be verified, or is another run's; it was not kept", "Inform the administrator; use none that came another way"
     EXCHANGE_REFUSED = "FX-RUN-005", "error", "Secure aggregation: changed or unsigned keys, a second or too short list, or a round that is over", "Inform the administrator: the log says what, and no share has left; [privacy.md](privacy.md#secure-aggregation)"
     SUMS_TOO_CLOSE = "FX-RUN-006", "error", "Sums over patients would differ by fewer than the minimum from some that left before; or the record of those is damaged", "Nothing: the site trains without them; the log says which. [privacy.md](privacy.md#sums-over-patients)"
+    ANOTHER_MODEL = "FX-RUN-007", "error", "A model is not the one that the run's receipts name: hospitals were sent different ones", "Keep receipts and log; compare them with another hospital's: `fedgex-site log compare`"
 
     # predictions
     NO_VOCABULARY_GENE = "FX-PREDICT-001", "error", "No gene of the vocabulary is measured", "Check the names of the genes and their axis; Ensembl ids need `--hgnc-table`"
@@ -166,6 +170,12 @@ class Code(StrEnum):
 
 
 TEMPORARY = frozenset(
-    {Code.PAUSED, Code.OUTSIDE_HOURS, Code.DISK_FULL, Code.NOT_APPROVED}
+    {
+        Code.PAUSED,
+        Code.OUTSIDE_HOURS,
+        Code.DISK_FULL,
+        Code.NOT_APPROVED,
+        Code.RUNS_USED,
+    }
 )
 """Refusals that pass without a new message: the server asks the site again."""

@@ -27,6 +27,7 @@ RUN = "run"
 RECEIPT = "receipt"
 SERVER = "server"
 SIGNED_CONTRACT = "contract"
+REVOCATIONS = "revocations"
 BUNDLE = "bundle"
 
 # records of secure aggregation, in messages, replies, or both

@@ -19,16 +19,25 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal."""
+Norm = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Euclidean norm; beyond, float32 loses what is clipped to it, or added."""
+Noise = Annotated[float, Field(gt=0, le=1e4)]
+"""Standard deviation of noise, in the unit that its field names."""
+Rate = Annotated[float, Field(ge=1e-6, le=1e3)]
+"""Learning rate."""
 
 MAX_ERRORS = 50
 """Errors of one text that are named."""
 
 
 class Settings(BaseModel):
-    """Base of all settings read from files: frozen, and unknown keys are errors."""
+    """Base of all settings read from files: frozen, finite, without unknown keys."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
     @classmethod

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedgex.common.data.cross_products import OTHERS
 from fedgex.common.data.scales import Scale
-from fedgex.common.settings import Name, Settings, retired
+from fedgex.common.settings import Name, Noise, Norm, Rate, Settings, retired
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
 """Names of the phases, which are the tasks that a site permits."""
@@ -50,9 +50,8 @@ ROBUST = {
 """Aggregation rules that need every update by itself, and know no weights."""
 
 Symbol = Annotated[str, Field(pattern=r"^\S+$")]
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
+Weight = Annotated[float, Field(gt=0, le=1e9)]
+MOST_STEPS = 10_000_000  # private ones, of all planned rounds at a site
 Head = Annotated[
     Literal["shared"],
     retired(
@@ -120,28 +119,28 @@ class MaskingRule(Settings):
 class LocalTraining(Settings):
     """How each site trains in one round."""
 
-    rounds: int = Field(ge=0)
+    rounds: int = Field(ge=0, le=100_000)
     """Rounds of the phase; 0 leaves it out."""
-    local_epochs: int = Field(default=1, ge=1)
+    local_epochs: int = Field(default=1, ge=1, le=10_000)
     """Passes over the site's patients in a round."""
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=1_000_000)
     """Patients in a batch."""
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: Rate = 2e-3
     """Peak learning rate of AdamW (or SGD)."""
-    final_learning_rate: float = Field(default=0.1, gt=0, le=1)
+    final_learning_rate: float = Field(default=0.1, ge=1e-6, le=1)
     """Share of the peak that is left in the last round (cosine over the rounds)."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, le=1e3)
     """Decoupled weight decay."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Local optimiser; its state starts anew each round, so a site keeps nothing."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=1e-6, le=1e9)
     """Gradients are scaled down to this Euclidean norm."""
 
 
 class Pretraining(LocalTraining):
     """Masked restoration."""
 
-    rounds: int = Field(default=30, ge=0)
+    rounds: int = Field(default=30, ge=0, le=100_000)
     """Rounds of restoration pretraining."""
     masking: MaskingRule = MaskingRule()
 
@@ -154,7 +153,7 @@ def _named_once(types: tuple[str, ...], key: str) -> None:
 class Classification(LocalTraining):
     """Cancer type from expression."""
 
-    rounds: int = Field(default=0, ge=0)
+    rounds: int = Field(default=0, ge=0, le=100_000)
     """Rounds; 0 leaves classification out."""
     classes: tuple[str, ...] = ()
     """Cancer types told apart; named here so that no site needs to reveal its own."""
@@ -177,7 +176,7 @@ class Classification(LocalTraining):
 class Survival(LocalTraining):
     """Time to event within each cancer type."""
 
-    rounds: int = Field(default=0, ge=0)
+    rounds: int = Field(default=0, ge=0, le=100_000)
     """Rounds; 0 leaves survival out."""
     cancer_types: tuple[str, ...] = ()
     """Cancer types, each with a log-hazard of its own over the shared backbone."""
@@ -223,16 +222,16 @@ class StrategyRule(Settings):
     `{ north = 2.0, south = 1.0 }`."""
     per_gene: bool = True
     """Average a gene's parameters over the sites that measured the gene, only."""
-    proximal_mu: float = Field(default=0.0, ge=0)
+    proximal_mu: float = Field(default=0.0, ge=0, le=1e6)
     """FedProx: pull towards the incoming model (Li et al. 2020, eq. 2); above 0 for
     fedprox, 0 for all others."""
-    server_learning_rate: float = Field(default=0.01, gt=0)
+    server_learning_rate: Rate = 0.01
     """FedAdam: eta of Reddi et al. 2021, algorithm 2."""
     beta_1: float = Field(default=0.9, ge=0, lt=1)
     """FedAdam: first moment."""
     beta_2: float = Field(default=0.99, ge=0, lt=1)
     """FedAdam: second moment."""
-    tau: float = Field(default=1e-3, gt=0)
+    tau: float = Field(default=1e-3, ge=1e-12, le=1e6)
     """FedAdam: degree of adaptivity."""
     trim_share: float = Field(default=0.2, ge=0, lt=0.5)
     """Trimmed mean: share of the sites cut off at either end, for each number."""
@@ -267,17 +266,17 @@ class PatientPrivacy(Settings):
     Neighbouring cohorts differ by one patient, added or removed.
     """
 
-    epsilon: float | None = Field(default=None, gt=0)
+    epsilon: float | None = Field(default=None, gt=0, le=1e6)
     """Most that all planned rounds together may spend at a site."""
-    noise_multiplier: float | None = Field(default=None, gt=0)
+    noise_multiplier: Noise | None = None
     """Standard deviation of the noise as a multiple of `clip`; instead of `epsilon`."""
     delta: float = Field(gt=0, lt=1)
     """Probability that the bound does not hold; below 1 / patients at every site."""
-    clip: float = Field(gt=0)
+    clip: Norm
     """Euclidean norm to which each patient's gradient is scaled down."""
-    sample_rate: float = Field(gt=0, le=1)
+    sample_rate: float = Field(ge=1e-6, le=1)
     """Probability with which each patient is in a step (Poisson sampling)."""
-    label_noise: float = Field(default=10.0, gt=0)
+    label_noise: Noise = 10.0
     """Standard deviation of the noise on the number of patients of each class, which
     is counted once for classification."""
     accountant: Literal["prv", "rdp"] = "prv"
@@ -297,9 +296,9 @@ class SitePrivacy(Settings):
     trusted with the noise.
     """
 
-    noise_multiplier: float = Field(gt=0)
+    noise_multiplier: Noise
     """Standard deviation of the noise on the sum, as a multiple of `clip`."""
-    clip: float = Field(gt=0)
+    clip: Norm
     """Euclidean norm to which a site scales its change of the model down."""
     delta: float = Field(gt=0, lt=1)
     """Probability that the bound does not hold."""
@@ -317,7 +316,7 @@ class Privacy(Settings):
 class SecureAggregation(Settings):
     """The server sees the sum of the sites' updates alone (Bonawitz et al. 2017)."""
 
-    clip: float = Field(default=100.0, gt=0)
+    clip: Norm = 100.0
     """Euclidean norm to which a site scales its change down; it bounds the fixed-point
     numbers."""
 
@@ -327,7 +326,7 @@ class PublicRule(Settings):
 
     statistics: bool = False
     """Means, standard deviations and, with `linear_rank`, the factor model."""
-    epochs: int = Field(default=0, ge=0)
+    epochs: int = Field(default=0, ge=0, le=100_000)
     """Epochs of each phase on it before the phase's first round at the sites; of
     fine-tuning only where the head travels and 30 of its patients can take part."""
 
@@ -335,14 +334,14 @@ class PublicRule(Settings):
 class RoundRule(Settings):
     """When a round counts."""
 
-    quorum: int = Field(default=2, ge=1)
+    quorum: int = Field(default=2, ge=1, le=10_000)
     """Fewest updates that make a round."""
     mandatory_sites: tuple[str, ...] = ()
     """Sites without which no round counts."""
     deadline_s: float = Field(default=3600, gt=0, le=12 * 3600)
     """A site is late once nothing of it has moved for so many seconds; Flower keeps a
     message for twelve hours."""
-    max_norm_ratio: float = Field(default=10, ge=1)
+    max_norm_ratio: float = Field(default=10, ge=1, le=1e12)
     """An update that changes the model more than so many times as much as the median
     of the others does, in Euclidean norm, is quarantined; from three updates on."""
 
@@ -354,7 +353,7 @@ class Evaluation(Settings):
     """Missing rates, completely at random and low-expression dropout."""
     panels: tuple[int, ...] = (50, 100, 200)
     """Whole-gene panels: numbers of genes that are measured."""
-    patients_per_round: int = Field(default=128, ge=1)
+    patients_per_round: int = Field(default=128, ge=1, le=1_000_000_000)
     """Hold-out patients evaluated after every round; the last round takes all."""
 
     @model_validator(mode="after")
@@ -432,8 +431,12 @@ class Study(Settings):
 
     def _beside_patient(self) -> Iterator[str]:
         """Yield what cannot stand beside patient-level privacy."""
-        if self.privacy.patient is None:
+        rule = self.privacy.patient
+        if rule is None:
             return
+        epochs = sum(each.rounds * each.local_epochs for each in self.phases.values())
+        if (steps := epochs / rule.sample_rate) > MOST_STEPS:
+            yield f"privacy.patient: {steps:.3g} steps; expected {MOST_STEPS:,} or less"
         if self.strategy.weights not in ("equal", "fixed"):
             yield (
                 f'privacy.patient: weights = "{self.strategy.weights}" counts patients;'

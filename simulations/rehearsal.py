@@ -193,11 +193,13 @@ class Rehearsal(Daemons):
         genes = self.folder / "genes.txt"
         genes.write_text("\n".join(self.study.vocabulary.genes) + "\n")
         expires = (datetime.now(UTC) + timedelta(days=30)).date()
+        open_ = self.study.secure_aggregation is None
+        reason = ("--no-secure-aggregation", "as in the simulator") if open_ else ()
         drafted = self.admin(
             "study", "new", "--study", study, "--genes", genes,
             "--purpose", "Rehearsal of a federation on one machine",
             "--expires", str(expires), "--sites", ",".join(self.sites),
-            "--out", self.contract,
+            "--out", self.contract, *reason,
         )  # fmt: skip
         self.admin("study", "sign", self.contract, "--key", self.key(ADMINISTRATORS[0]))
         return str(drafted["hash"])
@@ -214,13 +216,15 @@ class Rehearsal(Daemons):
         self.report(f"published: contract {hash[:12]}")
         return hash
 
-    def approve(self, hash: str, sites: Iterable[str] | None = None) -> None:
+    def approve(
+        self, hash: str, sites: Iterable[str] | None = None, *, runs: int = 1
+    ) -> None:
         """Have a person at each hospital approve the contract."""
         expires = (datetime.now(UTC) + timedelta(days=20)).date()
         for name in self.sites if sites is None else sites:
             self.site(
                 "study", "approve", self.site_toml(name), hash, "--by", "data-officer",
-                "--expires", str(expires),
+                "--expires", str(expires), "--runs", str(runs),
             )  # fmt: skip
         self.report("approved: by a person at every hospital")
 

@@ -31,7 +31,7 @@ PLACES: dict[str, set[str]] = {
     "validate_json": set(),
     "x509.load_pem_x509_certificate": {"common/trust/pki.py"},
     "x509.load_pem_x509_csr": {"common/trust/pki.py"},
-    "x509.load_pem_x509_crl": {"common/trust/pki.py"},
+    "x509.load_pem_x509_crl": {"common/trust/revocation.py"},
     "x509.load_der_x509_certificate": {"client/service/connection.py"},
     "serialization.load_pem_private_key": {"common/trust/pki.py"},
     "load_ssh_private_key": {

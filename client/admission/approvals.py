@@ -18,16 +18,18 @@ from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, Field, model_validator
 
-from fedgex.client.identity import AUDIT, Identity
+from fedgex.client.identity import AUDIT, Identity, described
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
+from fedgex.common import keys
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
-from fedgex.common.settings import Settings
+from fedgex.common.settings import Settings, added
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pinning import PinError
 from fedgex.common.trust.signed import Signed
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ Verdict = Literal["approved", "rejected", "withdrawn"]
 """Decisions of a person about a contract."""
 
 HASH_PATTERN = re.compile(r"[0-9a-f]{64}")
-RECEIVED, DECIDED = "contract-received", "decision"
+RECEIVED, DECIDED, ASKED = "contract-received", "decision", "asked"
 """Events of the audit log."""
 
 
@@ -63,6 +65,9 @@ class Decision(Settings):
     """Last day of an approval, UTC; null for the others."""
     reason: str = ""
     """Reason of a rejection or withdrawal; never leaves the hospital."""
+    runs: int | None = added(None, ge=1, le=1000)
+    """Runs of the contract that an approval permits, those before it included. None in
+    decisions of fedgex 0.1.0, whose approvals are for any number."""
 
     @model_validator(mode="after")
     def _what_each_needs(self) -> Self:
@@ -72,6 +77,8 @@ class Decision(Settings):
             raise ValueError(
                 "a rejection or withdrawal needs a reason, and an approval has none"
             )
+        if self.decision != "approved" and self.runs is not None:
+            raise ValueError("an approval is for a number of runs, and nothing else is")
         return self
 
 
@@ -111,6 +118,11 @@ class ApprovalStore:
         state_dir = settings.state_dir
         audit = Chain(state_dir / AUDIT)
         return cls(state_dir, Identity.load(state_dir), audit, settings.policy)
+
+    @property
+    def administrators(self) -> str:
+        """Whose signatures a contract needs here, in words."""
+        return described(self._identity)
 
     def receive(self, signed: Signed) -> Received:
         """Verify a contract and keep it for a person to decide about.
@@ -196,6 +208,7 @@ class ApprovalStore:
         by: str,
         expires: date | None = None,
         reason: str = "",
+        runs: int | None = 1,
     ) -> Decision:
         """Sign, log and store a person's decision.
 
@@ -208,7 +221,7 @@ class ApprovalStore:
             If the contract is unknown, changed or, to be approved, expired; or if it
             was withdrawn, which is final.
         ConfigError
-            If `by`, `expires` or `reason` cannot be what they are.
+            If `by`, `expires`, `reason` or `runs` cannot be what they are.
         TrustError
             If the hospital's own certificate does not hold now.
         """
@@ -235,6 +248,7 @@ class ApprovalStore:
             "at": now,
             "expires": expires,
             "reason": reason.strip(),
+            "runs": runs if decision == "approved" else None,
         }
         made = Decision.read(values, "the decision")
         dumped = made.model_dump(mode="json")
@@ -249,6 +263,15 @@ class ApprovalStore:
             point="decision",
         )
         return made
+
+    def signed_decision(self, hash: str) -> str:
+        """Return the stored decision, signed anew if our keys were replaced since."""
+        path, ours = self._decisions / f"{hash}.json", self._identity
+        signed = Signed.from_json(path.read_text(encoding="utf-8"), path.name)
+        if [s.certificate for s in signed.signatures] != [pki.to_pem(ours.certificate)]:
+            signed = Signed(signed.content).signed_by(ours.key, ours.certificate)
+            write_atomic(path, signed.to_json().encode(), point="decision")
+        return signed.to_json()
 
     def decision(self, hash: str) -> Decision | None:
         """Return the valid decision about a contract, None without one.
@@ -267,6 +290,33 @@ class ApprovalStore:
                 hash[:16],
             )
         return None
+
+    def runs(self, hash: str) -> tuple[str, ...]:
+        """Return the runs of a contract that used patients here, oldest first.
+
+        A run that asked only who would take part used none, and does not count.
+        """
+        asked = [x for x in self._events(ASKED, hash) if x["type"] != keys.PREPARE]
+        return tuple(dict.fromkeys(line["run"] for line in asked))
+
+    def admit_run(self, hash: str, run: str) -> None:
+        """Refuse a run of a contract beyond the number that a person approved.
+
+        Raises
+        ------
+        Refusal
+            `Code.RUNS_USED`. A run that goes on, or is resumed, counts once.
+        """
+        decision, begun = self.decision(hash), self.runs(hash)
+        if decision is None or decision.runs is None or run in begun:
+            return
+        if len(begun) >= decision.runs:
+            raise Refusal(
+                Code.RUNS_USED,
+                f"{decision.by} approved {runs_of(decision)} of contract {hash[:16]}, "
+                f"and {len(begun)} began: {', '.join(begun)}. For another one, approve "
+                f"it again with --runs {len(begun) + 1}.",
+            )
 
     def admitted(self, hash: str) -> Contract:
         """Return the contract if it may run here now.
@@ -312,13 +362,21 @@ class ApprovalStore:
         """Return a contract whose signatures held at that time; None is now."""
         name = f"contract {signed.hash[:16]}"
         try:
-            signers = signed.signers(self._identity.authority, "administrator", at=at)
+            signers = signed.signers(
+                self._identity.authority,
+                "administrator",
+                at=at,
+                revoked=self._identity.revoked,
+            )
             if not signers:
                 raise TrustError(
                     "it bears no signature; expected an administrator's. Ask the "
                     "coordinator to have it signed."
                 )
             contract = Contract.read_signed(signed)
+            signers = self._identity.counted(signed, contract.administrator_keys)
+        except PinError as error:
+            raise Refusal(Code.NOT_PINNED, f"{name}: {error}") from error
         except (TrustError, ConfigError) as error:
             raise Refusal(Code.UNTRUSTED, f"{name}: {error}") from error
         if self._identity.name not in contract.sites:
@@ -356,10 +414,10 @@ class ApprovalStore:
 
     def _events(self, event: str, hash: str) -> list[dict[str, Any]]:
         try:
-            lines = audit_log.read(self._audit.path)
+            lines = audit_log.events(self._audit.path, event)
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
-        return [x for x in lines if x["event"] == event and x.get("contract") == hash]
+        return [line for line in lines if line.get("contract") == hash]
 
     def _on_file(self, hash: str) -> Decision | None:
         """Return the stored decision, None if there is none that we signed."""
@@ -377,6 +435,30 @@ class ApprovalStore:
             logger.warning("decisions/%s is not this hospital's", path.name)
             return None
         return made
+
+
+def runs_of(decision: Decision) -> str:
+    """Return the number of runs of an approval, in words."""
+    if decision.runs is None:
+        return "any number of runs"
+    return f"{decision.runs} run{'' if decision.runs == 1 else 's'}"
+
+
+def require_pins(contract: Contract) -> None:
+    """Refuse secure aggregation under a contract that pins no keys.
+
+    Raises
+    ------
+    Refusal
+        `Code.NOT_PINNED`.
+    """
+    if contract.study.secure_aggregation is not None and not contract.site_keys:
+        raise Refusal(
+            Code.NOT_PINNED,
+            "the contract asks for secure aggregation and pins no keys, so that who "
+            "holds the authority's key could play the other hospitals. Ask the "
+            "coordinator for a new contract, which pins them.",
+        )
 
 
 def _expired_contract(contract: Contract) -> str:

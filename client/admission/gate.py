@@ -13,21 +13,24 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedgex.client.admission.approvals import ApprovalStore, Refusal
+from fedgex.client.admission.approvals import ApprovalStore, Refusal, require_pins
+from fedgex.client.admission.receipts import ASKED, Receipts
 from fedgex.client.admission.reply_cache import AnotherRequestError, Replies
-from fedgex.client.identity import Identity
+from fedgex.client.identity import Identity, keep_revocations
 from fedgex.client.ledger import debit
 from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common.codes import Code
 from fedgex.common.errors import MessageError, TrustError, UpdateError
+from fedgex.common.messages.codec import boundary
 from fedgex.common.messages.fields import (
     Decision,
     Hospital,
@@ -38,6 +41,7 @@ from fedgex.common.messages.fields import (
 from fedgex.common.messages.replies import ContractReply, ReleaseReply, Reply, read_part
 from fedgex.common.messages.replies import Refusal as RefusalReply
 from fedgex.common.messages.requests import (
+    REQUESTS,
     ContractRequest,
     Envelope,
     ReleaseRequest,
@@ -55,7 +59,7 @@ from fedgex.common.transport.records import to_arrays
 from fedgex.common.trust import audit_log, bundle, pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
-from fedgex.common.trust.receipt import Part, Receipt, reply_digest
+from fedgex.common.trust.receipt import Part, reply_digest, request_digest
 from fedgex.common.trust.signed import Signed
 
 logger = logging.getLogger(__name__)
@@ -97,20 +101,26 @@ class Gate:
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message; errors leave the hospital as a code."""
+        about = _about(message)
         try:
             settings = SiteSettings.load(self.site_toml)
-            reply = self._answer(message, context, settings)
+            reply = self._answer(message, context, settings, about)
         except Refusal as refusal:
-            reply = self._refuse(message, refusal)
+            reply = self._refuse(message, about, refusal)
         except LedgerError as error:
-            reply = self._refuse(message, Refusal(error.code, str(error)))
+            reply = self._refuse(message, about, Refusal(error.code, str(error)))
         except Exception as error:
             logger.exception("failed")
-            reply = self._refuse(message, Refusal(code(error), type(error).__name__))
+            unforeseen = Refusal(code(error), type(error).__name__)
+            reply = self._refuse(message, about, unforeseen)
         return Message(reply, reply_to=message)
 
     def _answer(
-        self, message: Message, context: Context, settings: SiteSettings
+        self,
+        message: Message,
+        context: Context,
+        settings: SiteSettings,
+        about: Mapping[str, Any],
     ) -> RecordDict:
         kind = message.metadata.message_type
         approvals = ApprovalStore.of(settings)
@@ -120,25 +130,20 @@ class Gate:
             raise Refusal(Code.OUTSIDE_CONTRACT, str(error)) from error
         run = _run(request)
         self._same_log(request.receipt)
-        order = (
-            request.round if isinstance(request, TrainRequest | SecureRequest) else None
-        )
-        about = {
-            "contract": run.contract,
-            "run": run.run,
-            "type": kind,
-            "phase": "" if order is None else order.phase,
-            "round": 0 if order is None else order.number,
-            "request": request.digest,
-        }
         if isinstance(request, ContractRequest):
-            return self._logged(self._contract(request, approvals).to_records(), about)
+            return self._logged(self._contract(request, settings).to_records(), about)
         contract = approvals.admitted(run.contract)
-        self._keep_receipt(request.receipt, run)
+        receipts = Receipts(self.state_dir, run.run)
+        receipts.keep(request.receipt, run, self.identity, self.audit)
         if isinstance(request, ReleaseRequest):
             return self._logged(self._release(request, run).to_records(), about)
         assert isinstance(request, StudyRequest)
+        require_pins(contract)
         _same(kind, request, contract)
+        approvals.admit_run(run.contract, run.run)
+        sent = {}
+        if isinstance(request, TrainRequest):
+            sent = {"model": receipts.follow(request)}
         self._open_now(settings)
         private = contract.study.privacy.patient is not None
         if private:
@@ -156,7 +161,7 @@ class Gate:
         if private:
             self._nothing_left(about)
         self._begin(request.digest)
-        self.audit.append("asked", **about)
+        self.audit.append(ASKED, **about, **sent)
         failpoints.reach("site.before_train")
         reply: RecordDict = self.app(message, context).content
         failpoints.reach("site.after_train")
@@ -170,10 +175,10 @@ class Gate:
         failpoints.reach("site.before_send")
         return reply
 
-    def _nothing_left(self, about: dict[str, object]) -> None:
+    def _nothing_left(self, about: Mapping[str, Any]) -> None:
         """Refuse to recompute, under one debit, a reply that may have left."""
-        for line in audit_log.read(self.audit.path):
-            if line["event"] == KEPT and about.items() <= line.items():
+        for line in audit_log.events(self.audit.path, KEPT):
+            if about.items() <= line.items():
                 raise Refusal(
                     Code.ANSWERED_ALREADY,
                     f"the reply of {line['time'][:10]} to this is no longer there, and "
@@ -185,7 +190,7 @@ class Gate:
         self,
         stored: RecordDict,
         question: str,
-        about: dict[str, object],
+        about: Mapping[str, Any],
         replies: Replies,
     ) -> RecordDict:
         """Return a stored reply, signed anew if the hospital's keys were replaced."""
@@ -199,19 +204,23 @@ class Gate:
         return stored
 
     def _contract(
-        self, request: ContractRequest, approvals: ApprovalStore
+        self, request: ContractRequest, settings: SiteSettings
     ) -> ContractReply:
         """Store a contract; reply with the approval, if there is one."""
         try:
+            if request.revocations is not None:
+                keep_revocations(self.state_dir, request.revocations.crl)
             signed = Signed.from_json(request.contract.json_, "the contract sent")
         except TrustError as error:
             raise Refusal(Code.UNTRUSTED, str(error)) from error
+        approvals = ApprovalStore.of(settings)  # after the revocations were kept
         received = approvals.receive(signed)
+        require_pins(received.contract)
         approvals.admitted(received.hash)  # so what is sent now is an approval
-        decision = self.state_dir / "decisions" / f"{received.hash}.json"
-        return ContractReply(
-            site=Decision(name=self.identity.name, decision=decision.read_text())
-        )
+        if request.run is not None and request.run.run:
+            approvals.admit_run(received.hash, request.run.run)
+        decision = approvals.signed_decision(received.hash)
+        return ContractReply(site=Decision(name=self.identity.name, decision=decision))
 
     def _release(self, request: ReleaseRequest, run: Run) -> ReleaseReply:
         """Verify a released model and store it for predictions."""
@@ -245,39 +254,6 @@ class Gate:
                 "backup. Nothing is answered. See docs/hospital-operation.md.",
             )
 
-    def _keep_receipt(self, last: LastReceipt | None, run: Run) -> None:
-        """Verify and store the coordinator's receipt of the previous round."""
-        if last is None or not last.json_:
-            return
-        sent = last.json_
-        try:
-            signed = Signed.from_json(sent, "the receipt sent")
-            receipt = Receipt.read_signed(signed)
-            if not signed.signers(
-                self.identity.authority, "coordinator", at=receipt.time
-            ):
-                raise TrustError("the receipt sent bears no signature.")
-        except TrustError as error:
-            raise Refusal(Code.UNTRUSTED, str(error)) from error
-        if (receipt.contract, receipt.run) != (run.contract, run.run):
-            raise Refusal(Code.OUTSIDE_CONTRACT, "the receipt sent is of another run.")
-        path = self.state_dir / "receipts" / run.run / f"{receipt.index:05d}.json"
-        if path.exists():
-            held = Signed.from_json(path.read_text(), path.name)
-            if held.content == signed.content:
-                return
-            raise Refusal(
-                Code.UNTRUSTED,
-                f"the coordinator signed two different receipts {receipt.index} of "
-                f"{run.run}: hospitals received different ones. Keep {path} and the "
-                "log.",
-            )
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(path, sent.encode())
-        self.audit.append(
-            "receipt", run=run.run, index=receipt.index, digest=signed.hash
-        )
-
     def _open_now(self, settings: SiteSettings) -> None:
         if (self.state_dir / "paused").exists():
             raise Refusal(Code.PAUSED, "the operator paused this site.")
@@ -286,26 +262,38 @@ class Gate:
                 Code.OUTSIDE_HOURS, f"policy.toml answers {settings.policy.hours} only."
             )
 
-    def _logged(self, reply: RecordDict, about: dict[str, object]) -> RecordDict:
-        """Log a reply, then sign its digest together with the log's head."""
+    def _logged(
+        self, reply: RecordDict, about: Mapping[str, Any], **more: str
+    ) -> RecordDict:
+        """Log a reply, then sign its digest together with the log's head.
+
+        Parameters
+        ----------
+        more
+            What else is logged, and does not leave.
+        """
         refused = keys.REFUSAL in reply
         code = RefusalReply.from_records(reply).refusal.code if refused else None
+        metrics = reply.metric_records.get(keys.METRICS)
+        patients = None if metrics is None else metrics.get(keys.NUM_EXAMPLES)
+        signed_of = {
+            "reply": reply_digest(reply),
+            "patients": "suppressed" if patients is None else patients,
+        }
         head = self.audit.append(
             "answered" if code is None else "refused",
             **about,
+            **signed_of,
+            **more,
             code=code,
-            reply=reply_digest(reply),
             bytes=_size(reply),
         )
-        metrics = reply.metric_records.get(keys.METRICS)
-        patients = None if metrics is None else metrics.get(keys.NUM_EXAMPLES)
         part = Part.read(
             {
                 **about,
+                **signed_of,
                 "site": self.identity.name,
-                "reply": reply_digest(reply),
                 "head": {"index": head.index, "hash": head.hash},
-                "patients": "suppressed" if patients is None else patients,
             },
             "our part",
         ).to_json()
@@ -316,16 +304,18 @@ class Gate:
         )
         return RecordDict({**reply, **Reply(part=signed).to_records()})
 
-    def _refuse(self, message: Message, refusal: Refusal) -> RecordDict:
+    def _refuse(
+        self, message: Message, about: Mapping[str, Any], refusal: Refusal
+    ) -> RecordDict:
+        """Log a refusal; sign it where the request names a run."""
         logger.warning("refused: %s", refusal)
         self._end()  # first: the log may be what cannot be written
-        self.audit.append(
-            "refused",
-            type=message.metadata.message_type,
-            code=refusal.code,
-            why=refusal.why,
-        )
-        return RefusalReply.of(refusal.code).to_records()
+        reply = RefusalReply.of(refusal.code).to_records()
+        if about:
+            return self._logged(reply, about, why=refusal.why)
+        kind = message.metadata.message_type[:64]
+        self.audit.append("refused", type=kind, code=refusal.code, why=refusal.why)
+        return reply
 
     # ---- the computation under way, read by the daemon ----
 
@@ -376,6 +366,36 @@ def stop_working(state_dir: Path, code: Code) -> None:
     if found is not None:
         content = json.dumps(found | {"code": code}).encode()
         write_atomic(state_dir / WORKING, content)
+
+
+def _about(message: Message) -> dict[str, Any]:
+    """Return what a reply is about; empty if the request names no run and round."""
+    kind, content = message.metadata.message_type, message.content
+    codecs = TrainRequest.codecs()
+    try:
+        run = codecs["run"].read(content)
+        ordered = keys.ROUND in content
+        order = codecs["round"].read(content) if ordered else None
+        with boundary():
+            asked = request_digest(kind, content)
+    except MessageError:
+        return {}
+    if kind not in REQUESTS or not _can_be(run):
+        return {}
+    return {
+        "contract": run.contract,
+        "run": run.run,
+        "type": kind,
+        "phase": "" if order is None else order.phase,
+        "round": 0 if order is None else order.number,
+        "request": asked,
+    }
+
+
+def _can_be(run: Run) -> bool:
+    """Whether contract and run have names that can stand in the log."""
+    named = not run.run or re.fullmatch(NAME_PATTERN, run.run)
+    return bool(named and re.fullmatch("[0-9a-f]{64}", run.contract))
 
 
 def _run(request: Envelope) -> Run:

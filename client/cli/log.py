@@ -1,70 +1,109 @@
-"""`fedgex-site log`: the hospital's audit log."""
+"""`fedgex-site log`: the hospital's audit log and the coordinator's receipts."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from fedgex.client.cli.options import SiteToml, load, not_found, refusing
 from fedgex.client.identity import AUDIT
 from fedgex.client.settings import SiteSettings
-from fedgex.common.errors import TrustError
-from fedgex.common.trust import audit_log
-from fedgex.common.trust.audit_log import Head
-from fedgex.common.trust.receipt import Part, Receipt
-from fedgex.common.trust.signed import Signed
+from fedgex.common.system.files import write_atomic
 
-log = typer.Typer(no_args_is_help=True, help="Look at the hospital's audit log.")
+WRONG, UNCOUNTED, EQUIVOCATION = 1, 5, 6
+"""Exit codes: a contradiction; answers that no receipt counts; two versions."""
+
+log = typer.Typer(
+    no_args_is_help=True,
+    help="Verify the hospital's audit log and receipts, and compare them.",
+)
 
 
 @log.command("verify")
 def log_verify(site_toml: SiteToml) -> None:
-    """Find any line of the audit log that was changed, removed, reordered or cut."""
+    """Verify the audit log, and all receipts against it.
+
+    Exits with 1 if a line or receipt was changed, removed or forged, and with 5 if only
+    answers of this hospital are missing from receipts.
+    """
+    from fedgex.client.admission.receipt_check import check
+
     with refusing():
-        settings = load(site_toml)
-        if not (settings.state_dir / AUDIT).exists():
-            not_found(
-                f"{settings.state_dir / AUDIT} does not exist; expected the log of a "
-                "hospital that has joined."
-            )
-        head, receipts = verify_log(settings)
+        found = check(_joined(site_toml))
+    for each in found.wrong:
+        typer.echo(f"Error: {each}", err=True)
+    for each in found.uncounted:
+        typer.echo(f"Not counted: {each}", err=True)
+    if found.wrong:
+        typer.echo(
+            "Keep audit log and receipts as they are, and ask other hospitals and the "
+            "administrators; fedgex-site log export writes what can be compared.",
+            err=True,
+        )
+        raise typer.Exit(WRONG)
+    if found.uncounted:
+        typer.echo(
+            "The log holds. Ask the administrators why these answers do not count: "
+            "they came too late, were quarantined, or were left out.",
+            err=True,
+        )
+        raise typer.Exit(UNCOUNTED)
     typer.echo(
-        f"ok: {head.index} lines, none changed, removed or reordered; it holds what "
-        f"{receipts} receipts say of it; head {head.hash}"
+        f"ok: {found.head.index} lines, none changed, removed or reordered; it holds "
+        f"what {found.receipts} receipts say of it; head {found.head.hash}"
     )
 
 
-def verify_log(settings: SiteSettings) -> tuple[Head, int]:
-    """Follow the audit log, and look for each of its heads that a receipt holds.
+@log.command("export")
+def log_export(
+    site_toml: SiteToml,
+    file: Annotated[Path, typer.Argument(help="File to write; .json.")],
+) -> None:
+    """Write all receipts to a file, for another hospital to compare.
 
-    Returns
-    -------
-    tuple
-        The log's head, and the number of receipts with a head of it.
-
-    Raises
-    ------
-    TrustError
-        If a line was changed, removed or reordered, or the log does not hold a head
-        that the coordinator signed: then its end was cut, or a backup restored.
+    It holds what every hospital of a run receives, and nothing of a patient.
     """
-    path = settings.state_dir / AUDIT
-    head = audit_log.verify(path)
-    lines = {Head(line["n"], line["hash"]) for line in audit_log.read(path)}
-    receipts = sorted((settings.state_dir / "receipts").glob("*/*.json"))
-    compared = 0
-    for file in receipts:
-        name = f"receipts/{file.parent.name}/{file.name}"
-        receipt = Receipt.read_signed(Signed.from_json(file.read_bytes(), name))
-        ours = receipt.sites.get(settings.name)
-        if ours is None or ours.part is None:
-            continue
-        known = Part.from_json(ours.part, name).head
-        if known not in lines:
-            raise TrustError(
-                f"{name} holds our signature over line {known.index} of the audit log, "
-                f"and the log of {head.index} lines does not have that line: its end "
-                "was cut, or it was restored from a backup. Keep both, find out what "
-                "happened, and tell the administrator."
-            )
-        compared += 1
-    return head, compared
+    from fedgex.client.admission.receipt_check import export
+
+    with refusing():
+        exported = export(_joined(site_toml))
+        write_atomic(file, exported.to_json().encode(), mode=0o644)
+    typer.echo(f"{len(exported.receipts)} receipts written to {file}")
+
+
+@log.command("compare")
+def log_compare(
+    site_toml: SiteToml,
+    file: Annotated[Path, typer.Argument(help="What another hospital exported.")],
+) -> None:
+    """Compare the receipts here with those that another hospital exported.
+
+    Exits with 6 if the coordinator signed two versions of a receipt, and with 3 if the
+    hospitals have none in common.
+    """
+    from fedgex.client.admission.receipt_check import compare
+
+    with refusing():
+        compared, found = compare(_joined(site_toml), file)
+    for each in found:
+        typer.echo(f"Equivocation: {each}", err=True)
+    if found:
+        typer.echo(
+            "Keep both, and tell the other hospitals and the administrators.", err=True
+        )
+        raise typer.Exit(EQUIVOCATION)
+    if not compared:
+        not_found(f"{file} holds no receipt that is also here; nothing was compared.")
+    typer.echo(f"ok: {compared} receipts are the same at both hospitals")
+
+
+def _joined(site_toml: Path) -> SiteSettings:
+    settings = load(site_toml)
+    if not (settings.state_dir / AUDIT).exists():
+        not_found(
+            f"{settings.state_dir / AUDIT} does not exist; expected the log of a "
+            "hospital that has joined."
+        )
+    return settings

@@ -20,7 +20,7 @@ from fedgex.client.cli.options import (
     load,
     refusing,
 )
-from fedgex.client.identity import AUDIT, Identity, Request
+from fedgex.client.identity import AUDIT, Identity, Request, described
 from fedgex.client.service.connection import Check, Step
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
 from fedgex.common.errors import ConfigError
@@ -109,19 +109,54 @@ def init(
 def join(
     site_toml: SiteToml,
     kit: Annotated[Path, typer.Argument(help="The kit from the administrator.")],
+    administrators_changed: Annotated[
+        bool,
+        typer.Option(
+            "--administrators-changed",
+            help="Other administrators than before may sign contracts: we compared "
+            "their keys by telephone.",
+        ),
+    ] = False,
 ) -> None:
     """Take the kit that the administrator made from our request."""
     with refusing():
-        joined = identity.join(load(site_toml), kit)
+        settings = load(site_toml)
+        held = settings.state_dir / "identity" / "kit.json"
+        before = described(Identity.load(settings.state_dir)) if held.exists() else None
+        joined = identity.join(
+            settings, kit, administrators_changed=administrators_changed
+        )
     until = joined.certificate.not_valid_after_utc
     typer.echo(
         f"joined {joined.consortium} as {joined.name}, server {joined.server}, "
         f"certificate until {until:%Y-%m-%d}"
     )
+    if before not in (None, described(joined)):
+        typer.echo(f"contracts needed {before}")
+    typer.echo(f"contracts need {described(joined)}")
     typer.echo(
-        "Compare the authority's fingerprint with the one that the administrator reads "
-        f"out: {pki.fingerprint(joined.authority)}\n"
-        f"Next: fedgex-site check-connection {site_toml}",
+        "Compare these fingerprints with those that the administrators read out: "
+        f"authority {pki.fingerprint(joined.authority)}\n"
+        + "".join(f"{n} {key}\n" for n, key in joined.administrators.items())
+        + f"Next: fedgex-site check-connection {site_toml}",
+        err=True,
+    )
+
+
+@commands.command()
+def rotate(site_toml: SiteToml) -> None:
+    """Make keys that replace ours; the old ones serve until the new kit is joined."""
+    with refusing():
+        request = identity.rotate(load(site_toml))
+    typer.echo(
+        f"Send {request} to the administrator, and read this fingerprint out to them "
+        "by telephone:",
+        err=True,
+    )
+    typer.echo(Request.load(request).fingerprint)
+    typer.echo(
+        f"When the kit comes back: fedgex-site join {site_toml} KIT, then restart the "
+        "service.",
         err=True,
     )
 
@@ -214,6 +249,8 @@ def connection_check(settings: SiteSettings) -> Check:
     """Return the connection check of a hospital."""
     joined = (settings.state_dir / "identity" / "kit.json").exists()
     found = Identity.load(settings.state_dir) if joined else None
+    if found is not None:
+        identity.require_server(settings, found.server, "the kit")
     server = settings.server if found is None else found.server
     if server is None:
         raise ConfigError(

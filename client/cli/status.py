@@ -22,7 +22,7 @@ from fedgex.client.cli.options import (
     refusing,
 )
 from fedgex.client.cli.study import state_of
-from fedgex.client.identity import AUDIT, Identity
+from fedgex.client.identity import AUDIT, NOT_PINNED, Identity, described
 from fedgex.client.ledger.budget import Account
 from fedgex.client.ledger.ledger import LedgerError
 from fedgex.client.settings import SiteSettings
@@ -63,6 +63,8 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
         "consortium": None,
         "server": settings.server,
         "certificate_expires": None,
+        "administrators": None,
+        "revocations": None,
         "contracts": [],
         "privacy": None,
         "audit": asdict(Chain(state_dir / AUDIT).head),
@@ -80,6 +82,12 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
             f"this hospital's certificate {when} ({until:%Y-%m-%d}): ask the "
             "administrator for a new kit, then fedgex-site join"
         )
+    if not own.administrators:
+        warnings.append(NOT_PINNED)
+    if settings.server not in (None, own.server):
+        warnings.append(
+            f"site.toml names the server {settings.server}, the kit {own.server}"
+        )
     readable = approvals.contracts()
     unreadable = len(approvals.find("")) - len(readable)
     if unreadable:
@@ -93,6 +101,8 @@ def status_of(settings: SiteSettings) -> dict[str, Any]:
         "consortium": own.consortium,
         "server": own.server,
         "certificate_expires": until.isoformat(),
+        "administrators": described(own),
+        "revocations": own.revoked_at and own.revoked_at.isoformat(),
         "contracts": [_contract(approvals, received, account) for received in readable],
     }
 
@@ -159,6 +169,8 @@ def _as_text(facts: dict[str, Any]) -> str:
         f"paused       {_paused(paused) if paused else 'no'}",
         f"consortium   {facts['consortium'] or 'not joined'}, server {facts['server']}",
         f"certificate  {'none' if expires is None else 'until ' + expires[:10]}",
+        f"contracts    need {facts['administrators'] or 'a kit'}",
+        f"revocations  list of {facts['revocations'] or 'no day yet'}",
         f"audit log    {facts['audit']['index']} lines, head "
         f"{facts['audit']['hash'][:16]}",
     ]

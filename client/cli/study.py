@@ -11,7 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fedgex.client.admission.approvals import ApprovalStore, Decision, Received
+from fedgex.client.admission.approvals import (
+    ApprovalStore,
+    Decision,
+    Received,
+    Refusal,
+    require_pins,
+    runs_of,
+)
 from fedgex.client.cli.options import (
     Form,
     Format,
@@ -24,6 +31,7 @@ from fedgex.client.ledger.budget import Account
 from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError
+from fedgex.common.trust.contract import remaining
 
 study = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +60,7 @@ def list_contracts(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     for row in rows:
-        typer.echo(f"{row['hash'][:16]}  {row['state']:<24}  {row['purpose']}")
+        typer.echo(f"{row['hash'][:16]}  {row['state']:<34}  {row['purpose']}")
     if not rows:
         typer.echo("no contract has been received yet", err=True)
 
@@ -83,14 +91,24 @@ def approve(
             help="Last day, UTC; at the latest that of the contract.",
         ),
     ],
+    runs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Runs of the contract in all, those that began before included.",
+        ),
+    ] = 1,
 ) -> None:
-    """Let a study run here until a day, within the policy."""
+    """Let a study run here until a day, for a number of runs, within the policy."""
     with refusing():
         settings, approvals = _open(site_toml)
         full = _find(approvals, hash)
-        made = approvals.decide(full, "approved", by=by, expires=expires.date())
+        made = approvals.decide(
+            full, "approved", by=by, expires=expires.date(), runs=runs
+        )
         against = settings.policy.objections(approvals.contract(full).contract.study)
-    typer.echo(f"approved {full} until {made.expires} by {made.by}")
+    typer.echo(f"approved {full} until {made.expires} for {runs_of(made)} by {made.by}")
     for each in against:
         typer.echo(f"Warning: it will be refused all the same: {each}", err=True)
 
@@ -141,7 +159,7 @@ def state_of(received: Received, decision: Decision | None) -> str:
         return "rejected"
     if now.date() > decision.expires:
         return "approval expired"
-    return f"approved until {decision.expires}"
+    return f"approved until {decision.expires}, {runs_of(decision)}"
 
 
 def _open(site_toml: Path) -> tuple[SiteSettings, ApprovalStore]:
@@ -187,6 +205,10 @@ def _facts(
             f"The contract is for fedgex {contract.code_version}, and "
             f"{version('fedgex')} is installed."
         )
+    try:
+        require_pins(contract)
+    except Refusal as refusal:
+        refused.append(str(refusal))
     decided = None if decision is None else decision.model_dump(mode="json")
     return _summary(approvals, received) | {
         "sites": list(contract.sites),
@@ -194,11 +216,17 @@ def _facts(
         "code_version": contract.code_version,
         "privacy": contract.study.privacy.model_dump(mode="json"),
         "secure_aggregation": contract.study.secure_aggregation is not None,
+        "no_secure_aggregation": _printable(contract.no_secure_aggregation),
+        "not_protected": [_printable(each) for each in remaining(contract)],
+        "administrators": approvals.administrators,
         "cost": _cost(received, settings),
+        "samples_are_patients": settings.data.clinical is None
+        and settings.data.expression.suffix != ".h5ad",
         "release_by": contract.release.administrators,
         "tasks": list(contract.study.phases),
         "minimum_cohort": max(contract.study.minimum_cohort, policy.minimum_cohort),
         "decision": decided,
+        "runs": list(approvals.runs(received.hash)),
         "refused": refused,
     }
 
@@ -209,10 +237,12 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
         f"contract     {facts['hash']}",
         f"purpose      {facts['purpose']}",
         f"hospitals    {', '.join(facts['sites'])}",
-        f"signed by    {', '.join(facts['signed_by'])}",
+        f"signed by    {', '.join(facts['signed_by'])}; we want "
+        f"{facts['administrators']}",
         f"expires      {facts['expires']}",
         f"trains       {', '.join(facts['tasks'])}",
         *(f"privacy      {each}" for each in _privacy(facts)),
+        *(f"remains      {each}" for each in facts["not_protected"]),
         f"release      by {facts['release_by']} administrator(s)",
         f"code         fedgex {facts['code_version']}",
         f"patients     {facts['minimum_cohort']} or more here, or we take no part "
@@ -220,6 +250,7 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
         f"state        {facts['state']}"
         + (f", by {decided['by']} on {decided['at'][:10]}" if decided else ""),
     ]
+    lines += [f"runs         {_runs(facts)}"]
     if facts["refused"]:
         lines += ["our policy   refuses it:"]
         lines += [f"  - {each}" for each in facts["refused"]]
@@ -227,6 +258,18 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
         lines += ["our policy   refuses nothing of it"]
     signed = [_printable(line) for line in text.splitlines()]
     return "\n".join([*lines, "", "--- text that was signed", *signed])
+
+
+def _runs(facts: dict[str, Any]) -> str:
+    """Return how many runs were approved and have begun."""
+    begun, decided = facts["runs"], facts["decision"]
+    if decided is None or decided["decision"] != "approved":
+        permitted = "one if approved, more with approve --runs"
+    else:
+        permitted = f"{decided.get('runs', 'any number')} approved"
+    return ", ".join([f"{permitted}, {len(begun)} begun", *begun]).replace(
+        "begun, ", "begun: ", 1
+    )
 
 
 def _cost(received: Received, settings: SiteSettings) -> dict[str, float] | None:
@@ -264,6 +307,11 @@ def _privacy(facts: dict[str, Any]) -> Iterator[str]:
             f"budget of a patient: epsilon {cost['spent']:.3g} spent, "
             f"{cost['after']:.3g} after this study, {cost['budget']:g} permitted"
         )
+        if facts["samples_are_patients"]:
+            yield (
+                "site.toml names no clinical table: each sample counts as a patient, "
+                "and a patient with several is protected less than this says"
+            )
         if cost["after"] > cost["budget"]:
             yield (
                 f"the budget ends this study early: {Code.BUDGET_EXCEEDED} from some "

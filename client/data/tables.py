@@ -7,7 +7,10 @@ zeros. Errors never quote a row.
 from __future__ import annotations
 
 import csv
-import gzip
+import io
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +36,18 @@ MISSING = (
 _DECIMAL_COMMA = r"[-+]?\d+,\d+([eE][-+]?\d+)?"
 _THOUSANDS = r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?"
 
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of compressed files: what a file is called counts for nothing."""
+_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""Byte order marks, which spreadsheets write."""
+
+DELIMITER_OF = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
+"""Delimiter of a text file by its ending."""
+
+LINES_BEFORE_HEADER = 1000
+"""Most lines of comments before the header."""
+
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 
@@ -46,13 +61,13 @@ def read_table(path: Path) -> Any:
     DataError
         If the file is damaged, empty, ragged or of another format.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix == ".csv":
-        return _read_text(path, ",")
-    if suffix == ".tsv":
-        return _read_text(path, "\t")
-    if path.suffix == ".parquet":
+    name = path.name.lower()
+    if name.endswith(".parquet"):
         return _read_parquet(path)
+    for packed in COMPRESSED:
+        name = name.removesuffix(packed)
+    if (suffix := Path(name).suffix) in DELIMITER_OF:
+        return _read_text(path, DELIMITER_OF[suffix])
     refuse(Code.FILE_UNREADABLE, path, found="a file of another format")
 
 
@@ -137,9 +152,23 @@ def refuse(code: Code, path: Path, **fields: Any) -> NoReturn:
     findings.refuse()
 
 
+@dataclass(frozen=True)
+class _Text:
+    """How a text file is packed and where its header is."""
+
+    compression: str | None
+    encoding: str
+    header: list[str]
+    before: int
+    """Lines before the header: blank, comments, or GCT's sizes."""
+
+    def open(self, path: Path) -> Any:
+        return pa.input_stream(str(path), compression=self.compression)
+
+
 def _read_text(path: Path, delimiter: str) -> Any:
-    header = _read_header(path, delimiter)
-    positions = [str(i) for i in range(len(header))]
+    text = _look(path, delimiter)
+    positions = [str(i) for i in range(len(text.header))]
     ragged: list[int] = []
 
     def skip(row: Any) -> str:
@@ -148,13 +177,14 @@ def _read_text(path: Path, delimiter: str) -> Any:
 
     try:
         table = pa.csv.read_csv(
-            path,
+            text.open(path),
             # One row of 60 000 genes must fit into a block.
             read_options=pa.csv.ReadOptions(
-                skip_rows=1,
+                skip_rows=text.before + 1,
                 column_names=positions,
                 block_size=1 << 26,
                 use_threads=False,  # with threads, processes were seen to abort
+                encoding=text.encoding,
             ),
             parse_options=pa.csv.ParseOptions(
                 delimiter=delimiter, invalid_row_handler=skip
@@ -163,29 +193,60 @@ def _read_text(path: Path, delimiter: str) -> Any:
                 column_types=dict.fromkeys(positions, pa.string())
             ),
         )
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, UnicodeDecodeError, pa.ArrowInvalid):
         refuse(Code.FILE_UNREADABLE, path)
     if ragged:
-        refuse(Code.RAGGED_ROWS, path, n_columns=len(header))
-    return table.rename_columns(header)
+        refuse(Code.RAGGED_ROWS, path, n_columns=len(text.header))
+    return table.rename_columns(text.header)
 
 
-def _read_header(path: Path, delimiter: str) -> list[str]:
-    """Return the cells of the first line, if a second line and the delimiter fit."""
-    opened = gzip.open if path.suffix == ".gz" else open
+def _look(path: Path, delimiter: str) -> _Text:
+    """Find packing, encoding and header of a text file, and check its delimiter.
+
+    Lines before the header are passed over: blank ones, comments, and those of GCT.
+    """
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, delimiter=delimiter)
-            header, second = next(lines, []), next(lines, None)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error):
+        with path.open("rb") as file:
+            start = file.read(4)
+        packed = (name for magic, name in _MAGIC.items() if start.startswith(magic))
+        compression = next(packed, None)
+        with pa.input_stream(str(path), compression=compression) as stream:
+            encoding = _MARKS.get(stream.read(2), "utf-8-sig")
+        with (
+            pa.input_stream(str(path), compression=compression) as stream,
+            io.TextIOWrapper(stream, encoding=encoding, newline="") as lines,
+        ):
+            before, first = _pass_over(lines)
+            rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
+            header, second = next(rows, []), next(rows, None)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, pa.ArrowInvalid):
         refuse(Code.FILE_UNREADABLE, path)
     if not header or second is None:
         refuse(Code.FILE_EMPTY, path)
+    in_words = len(header) == 1 and len(header[0].split()) == len(second[0].split()) > 2
     for other, name in _DELIMITERS.items():
         if sum(cell.count(other) for cell in header) >= len(header):
-            expected = _DELIMITERS[delimiter]
-            refuse(Code.WRONG_DELIMITER, path, name=name, delimiter=expected)
-    return header
+            refuse(
+                Code.WRONG_DELIMITER, path, name=name, delimiter=_DELIMITERS[delimiter]
+            )
+    if in_words:
+        refuse(
+            Code.WRONG_DELIMITER, path, name="spaces", delimiter=_DELIMITERS[delimiter]
+        )
+    return _Text(compression, encoding, header, before)
+
+
+def _pass_over(lines: Iterable[str]) -> tuple[int, str]:
+    """Return the number of lines before the header, and the header."""
+    sizes = -1  # the second line of GCT, version 1.2: numbers of rows and columns
+    for number, line in enumerate(itertools.islice(lines, LINES_BEFORE_HEADER)):
+        text = line.strip()
+        if number == 0 and text == "#1.2":
+            sizes = 1
+        passed = not text or text.startswith("#") or text.lower().startswith("sep=")
+        if not passed and number != sizes:
+            return number, line
+    return 0, ""
 
 
 def _read_parquet(path: Path) -> Any:

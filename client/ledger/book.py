@@ -110,6 +110,19 @@ class Book:
         cohorts = {d: found for d, found in self.cohorts.items() if d in named}
         return Book(self.origin, kept, cohorts)
 
+    def recomputed(self, about: Debit) -> int:
+        """Return how many debits of a contract repeat a round of a run, with this one.
+
+        Its plan holds each round of a run once. Rows without a contract are those of a
+        simulation, whose runs have no names, and do not count.
+        """
+        if not about.contract:
+            return 0
+        found = (row.about for row in self.rows)
+        debits = {about, *(each for each in found if each.contract == about.contract)}
+        rounds = {(each.run, each.phase, each.round) for each in debits}
+        return len(debits) - len(rounds)
+
     def spent(
         self,
         delta: float,

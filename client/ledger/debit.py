@@ -18,8 +18,9 @@ from fedgex.client.ledger.ledger import FILE, Ledger, LedgerError
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
+from fedgex.common.errors import TrustError
 from fedgex.common.privacy import accounting
-from fedgex.common.system.files import exclusive_lock
+from fedgex.common.system.files import exclusive_lock, explained
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.audit_log import Chain, Head
 
@@ -87,7 +88,8 @@ def ready(state_dir: Path) -> Ledger:
     """
     if (found := existing(state_dir)) is not None:
         return found
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with explained(state_dir):
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with exclusive_lock(state_dir / LOCK):
         if (found := existing(state_dir)) is not None:  # made while we waited
             return found
@@ -126,12 +128,25 @@ def existing(state_dir: Path) -> Ledger | None:
 
 
 def heads(state_dir: Path) -> list[Head]:
-    """Return every head of the ledger that the audit log holds, oldest first."""
-    return [
-        Head(**line["ledger"])
-        for line in audit_log.read(state_dir / AUDIT)
-        if line["event"] in (CREATED, DEBITED)
-    ]
+    """Return every head of the ledger that the audit log holds, oldest first.
+
+    Raises
+    ------
+    LedgerError
+        If the audit log cannot be read.
+    """
+    try:
+        return [
+            Head(**line["ledger"])
+            for line in audit_log.events(state_dir / AUDIT, CREATED, DEBITED)
+        ]
+    except (TrustError, KeyError, TypeError) as error:
+        raise LedgerError(
+            f"{state_dir / AUDIT} does not show what the privacy ledger was ({error}); "
+            "expected the audit log as fedgex left it. Nothing is computed under "
+            "differential privacy. Put the newest one back, see "
+            "docs/hospital-operation.md."
+        ) from error
 
 
 def _not_without_log(state_dir: Path) -> None:

@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +35,9 @@ FILE, KEY = "ledger.sqlite", "ledger.key"
 """Names of the ledger and of its key, in the state directory."""
 
 FORMAT = 1
+RECOMPUTED = 2
+"""Rounds that a contract may have debited again, under other bytes, in all its runs:
+a server that lost its last checkpoint repeats one, and so does secure aggregation."""
 WAIT_S = 60.0
 """Longest wait for another process's debit."""
 
@@ -70,6 +74,12 @@ class BudgetError(LedgerError):
     """The budget would be exceeded."""
 
     code = Code.BUDGET_EXCEEDED
+
+
+class PlanError(LedgerError):
+    """The contract would debit more than it plans."""
+
+    code = Code.PLAN_EXCEEDED
 
 
 class DeltaError(LedgerError):
@@ -175,6 +185,9 @@ class Ledger:
             If the budget's delta is not below 1 / patients; nothing is charged.
         BudgetError
             If any patient's spend would exceed the budget; nothing is charged.
+        PlanError
+            If the contract had rounds of its runs debited again `RECOMPUTED` times, and
+            this would be one more; nothing is charged.
         LedgerError
             If the ledger cannot be used, or was debited otherwise for the same.
         """
@@ -197,6 +210,12 @@ class Ledger:
             fresh = {k: p for k, p in ours.items() if p.isdisjoint(before.pseudonyms)}
             if not fresh or not invocations:
                 return book.head
+            if not before.rows and book.recomputed(about) > RECOMPUTED:
+                raise PlanError(
+                    f"{about.phase} round {about.round} was debited before, for another"
+                    f" request, as {RECOMPUTED} more of this contract were. Nothing was"
+                    " computed. See docs/privacy.md, the budget."
+                )
             after = book.spent(budget.delta, fresh.values(), invocations)
             if after > budget.epsilon:
                 raise BudgetError(
@@ -211,6 +230,8 @@ class Ledger:
             head = _insert(connection, book, about, invocations, charged)
             failpoints.reach("ledger.before")
             connection.execute("COMMIT")
+            if not self._read(connection).contains(head):
+                raise _unusable(self.path, f"row {head.index} was not kept")
         failpoints.reach("ledger.debited")
         return head
 
@@ -250,6 +271,11 @@ class Ledger:
         checked = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if checked != ("ok",):
             raise _unusable(self.path, f"it is damaged ({checked[0]})")
+        if _objects(connection) != _our_objects():
+            raise _unusable(
+                self.path,
+                "it holds tables, views, triggers or indices that are not a ledger's",
+            )
         about = connection.execute("SELECT format, key_check FROM ledger").fetchall()
         if about != [(FORMAT, _key_check(self._key))]:
             raise _unusable(
@@ -276,6 +302,8 @@ class Ledger:
                     f"row {head.index + 1} is not what follows the row before: rows or "
                     "cohorts were removed, added or reordered",
                 )
+            if not row.invocation.is_possible:
+                raise _unusable(self.path, f"row {row.n} holds no mechanism")
             if row.hash != content_hash(row.content()):
                 raise _unusable(self.path, f"row {row.n} was changed")
             rows.append(row)
@@ -336,6 +364,20 @@ def _insert(
             tuple(values.values()),
         )
     return head
+
+
+@cache
+def _our_objects() -> frozenset[tuple[str | None, ...]]:
+    """Return what the schema makes."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(_SCHEMA)
+        return _objects(connection)
+
+
+def _objects(connection: sqlite3.Connection) -> frozenset[tuple[str | None, ...]]:
+    """Return type, name, table and SQL of everything in a database."""
+    found = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master")
+    return frozenset(found)
 
 
 def _key_check(key: bytes) -> str:

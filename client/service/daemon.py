@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from fedgex.client.admission.gate import read_working, stop_working
-from fedgex.client.identity import Identity
+from fedgex.client.identity import Identity, require_server
 from fedgex.client.ledger import debit
 from fedgex.client.service import monitoring, supernode
 from fedgex.client.settings import SiteSettings
@@ -59,7 +59,7 @@ def run(site_toml: Path) -> None:
     """
     site_toml = site_toml.resolve()
     settings = SiteSettings.load(site_toml)
-    Identity.load(settings.state_dir)
+    require_server(settings, Identity.load(settings.state_dir).server, "the kit")
     warn_of_others(settings.state_dir)
     busy = (
         f"another daemon serves {settings.state_dir}; stop it with fedgex-site stop, "
@@ -88,12 +88,23 @@ class _Daemon:
         self.started = datetime.now(UTC)
         port, secret = _free_port(), secrets.token_hex(32)
         environment = {supernode.SECRET_VARIABLE: secret}
-        arguments = json.dumps({"site_toml": str(site_toml), "port": port})
-        self.node = Child("fedgex.client.service.supernode", [arguments], environment)
+        arrivals, arrived = os.pipe()
+        for end in (arrivals, arrived):
+            os.set_blocking(end, False)
+        process = supernode.SuperNodeSettings(
+            site_toml=site_toml, port=port, arrivals=arrived
+        )
+        self.node = Child(
+            "fedgex.client.service.supernode",
+            [process.model_dump_json()],
+            environment,
+            [arrived],
+        )
         self.worker = Child(
             "fedgex.client.service.worker",
-            [str(site_toml), str(port)],
+            [str(site_toml), str(port), str(arrivals)],
             environment | {"OMP_NUM_THREADS": str(settings.policy.threads)},
+            [arrivals],
         )
 
     def serve(self) -> None:

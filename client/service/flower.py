@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,13 +34,18 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime_version_compatibility import RuntimeVersionMetadata
 
-from fedgex.common.transport.flower import RuntimeHttpClient, holder
+from fedgex.common.transport.flower import RuntimeHttpClient, holder, look_less_often
+
+logger = logging.getLogger(__name__)
 
 ACTIVATE_PATH = "/v1/fleet/activate-node"
 OTHER_RELEASE = ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE
 WRONG_INTERVAL = ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL
 NOT_ACTIVATED = ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 """Flower's error codes of a refused probe."""
+
+UPLOAD_PAUSES_S = (0.2, 1.0, 5.0)
+"""Before each further try of an upload that broke off, seconds."""
 
 IDLE_S = 3.0
 """Flower's polling interval, seconds."""
@@ -136,8 +142,10 @@ def run_node(
         runtime_ssl_certfile=None,
         runtime_ssl_keyfile=None,
     )
+    look_less_often()
     note_number(on_number)
     note_messages(on_message)
+    upload_again()
     start_client_internal.time = SimpleNamespace(  # type: ignore[assignment,attr-defined]
         sleep=lambda seconds: pause() if seconds >= IDLE_S else time.sleep(seconds)
     )
@@ -189,6 +197,39 @@ def _failing_plainly(call: Callable[..., Any]) -> Callable[..., Any]:
             raise ConnectionError("the run ended meanwhile") from ended
 
     return failing
+
+
+def upload_again() -> None:
+    """Patch Flower to try an upload again that TLS broke off in the middle.
+
+    Flower tries other broken connections again, but takes this one for a refused
+    certificate: it drops the reply, and the server waits minutes for the rest of it.
+    """
+    from flwr.supernode import start_client_internal
+
+    push = start_client_internal._push_messages
+
+    def push_again(**settings: Any) -> None:
+        for name in ("send", "push_object"):
+            settings[name] = _tried_again(settings[name])
+        push(**settings)
+
+    start_client_internal._push_messages = push_again  # type: ignore[assignment]
+
+
+def _tried_again(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a call so that it is made again where the connection breaks."""
+
+    def trying(*given: Any) -> Any:
+        for pause_s in UPLOAD_PAUSES_S:
+            try:
+                return call(*given)
+            except httpx.TransportError as error:
+                logger.warning("an upload broke off and is tried again: %s", error)
+                time.sleep(pause_s)
+        return call(*given)
+
+    return trying
 
 
 def note_number(on_number: Callable[[int | None], None]) -> None:

@@ -22,8 +22,8 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common.system import metrics_server
 from fedgex.common.system.files import read_json
-from fedgex.common.system.metrics_server import Tail
 from fedgex.common.trust import pki
+from fedgex.common.trust.audit_log import Follower
 
 TYPES = frozenset(
     {
@@ -56,7 +56,7 @@ class SiteCollector(Collector):
 
     def __init__(self, settings: SiteSettings) -> None:
         self._state_dir = settings.state_dir
-        self._audit = Tail(settings.state_dir / AUDIT)
+        self._audit = Follower(settings.state_dir / AUDIT)
         self._messages: Counter[tuple[str, str]] = Counter()
         self._approved: dict[str, date | None] = {}
         """Contract -> last day of its approval, None if it has none."""

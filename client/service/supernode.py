@@ -2,8 +2,8 @@
 
 Changes to Flower's behaviour: the node of a crashed process is deactivated first, so
 that a restart needs seconds, not a minute; messages are polled more often while a study
-runs; arrivals are signalled to the worker by a file; and a message whose run ended
-during its transfer is dropped.
+runs; arrivals are signalled to the worker through a pipe; a message whose run ended
+during its transfer is dropped; and an upload that TLS broke off is tried again.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ POLL_S, IDLE_POLL_S = 0.5, 3.0
 SECRET_VARIABLE = "FEDGEX_SUPERNODE_SECRET"
 NODE_FILE = "node.json"
 """File in the state directory with Flower's number of this node."""
-ARRIVED_FILE = "arrived"
-"""File in the state directory that is touched when a message arrives."""
 
 
 class SuperNodeSettings(Settings):
@@ -46,6 +44,8 @@ class SuperNodeSettings(Settings):
     site_toml: Path
     port: int
     """Loopback port for our worker."""
+    arrivals: int
+    """Pipe into which a byte is written when a message arrives, for the worker."""
 
 
 def trusted(settings: SiteSettings, identity: Identity) -> bytes:
@@ -72,8 +72,8 @@ def main(process: SuperNodeSettings, secret: str) -> None:
 
     def arrived() -> None:
         looks.worked()
-        with suppress(OSError):  # a full disk; the worker asks by itself, later
-            (settings.state_dir / ARRIVED_FILE).touch()
+        with suppress(BlockingIOError):  # the worker has more to read than it needs
+            os.write(process.arrivals, b"\n")
 
     run_node(
         server=identity.server,

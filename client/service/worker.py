@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import select
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -19,7 +19,7 @@ import torch
 from fedgex.client.admission.gate import Gate, code
 from fedgex.client.app import app
 from fedgex.client.service.flower import SiteTask
-from fedgex.client.service.supernode import ARRIVED_FILE, SECRET_VARIABLE
+from fedgex.client.service.supernode import SECRET_VARIABLE
 from fedgex.client.settings import SiteSettings
 from fedgex.common.system.processes import begin
 from fedgex.common.transport.flower import CLIENT_APP, acquire, executor
@@ -27,14 +27,22 @@ from fedgex.common.transport.records import let_go
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.1
-"""Interval between checks for an arrival, seconds."""
 ASK_S = 10.0
 """Interval between requests to the SuperNode without an arrival, seconds."""
 
 
-def work(site_toml: Path, port: int, secret: str) -> None:
-    """Answer messages until the daemon stops this process."""
+def work(site_toml: Path, port: int, arrivals: int, secret: str) -> None:
+    """Answer messages until the daemon stops this process.
+
+    Parameters
+    ----------
+    port
+        Loopback port of the SuperNode.
+    arrivals
+        Pipe into which the SuperNode writes when a message arrives.
+    secret
+        Secret of the SuperNode, for acquiring tasks.
+    """
     settings = SiteSettings.load(site_toml)
     if settings.policy.memory_mb:
         limit = settings.policy.memory_mb * 2**20
@@ -43,9 +51,7 @@ def work(site_toml: Path, port: int, secret: str) -> None:
     gate = Gate(site_toml, app)
     client = executor(port, secret)
     bundles: set[str] = set()
-    arrived = settings.state_dir / ARRIVED_FILE
     while True:
-        seen = _changed(arrived)
         try:
             task = acquire(client, CLIENT_APP)
         except httpx.TransportError:  # the SuperNode is being started again
@@ -54,25 +60,16 @@ def work(site_toml: Path, port: int, secret: str) -> None:
             logger.warning("the SuperNode does not answer: %s", error)
             task = None
         if task is None:
-            _wait(arrived, seen)
+            _wait(arrivals)
             continue
         token, _ = task
         _answer(gate, port, token, bundles)
 
 
-def _changed(arrived: Path) -> int | None:
-    """Return the time of the last arrival, ns; None if never."""
-    try:
-        return arrived.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
-def _wait(arrived: Path, seen: int | None) -> None:
+def _wait(arrivals: int) -> None:
     """Wait for the next arrival, `ASK_S` at most."""
-    end = time.monotonic() + ASK_S
-    while _changed(arrived) == seen and time.monotonic() < end:
-        time.sleep(POLL_S)
+    if select.select([arrivals], [], [], ASK_S)[0]:
+        os.read(arrivals, select.PIPE_BUF)
 
 
 def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
@@ -102,4 +99,9 @@ def _answer(gate: Gate, port: int, token: str, bundles: set[str]) -> None:
 
 if __name__ == "__main__":
     begin()
-    work(Path(sys.argv[1]), int(sys.argv[2]), os.environ.pop(SECRET_VARIABLE))
+    work(
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        os.environ.pop(SECRET_VARIABLE),
+    )

@@ -7,7 +7,7 @@ number that the policy does not permit is None in the reply and listed as withhe
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -151,13 +151,13 @@ def cross_products(
 def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
     """Evaluate the global model on the site's patients, and train it for one round.
 
-    Under patient-level privacy the round is debited before it is computed.
+    Under patient-level privacy the round is debited before it is computed, and after
+    all that can be refused was checked.
     """
     started, study, order = time.monotonic(), request.study, request.round
     cohort = _unchanged_cohort(settings, study)
     _accept(request, settings, cohort)
     local_round.refuse_large_delta(study, cohort.n_patients)
-    debit.charge(request, settings, cohort.patients)
     result = local_round.train_round(
         study,
         order.phase,
@@ -167,6 +167,7 @@ def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
         site=settings.name,
         min_cell_count=_min_cell_count(settings, study),
         state_dir=_state_dir(settings, study),
+        charge=partial(debit.charge, request, settings, cohort.patients),
     )
     report = result.report
     metrics = TrainingMetrics(

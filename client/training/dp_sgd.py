@@ -6,7 +6,8 @@ scale are the study's and do not depend on the patients. Draws that a step's pat
 share are made once per step, so that removing a patient changes nothing for the others.
 
 Opacus' expanded weights are its cheapest per-patient gradients (docs/benchmarks.md).
-They do not support mixed precision: everything is float32.
+They do not support mixed precision: gradients are float32. Their norms, the sum of the
+clipped ones and the noise are float64.
 
 N rows (one per patient), B rows drawn for a step, V genes.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from fedgex.common import parsing
 from fedgex.common.data.dataset import Patients
@@ -45,6 +47,10 @@ from fedgex.common.study import (
 )
 from fedgex.common.system import files
 
+CHUNK = 1 << 16
+"""Numbers of each patient's gradient that are summed in float64 at a time."""
+ROUNDING = 1e-12
+"""Share by which patients are clipped shorter, more than float64 loses in the sum."""
 COUNTS = "class-counts.json"
 """File of the noised number of patients of each class."""
 
@@ -258,9 +264,11 @@ def fit_privately(
 
 
 class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
-    """Opacus' optimiser with noise from a CSPRNG.
+    """Opacus' optimiser with noise from a CSPRNG, and the sum in float64.
 
-    A patient with a non-finite gradient is dropped from the step. The sum is divided by
+    In float32, Opacus' own norms and sums round, so that at a small clip a patient's
+    part is longer than the clip on which the noise is measured. A patient with a
+    non-finite gradient is dropped from the step. The sum is divided by
     the expected batch size here: Opacus' own division is quadratic in the number of
     parameter tensors.
     """
@@ -273,13 +281,20 @@ class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
 
     def clip_and_accumulate(self) -> None:
         """Clip per-patient gradients and add them to the step's sum."""
-        samples = self.grad_samples
-        sums = torch.stack([g.flatten(1).sum(1) for g in samples])
-        bad = ~sums.isfinite().all(0)  # (B,)
-        if bad.any():
-            for g in samples:
+        samples = [g.flatten(1) for g in self.grad_samples]  # each (B, numbers)
+        norms = [vector_norm(g, dim=1, dtype=torch.float64) for g in samples]
+        norm = torch.stack(norms).square().sum(0).sqrt()  # (B,)
+        bad = ~norm.isfinite()
+        factor = (self.max_grad_norm * (1 - ROUNDING) / norm).clamp(max=1.0)
+        factor = factor.nan_to_num(0.0)
+        for p, g in zip(self.params, samples, strict=True):
+            if bad.any():
                 g[bad] = 0
-        super().clip_and_accumulate()
+            parts = g.split(CHUNK, dim=1)
+            total = torch.cat([factor @ part.double() for part in parts])
+            total = total.view_as(p)
+            before = p.summed_grad
+            p.summed_grad = total if before is None else before + total
 
     def add_noise(self) -> None:
         """Add Gaussian noise to the step's sum; divide by the expected batch size."""
@@ -288,7 +303,7 @@ class SecretOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         noise = self._secret.normal((sum(sizes),), std).split(sizes)
         for p, part in zip(self.params, noise, strict=True):
             noised = p.summed_grad + part.view_as(p).to(p.device)
-            p.grad = noised / self.expected_batch_size
+            p.grad = (noised / self.expected_batch_size).to(p.dtype)
 
 
 def take_step(
@@ -339,12 +354,13 @@ def noised_log_share(
     """
     path = state_dir / COUNTS
     if path.exists():
-        counted = torch.tensor(parsing.json_value(path.read_bytes(), "counts"))
+        kept = parsing.json_value(path.read_bytes(), "counts")
+        counted = torch.tensor(kept, dtype=torch.float64)
     elif number > 1:
         return torch.full((len(classes),), -math.log(len(classes)))
     else:
         target = patients.type_index(classes)
-        counted = torch.bincount(target, minlength=len(classes)).float()
+        counted = torch.bincount(target, minlength=len(classes)).double()
         counted += SecretRandom().normal((len(classes),), rule.label_noise)
         with files.explained(path):
             state_dir.mkdir(parents=True, exist_ok=True)
@@ -352,7 +368,7 @@ def noised_log_share(
     counted = torch.where(counted > 1, counted, 0.0)
     if not counted.any():
         return torch.full((len(classes),), -math.log(len(classes)))
-    return (counted / counted.sum()).log()
+    return (counted / counted.sum()).log().float()
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def train_round(
     min_cell_count: int,
     state_dir: Path,
     evaluate: bool = True,
+    charge: Callable[[], None] = lambda: None,
 ) -> RoundResult:
     """Evaluate and train a phase's model for one round, by DP-SGD if the study asks.
 
@@ -47,6 +49,8 @@ def train_round(
         Folder of the noised class counts between rounds.
     evaluate
         Whether the global model is evaluated before training.
+    charge
+        Debits the round, once all is checked, before anything is computed of a patient.
 
     Raises
     ------
@@ -61,6 +65,7 @@ def train_round(
     load_parameters(tasks.named(phase, model), global_parameters)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
+    charge()
     fit = None
     if study.privacy.patient is not None:
         fit = partial(_train_privately, study, phase, number, model, fitting, state_dir)

@@ -5,7 +5,9 @@ and every list that the coordinator committed to; the same folder holds the roun
 update. Both are replaced with the next round's keys. So a site gives the same reply to
 the same request, after a restart too, and refuses, with `Code.EXCHANGE_REFUSED`,
 
-- keys that their owners have not signed, and a list without its own keys unchanged,
+- keys that their owners have not signed, or that are signed by another key than the
+  contract pins (`Code.NOT_PINNED`) or by a revoked one, and a list without its own keys
+  unchanged,
 - fewer than three participants, or than the quorum,
 - survivors fewer than the threshold, or that leave a gene to one or two sites,
 - a second, different list of anything, and lists that t sites have not confirmed,
@@ -26,9 +28,9 @@ from functools import wraps
 from pathlib import Path
 
 import numpy as np
-from cryptography import x509
 from numpy.typing import NDArray
 
+from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.admission.reply_cache import AnotherRequestError, Replies
 from fedgex.client.identity import Identity
 from fedgex.client.settings import SiteSettings
@@ -58,6 +60,7 @@ from fedgex.common.secure_aggregation.vectors import FixedPoint
 from fedgex.common.settings import NAME_PATTERN
 from fedgex.common.study import FEWEST_SUMMED, SecureAggregation, Study
 from fedgex.common.transport.records import floats, to_arrays, to_record
+from fedgex.common.trust.pinning import PinError, Pins
 from fedgex.common.trust.receipt import reply_digest, request_digest, verify_part
 
 Train = Callable[[TrainRequest, SiteSettings], TrainReply]
@@ -68,7 +71,9 @@ Request = SecureRequest | TrainRequest
 class ExchangeError(FedgexError):
     """The coordinator's request would break secure aggregation."""
 
-    code = Code.EXCHANGE_REFUSED
+    def __init__(self, why: str, code: Code = Code.EXCHANGE_REFUSED) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 def advertise(
@@ -123,9 +128,12 @@ def share(request: SharesRequest, settings: SiteSettings) -> SharesReply:
         study, (state, folder) = request.study, _open(request, settings)
         public = {name: each.public for name, each in request.participants.items()}
         if request.run is not None:
-            authority = Identity.load(settings.state_dir).authority
-            for name, participant in request.participants.items():
-                _require_signed(name, participant, state.context, authority)
+            own = Identity.load(settings.state_dir)
+            held = ApprovalStore.of(settings).contract(request.run.contract)
+            pins = held.contract.site_keys
+            for name, each in request.participants.items():
+                if name != settings.name:  # ours are compared below
+                    _require_signed(name, each, state.context, own, pins)
         if public.get(settings.name) != state.public:
             raise TrustError("our keys are not in the list as we made them.")
         if len(public) < study.rounds.quorum:
@@ -133,8 +141,8 @@ def share(request: SharesRequest, settings: SiteSettings) -> SharesReply:
                 f"{len(public)} participants; the quorum is {study.rounds.quorum}."
             )
         group = Group(state.context, public)
-        for each in public.values():
-            protocol.measured(each, len(state.measured))
+        for keys_of_one in public.values():
+            protocol.measured(keys_of_one, len(state.measured))
         if not state.keys:
             shares = protocol.share_out(group, state.private)
             state.keys, state.shares = public, {settings.name: shares[settings.name]}
@@ -234,6 +242,8 @@ def _guarded() -> Iterator[None]:
     """Raise protocol errors as ExchangeError, whose code leaves the hospital."""
     try:
         yield
+    except PinError as error:
+        raise ExchangeError(f"secure aggregation: {error}", Code.NOT_PINNED) from error
     except (TrustError, UpdateError) as error:
         raise ExchangeError(f"secure aggregation: {error}") from error
 
@@ -304,14 +314,19 @@ def _require_new(before: AttemptState, context: Context, study: Study) -> None:
 
 
 def _require_signed(
-    name: str, participant: Participant, context: Context, authority: x509.Certificate
+    name: str, participant: Participant, context: Context, own: Identity, pins: Pins
 ) -> None:
-    """Refuse keys that their owner has not signed for this attempt."""
+    """Refuse keys that their owner has not signed for this attempt.
+
+    The owner is who holds the key that the contract pins, and was not revoked.
+    """
     part = verify_part(
         participant.json_ or "",
         participant.signature or "",
         participant.certificate or "",
-        authority,
+        own.authority,
+        revoked=own.revoked,
+        pins=pins,
     )
     keys_sent = AdvertisedKeys.of(participant.public, context.attempt)
     expected = {

@@ -5,6 +5,7 @@ N patients, V genes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,11 @@ class Patients:
             event=self.event[rows],
             clinical=self.clinical[rows],
         )
+
+    def without(self, cells: Tensor) -> Patients:
+        """Return the patients as if cells, (N, V) or (V,), had not been measured."""
+        values = self.values.masked_fill(cells, torch.nan)
+        return dataclasses.replace(self, values=values)
 
     @classmethod
     def joined(cls, groups: Sequence[Patients]) -> Patients:

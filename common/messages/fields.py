@@ -78,6 +78,13 @@ class SignedText(Fields):
     """The contract as administrators signed it, [contract.md](contract.md)"""
 
 
+class Revocations(Fields):
+    """Certificates that count no more."""
+
+    crl: Text
+    """The authority's newest signed list (X.509 CRL, PEM)"""
+
+
 class SignedPart(Fields):
     """What a hospital signs of its reply, see `receipt.Part`."""
 

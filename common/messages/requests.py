@@ -26,6 +26,7 @@ from fedgex.common.messages.fields import (
     Genes,
     LastReceipt,
     Participant,
+    Revocations,
     Round,
     Run,
     Server,
@@ -72,6 +73,8 @@ class ContractRequest(Envelope):
     """Offer a contract."""
 
     contract: Annotated[SignedText, keys.SIGNED_CONTRACT]
+    revocations: Annotated[Revocations | None, keys.REVOCATIONS] = None
+    """If the authority has signed a list."""
 
 
 @dataclass(frozen=True, kw_only=True)

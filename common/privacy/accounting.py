@@ -34,6 +34,9 @@ ORDERS = (
 """Rényi orders over which RDP takes the best."""
 BEYOND_PRV = 100.0
 """Epsilon above which RDP's bound stands for PRV's, whose memory grows with it."""
+PRV_STEPS = 200_000
+"""Steps above which RDP's bound stands for PRV's, whose time grows with them: a million
+took a minute."""
 RELATIVE_ERROR = 0.002
 """Share of epsilon that PRV's grid may add, so that its bound is tight."""
 LEAST_ERROR, GREATEST_ERROR = 1e-3, 1e-2
@@ -54,6 +57,12 @@ class Invocation:
     """Probability with which each patient took part; 1 for all of them."""
     steps: int = 1
     """Number of times."""
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether the numbers are those of a mechanism that can be invoked."""
+        finite = 0 < self.noise_multiplier < math.inf
+        return finite and 0 < self.sample_rate <= 1 and self.steps >= 0
 
 
 def epsilon(
@@ -220,7 +229,8 @@ def _epsilon(history: Merged, delta: float, accountant: Accountant) -> float:
     if accountant == "prv" and all(rate == 1 for _, rate, _ in history):
         return _gaussian(history, delta)
     bound = _rdp(history, delta)
-    if accountant == "rdp" or bound > BEYOND_PRV:
+    many = sum(steps for _, _, steps in history) > PRV_STEPS
+    if accountant == "rdp" or bound > BEYOND_PRV or many:
         return bound
     return _prv(history, delta, bound)
 

@@ -34,7 +34,7 @@ class SecretRandom:
         self._key = os.urandom(KEY_BYTES)
 
     def normal(self, shape: Sequence[int], std: float) -> Tensor:
-        """Return Gaussian noise of mean 0, float32.
+        """Return Gaussian noise of mean 0, float64.
 
         Floating-point Gaussians have gaps that betray what they were added to (Mironov
         2012). Each value is therefore half the sum of four independent ones, in
@@ -51,7 +51,7 @@ class SecretRandom:
         angle.mul_(2 * math.pi)
         total = (radius * angle.cos())[:, :-1].sum(0)
         total += radius.mul_(angle.sin_())[:, 1:].sum(0)
-        noise: Tensor = total.mul_(std / math.sqrt(2 * PAIRS)).float()
+        noise: Tensor = total.mul_(std / math.sqrt(2 * PAIRS))
         return noise.reshape(tuple(shape))
 
     def bernoulli(self, n: int, rate: float) -> Tensor:

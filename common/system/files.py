@@ -99,7 +99,13 @@ def replacing(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
     sync(path.parent)
 
 
-def append(path: Path, line_after: Callable[[bytes], bytes], mode: int = 0o600) -> None:
+def append(
+    path: Path,
+    line_after: Callable[[bytes], bytes],
+    mode: int = 0o600,
+    *,
+    kept_as: Callable[[bytes, int], Path | None] = lambda last, size: None,
+) -> None:
     """Add one line to a file of lines, under a lock against other processes.
 
     A torn last line is cut off first, with a warning.
@@ -111,6 +117,9 @@ def append(path: Path, line_after: Callable[[bytes], bytes], mode: int = 0o600) 
         in a newline.
     mode
         Permissions of the file if it is new, less those that the umask forbids.
+    kept_as
+        Given the last line and the file's size, returns another name for the file if a
+        new one should begin with the line; `path` is never absent meanwhile.
 
     Raises
     ------
@@ -124,6 +133,10 @@ def append(path: Path, line_after: Callable[[bytes], bytes], mode: int = 0o600) 
             logger.warning("%s: cut %d bytes of a torn last line", path, torn)
             file.truncate(end)
         line = line_after(last)
+        kept = kept_as(last, end)
+        if kept is not None:
+            _begin_anew(path, kept, line, mode)
+            return
         try:
             file.seek(end)
             _write(file, line)
@@ -230,9 +243,12 @@ def shared_lock(path: Path) -> Iterator[FileIO]:
     FileNotFoundError
         If there is no file.
     """
-    with FileIO(path) as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        yield file
+    while True:
+        with FileIO(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if _is_at(file, path):  # else a new file began as we waited
+                yield file
+                return
 
 
 def warn_of_others(folder: Path) -> None:
@@ -289,6 +305,22 @@ def _locked(path: Path, mode: int, flags: int = 0) -> Iterator[FileIO]:
             if _is_at(file, path):  # else another process renamed it as we waited
                 yield file
                 return
+
+
+def _begin_anew(path: Path, kept: Path, line: bytes, mode: int) -> None:
+    """Keep a locked file under another name, and begin a new one with a line."""
+    try:
+        os.link(path, kept)
+    except FileExistsError:  # of a process that died here
+        if not path.samefile(kept):
+            raise
+    partial = path.with_name(f".{path.name}.partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with FileIO(handle, "w") as file:
+        _write(file, line)
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync(path.parent)
 
 
 def _locked_soon(file: FileIO) -> bool:

@@ -118,7 +118,8 @@ class IdlePause:
 class Child:
     """A Python module of ours, run as a process that is kept alive.
 
-    It is found where fedgex is installed, never in the working directory (`-P`).
+    It is found where fedgex is installed, never in the working directory (`-P`), and
+    inherits the open `files`.
 
     What it prints goes where our own output goes, so that systemd or the container
     runtime collects it.
@@ -129,8 +130,9 @@ class Child:
         module: str,
         arguments: Sequence[str],
         environment: Mapping[str, str] | None = None,
+        files: Sequence[int] = (),
     ) -> None:
-        self.module, self.arguments = module, list(arguments)
+        self.module, self.arguments, self.files = module, list(arguments), files
         self.environment = child_environment() | OFFLINE | dict(environment or {})
         self.starts = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -160,6 +162,7 @@ class Child:
             [sys.executable, "-P", "-m", self.module, *self.arguments],
             env=self.environment,
             stdin=subprocess.DEVNULL,
+            pass_fds=self.files,
         )
 
     def keep(self) -> bool:

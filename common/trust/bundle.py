@@ -33,6 +33,7 @@ from fedgex.common.settings import Digest, Name, Settings
 from fedgex.common.system import files
 from fedgex.common.trust import archive, pki, receipt
 from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pinning import pinned_signers
 from fedgex.common.trust.receipt import Receipt
 from fedgex.common.trust.signed import Signed
 
@@ -309,7 +310,10 @@ def _contract(folder: Path, release: Release, authority: x509.Certificate) -> Co
         raise TrustError(f"{CONTRACT} is not signed; expected an administrator.")
     if signed.hash != release.contract:
         raise TrustError(f"{CONTRACT} is another contract than {RELEASE} says.")
-    return Contract.read_signed(signed)
+    contract = Contract.read_signed(signed)
+    if not pinned_signers(signed, contract.administrator_keys, "the contract"):
+        raise TrustError(f"{CONTRACT} is signed by no administrator whom it pins.")
+    return contract
 
 
 def _receipts(
@@ -333,7 +337,8 @@ def _receipts(
             "one for each of the contract's rounds."
         )
     signed = [_signed(folder, name) for name in found]
-    receipt.verify_chain(signed, authority)
+    secure = contract.study.secure_aggregation is not None
+    receipt.verify_chain(signed, authority, contract.site_keys, secure=secure)
     receipts = [Receipt.read_signed(each) for each in signed]
     for place, (each, of_round) in enumerate(zip(receipts, rounds, strict=True), 1):
         contributed = {n for n, s in each.sites.items() if s.state == "contributed"}
@@ -365,7 +370,8 @@ def _consenting(
     found = sorted(name for name in names if name.startswith("orders/"))
     for name in found:
         signed = _signed(folder, name)
-        signers = signed.signers(authority, "administrator", at=release.released)
+        signed.signers(authority, "administrator", at=release.released)
+        signers = pinned_signers(signed, contract.administrator_keys, "the contract")
         try:
             consent = Consent.from_json(signed.content, name)
         except ConfigError as error:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from fedgex.common import parsing
 from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.secure_aggregation.protocol import threshold
 from fedgex.common.settings import Digest, Name, Settings
 from fedgex.common.study import Study
 from fedgex.common.trust.signed import Signed
@@ -46,6 +47,14 @@ class Contract(Settings):
     """Hash of the vocabulary that the study's genes make, once sorted."""
     sites: tuple[Name, ...] = Field(min_length=2)
     """Sites that may take part."""
+    site_keys: dict[Name, Digest] = Field(default={})
+    """Fingerprint of each site's key (SHA-256 of the public key). Hospitals take nobody
+    else for that site; secure aggregation needs them."""
+    administrator_keys: dict[Name, Digest] = Field(default={})
+    """Fingerprint of each administrator's key: who may sign this contract and order the
+    release of its model."""
+    no_secure_aggregation: str = ""
+    """Why the server may see the update of each site; empty with secure aggregation."""
     release: ReleaseRule = ReleaseRule()
     study: Study
 
@@ -103,6 +112,9 @@ class Contract(Settings):
                 f"vocabulary_hash is {self.vocabulary_hash}, that of "
                 f"study.vocabulary.genes is {found}"
             )
+        yield from self._wrong_pins()
+        if self.no_secure_aggregation and study.secure_aggregation is not None:
+            yield "no_secure_aggregation gives a reason, and the study asks for it"
         if study.rounds.quorum > len(sites):
             yield (
                 f"study.rounds.quorum is {study.rounds.quorum}, more than the "
@@ -116,6 +128,54 @@ class Contract(Settings):
                 yield f"study.strategy.site_weights lacks {_listed(missing)}"
             if strange := named - sites:
                 yield f"study.strategy.site_weights not among sites: {_listed(strange)}"
+
+    def _wrong_pins(self) -> Iterator[str]:
+        """Yield what is wrong with the pinned keys; a contract may pin none."""
+        of_sites, of_administrators = self.site_keys, self.administrator_keys
+        if bool(of_sites) != bool(of_administrators):
+            yield "site_keys and administrator_keys come together"
+        if of_sites and (differing := set(of_sites) ^ set(self.sites)):
+            yield f"site_keys and sites differ in {_listed(differing)}"
+        every = [*of_sites.values(), *of_administrators.values()]
+        if len(set(every)) < len(every):
+            yield "a key is pinned under two names"
+
+
+def remaining(contract: Contract) -> list[str]:
+    """Return a sentence for each thing that a contract does not protect from."""
+    return list(_remaining(contract))
+
+
+def _remaining(contract: Contract) -> Iterator[str]:
+    study, n_sites = contract.study, len(contract.sites)
+    if study.secure_aggregation is None:
+        reason = contract.no_secure_aggregation or "no reason is given"
+        yield f"The server sees this hospital's update of each round ({reason})."
+    else:
+        sizes = range(study.rounds.quorum, n_sites + 1)
+        fewest = min(2 * threshold(n) - n for n in sizes)
+        yield (
+            f"A server with which {fewest} or more hospitals of a round collude may "
+            "read the update of another; all but one can always compute that one's."
+        )
+        yield (
+            f"The coordinator chooses who is in a round, {study.rounds.quorum} "
+            "hospitals or more; sums of rounds over different hospitals can be "
+            "compared."
+        )
+    if not contract.site_keys:
+        yield (
+            "The contract pins no keys: who holds the authority's key can act under "
+            "the name of any hospital or administrator."
+        )
+    if study.privacy.patient is None:
+        yield "Nothing bounds what the model reveals of a patient."
+    if not study.public.statistics:
+        yield "Sums over this hospital's patients go to the server before round 1."
+    yield (
+        "The server holds the model after each round. Who runs it can use it, or give "
+        "it away, without the administrators; what has left cannot be taken back."
+    )
 
 
 def _hash(genes: tuple[str, ...]) -> str:

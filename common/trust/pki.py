@@ -15,7 +15,7 @@ import ipaddress
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -41,6 +41,9 @@ behind."""
 DOCUMENT_SIGNING = ObjectIdentifier("1.3.6.1.5.5.7.3.36")
 """Extended key usage of RFC 9336. It keeps a certificate that signs documents from
 passing as the server's in TLS."""
+REPLACEMENTS = ObjectIdentifier("2.25.169690005800426191261357330391330558620")
+"""Extension with the statements by which a key replaces the one before, see `pinning`.
+Its number is that of a UUID (ITU-T X.667)."""
 
 
 # ---- keys ----
@@ -154,14 +157,54 @@ def new_authority(consortium: str, days: int = 3650) -> tuple[Key, x509.Certific
     return key, certificate
 
 
-def request(key: Key, name: str, role: Role) -> str:
-    """Return a certificate signing request (PKCS #10, PEM) for `name` in `role`."""
-    made = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(_subject(name, role))
-        .sign(key, hashes.SHA256())
-    )
+def request(key: Key, name: str, role: Role, replaces: bytes = b"") -> str:
+    """Return a certificate signing request (PKCS #10, PEM) for `name` in `role`.
+
+    Parameters
+    ----------
+    replaces
+        What `pinning.replacement` returned, for a key that replaces another.
+    """
+    builder = x509.CertificateSigningRequestBuilder()
+    builder = builder.subject_name(_subject(name, role))
+    if replaces:
+        extension = x509.UnrecognizedExtension(REPLACEMENTS, replaces)
+        builder = builder.add_extension(extension, critical=False)
+    made = builder.sign(key, hashes.SHA256())
     return made.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def read_request(csr: str) -> x509.CertificateSigningRequest:
+    """Read a certificate signing request; nothing about it is verified.
+
+    Raises
+    ------
+    TrustError
+        If the text holds none.
+    """
+    try:
+        return x509.load_pem_x509_csr(csr.encode())
+    except Exception as error:  # as in `from_pem`
+        raise TrustError(
+            "the certificate request cannot be read; expected PKCS #10 in PEM. Ask for "
+            "the file again."
+        ) from error
+
+
+def replacements(of: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
+    """Return the statements of key replacement in a certificate or request.
+
+    Raises
+    ------
+    ValueError
+        If its extensions cannot be read.
+    """
+    try:
+        found = of.extensions.get_extension_for_oid(REPLACEMENTS).value
+    except x509.ExtensionNotFound:
+        return b""
+    assert isinstance(found, x509.UnrecognizedExtension)
+    return found.value
 
 
 def issue(
@@ -183,7 +226,8 @@ def issue(
     Parameters
     ----------
     csr
-        What `request` returned. Its subject and key are taken; extensions are not.
+        What `request` returned. Its subject and key are taken, and of its extensions
+        the statements of key replacement.
     days
         Validity from now; it ends with the authority's at the latest.
     hosts
@@ -195,10 +239,10 @@ def issue(
         If the request is unreadable, its signature is bad, or name, role or kind of key
         differ.
     """
+    asked = read_request(csr)
     try:
-        asked = x509.load_pem_x509_csr(csr.encode())
         valid, key = asked.is_signature_valid, asked.public_key()
-        found = name_and_role(asked.subject)
+        found, replaces = name_and_role(asked.subject), replacements(asked)
     except Exception as error:  # it parses what was sent, part by part
         raise TrustError(
             "the certificate request cannot be read; expected PKCS #10 in PEM. Ask for "
@@ -219,11 +263,37 @@ def issue(
             f"the certificate request of {_told(name, role)} holds another kind of "
             "key; expected EC on P-256. Have it made by this fedgex."
         )
+    return _issued(
+        authority_key, authority, asked.subject, key, role, days, hosts, replaces
+    )
+
+
+def renew(
+    authority_key: Key, authority: x509.Certificate, held: x509.Certificate, days: int
+) -> x509.Certificate:
+    """Return a new certificate over the key of one that signs documents."""
+    key, (_, role) = held.public_key(), name_and_role(held.subject)
+    assert _on_p256(key), "issued by fedgex"
+    return _issued(
+        authority_key, authority, held.subject, key, role, days, (), replacements(held)
+    )
+
+
+def _issued(
+    authority_key: Key,
+    authority: x509.Certificate,
+    subject: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    role: str,
+    days: int,
+    hosts: Sequence[str],
+    replaces: bytes,
+) -> x509.Certificate:
     made = now()
     usage = ExtendedKeyUsageOID.SERVER_AUTH if role == "server" else DOCUMENT_SIGNING
     builder = (
         x509.CertificateBuilder()
-        .subject_name(asked.subject)
+        .subject_name(subject)
         .issuer_name(authority.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
@@ -245,6 +315,9 @@ def issue(
     if hosts:
         names = x509.SubjectAlternativeName([_host(host) for host in hosts])
         builder = builder.add_extension(names, critical=False)
+    if replaces:
+        statements = x509.UnrecognizedExtension(REPLACEMENTS, replaces)
+        builder = builder.add_extension(statements, critical=False)
     return builder.sign(authority_key, hashes.SHA256())
 
 
@@ -390,7 +463,7 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _on_p256(key: object) -> bool:
+def _on_p256(key: object) -> TypeGuard[ec.EllipticCurvePublicKey]:
     return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(
         key.curve, ec.SECP256R1
     )

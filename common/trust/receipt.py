@@ -21,10 +21,11 @@ from pydantic import AwareDatetime, Field, model_validator
 from fedgex.common import keys
 from fedgex.common.arrays import Arrays
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.settings import Digest, Name, Settings
+from fedgex.common.settings import Digest, Name, Settings, added
 from fedgex.common.transport.records import digest
-from fedgex.common.trust import pki
+from fedgex.common.trust import pinning, pki
 from fedgex.common.trust.audit_log import Head
+from fedgex.common.trust.pinning import Pins
 from fedgex.common.trust.signed import Signed, check_signature
 
 NO_RECEIPT = "0" * 64
@@ -32,6 +33,11 @@ NO_RECEIPT = "0" * 64
 
 Patients = Annotated[int, Field(ge=0)] | Literal["suppressed"]
 """`suppressed`: the number is below the floor, or the site withholds it."""
+
+REASON = 300
+"""Longest reason that is written, characters; every hospital keeps it."""
+OLD_REASON = 1 << 14
+"""Longest reason that is read: earlier releases named each parameter."""
 
 
 class _Canonical(Settings):
@@ -84,8 +90,8 @@ class SitePart(Settings):
     """One site in a receipt."""
 
     state: Literal["contributed", "late", "failed", "refused", "quarantined"]
-    reason: str | None = None
-    """Code or cause, for every state but `contributed`."""
+    reason: Annotated[str, Field(max_length=OLD_REASON)] | None = None
+    """Code or cause, for every state but `contributed`; see `brief`."""
     patients: Patients | None = None
     """None if the site's reply did not come or could not be used."""
     update: Digest | None = None
@@ -121,6 +127,11 @@ class Receipt(_Canonical):
     """Parameters before the round, see `parameters_digest`."""
     outgoing: Digest
     """Parameters after it."""
+    model_sent: Digest | None = added(None)
+    """The model that the round's message held, see `parameters_digest`."""
+    model_next: Digest | None = added(None)
+    """The model that the next round's message holds; None after the last round, and
+    where the server first trains on its public cohort."""
     sites: dict[Name, SitePart]
     """Every site of the run, whether it contributed or not."""
     previous: Digest
@@ -138,6 +149,12 @@ class Receipt(_Canonical):
             As for `from_json`.
         """
         return cls.from_json(signed.content, f"receipt {signed.hash[:12]}")
+
+
+def brief(reason: str) -> str:
+    """Return a reason that another party may have chosen, printable and not long."""
+    shown = "".join(each if each.isprintable() else "?" for each in reason)
+    return shown if len(shown) <= REASON else f"{shown[: REASON - 3]}..."
 
 
 def request_digest(message_type: str, content: RecordDict) -> str:
@@ -179,6 +196,7 @@ def verify_part(
     *,
     at: datetime | None = None,
     revoked: Collection[int] = (),
+    pins: Pins | None = None,
 ) -> Part:
     """Return a part once certificate and signature are verified.
 
@@ -194,14 +212,20 @@ def verify_part(
         Time for which the certificate must be valid; now, if absent.
     revoked
         Serial numbers.
+    pins
+        The contract's `site_keys`; none if it pins none, or is not at hand.
 
     Raises
     ------
+    PinError
+        If the contract pins another key of the site.
     TrustError
         If certificate or signature cannot be trusted, or name another site.
     """
     holder = pki.from_pem(certificate)
     name = pki.verify(holder, authority, "site", at=at, revoked=revoked)
+    if pins:
+        pinning.require(holder, pins, "the contract")
     check_signature(holder, text.encode(), signature)
     part = Part.from_json(text, f"the part signed by {name}")
     if part.site != name:
@@ -212,18 +236,27 @@ def verify_part(
     return part
 
 
-def verify_chain(receipts: Sequence[Signed], authority: x509.Certificate) -> None:
+def verify_chain(
+    receipts: Sequence[Signed],
+    authority: x509.Certificate,
+    pins: Pins | None = None,
+    *,
+    secure: bool = False,
+) -> None:
     """Refuse receipts that are not one run's, without a gap from its first to the last.
 
-    Verified: the coordinator's signature under each receipt; that each names the one
-    before, begins with the parameters that the one before ended with, and counts each
-    round of a phase once; and each site's signature under its part, which must be about
-    the same contract, run, phase, round, reply and number of patients. Certificates
-    must be valid at the receipt's own time, so that receipts outlive them.
+    Verified: each receipt as by `verify_receipt`; that each names the one before,
+    begins with the parameters that the one before ended with, sent the model that the
+    one before announced, and counts each round of a phase once.
 
     Not verified: that nothing was cut off at the end (compare the last receipt's hash
     with what a site or a release holds), that the coordinator's clock was right, and
     that the parameters follow from the updates, which are not kept.
+
+    Parameters
+    ----------
+    pins, secure
+        As for `verify_receipt`.
 
     Raises
     ------
@@ -233,31 +266,75 @@ def verify_chain(receipts: Sequence[Signed], authority: x509.Certificate) -> Non
     before: list[tuple[str, Receipt]] = []
     for place, signed in enumerate(receipts, start=1):
         try:
-            receipt = Receipt.read_signed(signed)
-            if not signed.signers(authority, "coordinator", at=receipt.time):
-                raise TrustError("it bears no signature; expected the coordinator's")
-            _verify_order(receipt, before)
-            for name, entry in receipt.sites.items():
-                _verify_entry(receipt, name, entry, authority)
+            receipt = verify_receipt(signed, authority, before, pins, secure=secure)
         except TrustError as error:
             raise TrustError(f"receipt {place} does not hold: {error}") from error
         before.append((signed.hash, receipt))
 
 
+def verify_receipt(
+    signed: Signed,
+    authority: x509.Certificate,
+    before: Sequence[tuple[str, Receipt]] | None,
+    pins: Pins | None = None,
+    *,
+    secure: bool = False,
+) -> Receipt:
+    """Return a receipt once its signatures are verified, and that all were asked alike.
+
+    Verified: the coordinator's signature; each site's signature under its part, which
+    must be about the same contract, run, phase, round, reply and number of patients;
+    and that all parts are about one request. Certificates must be valid at the
+    receipt's own time, so that receipts outlive them.
+
+    Parameters
+    ----------
+    before
+        Hash and content of the receipts before it without a gap, oldest first, which it
+        must follow; empty for a run's first, None if the one before is not there.
+    pins
+        As for `verify_part`.
+    secure
+        Whether the run aggregates securely: then each request holds shares for one
+        site only, and requests are not compared.
+
+    Raises
+    ------
+    TrustError
+        If anything does not hold.
+    """
+    receipt = Receipt.read_signed(signed)
+    if not signed.signers(authority, "coordinator", at=receipt.time):
+        raise TrustError("it bears no signature; expected the coordinator's")
+    if before is not None:
+        _verify_order(receipt, before)
+    requests: dict[str, list[str]] = {}
+    for name, entry in receipt.sites.items():
+        part = _verify_entry(receipt, name, entry, authority, pins)
+        if part is not None:
+            requests.setdefault(part.request, []).append(name)
+    if len(requests) > 1 and not secure:
+        asked = "; ".join(f"{k[:12]}: {', '.join(v)}" for k, v in requests.items())
+        raise TrustError(
+            f"its sites were sent different requests ({asked}); expected one. Compare "
+            "the hospitals' logs, see fedgex-site log compare."
+        )
+    return receipt
+
+
 def _verify_order(receipt: Receipt, before: Sequence[tuple[str, Receipt]]) -> None:
-    expected: dict[str, Any] = {
-        "index": len(before) + 1,
-        "previous": NO_RECEIPT,
-        "round": 1,
-    }
+    expected: dict[str, Any] = {"index": 1, "previous": NO_RECEIPT, "round": 1}
     if before:
         previous, last = before[-1]
         expected |= {
+            "index": last.index + 1,
             "previous": previous,
             "contract": last.contract,
             "run": last.run,
             "incoming": last.outgoing,
         }
+        if last.model_next is not None:
+            expected["model_sent"] = last.model_next
         of_phase = [each.round for _, each in before if each.phase == receipt.phase]
         if of_phase:
             # A phase that was left does not come back.
@@ -266,8 +343,12 @@ def _verify_order(receipt: Receipt, before: Sequence[tuple[str, Receipt]]) -> No
 
 
 def _verify_entry(
-    receipt: Receipt, name: str, entry: SitePart, authority: x509.Certificate
-) -> None:
+    receipt: Receipt,
+    name: str,
+    entry: SitePart,
+    authority: x509.Certificate,
+    pins: Pins | None,
+) -> Part | None:
     if entry.part is None or entry.signature is None or entry.certificate is None:
         if entry.state == "contributed":
             raise TrustError(
@@ -275,9 +356,14 @@ def _verify_entry(
                 "contributed has signed its part. Receipts of simulations are not "
                 "signed, and prove nothing."
             )
-        return
+        return None
     part = verify_part(
-        entry.part, entry.signature, entry.certificate, authority, at=receipt.time
+        entry.part,
+        entry.signature,
+        entry.certificate,
+        authority,
+        at=receipt.time,
+        pins=pins,
     )
     expected = {
         "site": name,
@@ -291,6 +377,7 @@ def _verify_entry(
     if entry.patients is not None:
         expected["patients"] = entry.patients
     _compare(f"the part of {name}", part, expected)
+    return part
 
 
 def _compare(what: str, found: Part | Receipt, expected: dict[str, Any]) -> None:

@@ -23,6 +23,14 @@ REFUSED, NOT_FOUND, NOT_RUNNING = 1, 3, 4
 _STATE = typer.Option("--state", envvar="FEDGEX_STATE", help="The state directory.")
 State = Annotated[Path, _STATE]
 OptionalState = Annotated[Path | None, _STATE]
+AuthorityDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="FEDGEX_AUTHORITY_DIR",
+        help="Folder of authority.key, where it is not in the place that "
+        "consortium.toml names.",
+    ),
+]
 Format = Annotated[
     Literal["text", "json"], typer.Option("--format", help="Form of the output.")
 ]

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fedgex.common.trust import pki
+from fedgex.common.trust import pki, revocation
 from fedgex.server.cli.command_line import (
+    AuthorityDir,
     Fingerprint,
     Format,
     Reason,
@@ -53,6 +54,17 @@ def consortium_init(
     control_port: Annotated[int, typer.Option(help="Loopback: control.")] = 9093,
     health_port: Annotated[int, typer.Option(help="Loopback: health.")] = 9094,
     metrics_port: Annotated[int, typer.Option(help="Loopback: metrics.")] = 9095,
+    signatures: Annotated[
+        int, typer.Option(help="Administrators who must sign a contract.")
+    ] = 1,
+    authority_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FEDGEX_AUTHORITY_DIR",
+            help="Folder for the authority's key, such as a removable medium; without "
+            "it, the state directory.",
+        ),
+    ] = None,
     form: Format = "text",
 ) -> None:
     """Make the authority, the server's certificates and the state directory."""
@@ -64,6 +76,10 @@ def consortium_init(
         "control_port": control_port,
         "health_port": health_port,
         "metrics_port": metrics_port,
+        "signatures": signatures,
+        "authority_dir": None
+        if authority_dir is None
+        else str(authority_dir.resolve()),
     }
     with refusals():
         settings = ConsortiumSettings.read(values, "consortium init")
@@ -71,10 +87,13 @@ def consortium_init(
         facts = {
             "state": str(state),
             "authority": pki.fingerprint(founded.authority),
-            "authority_key": str(state / "pki" / "authority.key"),
+            "authority_key": str(founded.authority_dir / "authority.key"),
         }
     show(facts, form)
-    note("Keep a copy of the authority's key offline: it cannot be replaced.")
+    note(
+        "Keep a copy of the authority's key offline: it cannot be replaced. The server "
+        "starts without it; what admits, renews or revokes needs it."
+    )
 
 
 @consortium.command("status")
@@ -84,14 +103,27 @@ def consortium_status(state: State, form: Format = "text") -> None:
         found = Consortium(state)
         settings, sites = found.settings, found.sites().values()
         warnings = [str(each) for each in expiries(found)]
+        if not found.revocation_list:
+            warnings.append(
+                "no list of revoked certificates is signed yet, so hospitals get none: "
+                "fedgex-admin consortium renew signs one."
+            )
+        key = found.authority_dir / "authority.key"
         facts = {
             "consortium": settings.name,
             "server": f"{settings.host}:{settings.port}",
             "running": found.is_served(),
             "authority": pki.fingerprint(found.authority),
+            "authority_key": str(key) if key.exists() else f"not in place: {key}",
+            "own_certificates_until": {
+                role: str(found.certificate(role).not_valid_after_utc.date())
+                for role in ("server", "coordinator")
+            },
             "administrators": list(found.administrators()),
+            "signatures": settings.signatures,
             "sites": [each.name for each in sites if each.state == "active"],
             "revoked_sites": [each.name for each in sites if each.state == "revoked"],
+            "revocations": _revocations(found),
         }
     show(facts | {"warnings": warnings} if form == "json" else facts, form)
     if form == "text":
@@ -100,10 +132,12 @@ def consortium_status(state: State, form: Format = "text") -> None:
 
 
 @consortium.command("renew")
-def consortium_renew(state: State, form: Format = "text") -> None:
+def consortium_renew(
+    state: State, authority_dir: AuthorityDir = None, form: Format = "text"
+) -> None:
     """Issue new certificates of server and coordinator; no kit changes."""
     with refusals():
-        found = Consortium(state)
+        found = Consortium(state, authority_dir)
         found.renew()
         facts = {"expires": found.coordinator.not_valid_after_utc.date()}
     show(facts, form)
@@ -139,11 +173,12 @@ def administrator_add(
     out: Annotated[
         Path | None, typer.Option(help="File for the certificate to send back.")
     ] = None,
+    authority_dir: AuthorityDir = None,
     form: Format = "text",
 ) -> None:
     """Admit an administrator whose request has this fingerprint."""
     with refusals():
-        found = Consortium(state)
+        found = Consortium(state, authority_dir)
         certificate = members.add_administrator(found, request, fingerprint)
         if out is not None:
             write_out(out, pki.to_pem(certificate))
@@ -169,13 +204,35 @@ def administrator_list(state: State, form: Format = "text") -> None:
     show_rows(rows, form, "no administrator yet; see fedgex-admin administrator add")
 
 
+@administrator.command("renew")
+def administrator_renew(
+    name: Name,
+    out: Annotated[Path, typer.Option(help="File for the certificate to send back.")],
+    state: State,
+    authority_dir: AuthorityDir = None,
+    form: Format = "text",
+) -> None:
+    """Write a new certificate over the key that an administrator has."""
+    with refusals():
+        found = Consortium(state, authority_dir)
+        certificate = members.renew_administrator(found, name)
+        write_out(out, pki.to_pem(certificate))
+    show(
+        {"administrator": name, "expires": certificate.not_valid_after_utc.date()}, form
+    )
+
+
 @administrator.command("revoke")
 def administrator_revoke(
-    name: Name, reason: Reason, state: State, form: Format = "text"
+    name: Name,
+    reason: Reason,
+    state: State,
+    authority_dir: AuthorityDir = None,
+    form: Format = "text",
 ) -> None:
-    """Revoke an administrator's certificate."""
+    """Revoke an administrator's certificate; hospitals get the signed list."""
     with refusals():
-        members.revoke_administrator(Consortium(state), name, reason)
+        members.revoke_administrator(Consortium(state, authority_dir), name, reason)
     show({"administrator": name, "state": "revoked"}, form)
 
 
@@ -189,11 +246,12 @@ def site_add(
     fingerprint: Fingerprint,
     out: Kit,
     state: State,
+    authority_dir: AuthorityDir = None,
     form: Format = "text",
 ) -> None:
     """Admit a hospital whose request has this fingerprint, and write its kit."""
     with refusals():
-        found = Consortium(state)
+        found = Consortium(state, authority_dir)
         kit = members.add_site(found, request, fingerprint, name=name)
         facts = _write_kit(found, name, kit, out)
     show(facts, form)
@@ -218,10 +276,16 @@ def site_list(state: State, form: Format = "text") -> None:
 
 
 @site.command("renew")
-def site_renew(name: Name, out: Kit, state: State, form: Format = "text") -> None:
+def site_renew(
+    name: Name,
+    out: Kit,
+    state: State,
+    authority_dir: AuthorityDir = None,
+    form: Format = "text",
+) -> None:
     """Write a kit with a new certificate over the keys that a hospital has."""
     with refusals():
-        found = Consortium(state)
+        found = Consortium(state, authority_dir)
         facts = _write_kit(found, name, members.renew_site(found, name), out)
     show(facts, form)
 
@@ -233,11 +297,12 @@ def site_rotate(
     fingerprint: Fingerprint,
     out: Kit,
     state: State,
+    authority_dir: AuthorityDir = None,
     form: Format = "text",
 ) -> None:
     """Revoke a hospital's keys, admit its new ones, and write the new kit."""
     with refusals():
-        found = Consortium(state)
+        found = Consortium(state, authority_dir)
         kit = members.rotate_site(found, name, request, fingerprint)
         facts = _write_kit(found, name, kit, out)
     show(facts, form)
@@ -245,11 +310,15 @@ def site_rotate(
 
 @site.command("revoke")
 def site_revoke(
-    name: Name, reason: Reason, state: State, form: Format = "text"
+    name: Name,
+    reason: Reason,
+    state: State,
+    authority_dir: AuthorityDir = None,
+    form: Format = "text",
 ) -> None:
     """Revoke a hospital: its connection and signatures are refused from now on."""
     with refusals():
-        members.revoke_site(Consortium(state), name, reason)
+        members.revoke_site(Consortium(state, authority_dir), name, reason)
     show({"site": name, "state": "revoked"}, form)
 
 
@@ -260,3 +329,12 @@ def _write_kit(
     write_out(out, kit)
     expires = found.site(name).expires.date()
     return {"site": name, "kit": str(out), "expires": expires}
+
+
+def _revocations(found: Consortium) -> str:
+    """Return how many certificates the signed list names, and its date."""
+    if not found.revocation_list:
+        return "none signed"
+    listed = revocation.read_list(found.revocation_list, found.authority)
+    of = f"{listed.last_update_utc:%Y-%m-%d %H:%M} UTC"
+    return f"{len(revocation.serials(listed))} certificates, list of {of}"

@@ -11,7 +11,7 @@ from cryptography import x509
 from fedgex.common.errors import FedgexError, TrustError
 from fedgex.common.models import checkpoint
 from fedgex.common.trust import bundle as bundles
-from fedgex.common.trust import pki
+from fedgex.common.trust import pinning, pki
 from fedgex.server.cli.command_line import (
     Format,
     KeyFile,
@@ -151,10 +151,12 @@ def release(
     folder = checkpoint.find(found.folder)
     checkpoint.load(folder)
     digest = releases.manifest_digest(folder)
-    name, _ = consortium.administrator(key)
+    name, certificate = consortium.administrator(key)
+    contract = contracts.load(consortium, found.facts["contract"]).contract
+    if contract.administrator_keys:
+        pinning.require(certificate, contract.administrator_keys, "the contract")
     if name not in commands.approvals(consortium, run, digest):
         report = "" if audit is None else releases.keep_audit(consortium, audit)
-        contract = contracts.load(consortium, found.facts["contract"]).contract
         releases.require_audit(consortium, contract, digest, report)
         commands.submit(consortium, "release", run, key, model=digest, audit=report)
     how_far = releases.status(consortium, run)

@@ -210,7 +210,9 @@ def receipts(consortium: Consortium, folder: Path) -> list[dict[str, Any]]:
     """
     paths = sorted((folder / "checkpoints").glob("[0-9]*/receipt.json"))
     found = [Signed.from_json(path.read_text(), str(path)) for path in paths]
-    verify_chain(found, consortium.authority)
+    contract = contracts.load(consortium, runs.Run(folder).facts["contract"]).contract
+    secure = contract.study.secure_aggregation is not None
+    verify_chain(found, consortium.authority, contract.site_keys, secure=secure)
     rows = []
     for signed in found:
         reported = Receipt.read_signed(signed).model_dump(mode="json")

@@ -13,7 +13,7 @@ from cryptography import x509
 from fedgex.common.errors import TrustError
 from fedgex.common.privacy.summary import protections
 from fedgex.common.trust import pki
-from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.contract import Contract, remaining
 from fedgex.common.trust.signed import Signed
 from fedgex.server.cli.command_line import (
     Format,
@@ -26,7 +26,7 @@ from fedgex.server.cli.command_line import (
     show_rows,
     write_out,
 )
-from fedgex.server.consortium import contracts
+from fedgex.server.consortium import contracts, drafts
 from fedgex.server.consortium.contracts import Answer
 from fedgex.server.consortium.store import Consortium
 from fedgex.server.run_monitor import one_line
@@ -56,29 +56,44 @@ def study_new(
     ],
     sites: Annotated[str, typer.Option(help="Hospitals, with commas between them.")],
     out: Annotated[Path, typer.Option(help="File for the contract.")],
+    state: State,
     administrators: Annotated[
         int, typer.Option(help="How many must order the release.")
     ] = 2,
+    no_secure_aggregation: Annotated[
+        str,
+        typer.Option(
+            metavar="REASON",
+            help="Why the server may see each hospital's update. Without it, the "
+            "contract asks for secure aggregation.",
+        ),
+    ] = "",
     form: Format = "text",
 ) -> None:
-    """Draft a contract around a study: a TOML file to be read, edited and signed."""
+    """Draft a contract around a study: a TOML file to be read, edited and signed.
+
+    It pins the keys of its hospitals and of all administrators.
+    """
     with refusals():
-        text = contracts.draft(
+        text = drafts.draft(
+            Consortium(state),
             study_toml,
             genes,
             purpose=purpose,
             expires=expires.date(),
             sites=[name.strip() for name in sites.split(",") if name.strip()],
             administrators=administrators,
+            no_secure_aggregation=no_secure_aggregation,
         )
         write_out(out, text)
-        protected = protections(Contract.from_toml(text, str(out)).study)
+        contract = Contract.from_toml(text, str(out))
+        protected, left = protections(contract.study), remaining(contract)
     facts: dict[str, object] = {"contract": str(out), "hash": Signed(text).hash}
     if form == "json":
-        facts |= {"protections": protected}
+        facts |= {"protections": protected, "not_protected": left}
     show(facts, form)
     if form == "text":
-        _show_protections(protected)
+        _show_protections(protected, left)
     note("Read it through; each change until it is signed changes its hash.")
 
 
@@ -156,7 +171,7 @@ def study_show(contract: Which, state: State, form: Format = "text") -> None:
         by_site = {
             name: _answer(answers.get(name), form) for name in each.contract.sites
         }
-        protected = protections(each.contract.study)
+        protected, left = protections(each.contract.study), remaining(each.contract)
     facts = {
         "hash": each.hash,
         "study": each.contract.study.name,
@@ -166,18 +181,21 @@ def study_show(contract: Which, state: State, form: Format = "text") -> None:
     }
     if form == "json":
         text = {"contract": each.contract.model_dump(mode="json")}
-        show(facts | {"protections": protected} | text, form)
+        known = {"protections": protected, "not_protected": left}
+        show(facts | known | text, form)
         return
     show({name: value for name, value in facts.items() if name != "answers"}, form)
-    _show_protections(protected)
+    _show_protections(protected, left)
     for name, answer in by_site.items():
         typer.echo(f"answer of {name}: {answer}")
     typer.echo(f"\n{each.signed.content}", nl=False)
 
 
-def _show_protections(protected: list[str]) -> None:
+def _show_protections(protected: list[str], left: list[str]) -> None:
     for each in protected:
         typer.echo(f"protection: {each}")
+    for each in left:
+        typer.echo(f"not protected: {each}")
 
 
 def _own(

@@ -35,6 +35,9 @@ def _table(settings: Settings, path: tuple[str, ...]) -> list[str]:
         if isinstance(value, Settings):
             table = _table(value, (*path, name))
             tables += [table[0], *about, *table[1:]]
+        elif isinstance(value, Mapping) and len(_value(value)) > WIDTH:
+            tables += ["", f"[{'.'.join((*path, name))}]", *about]
+            tables += [f"{json.dumps(k)} = {_value(v)}" for k, v in value.items()]
         else:
             lines += [*about, f"{name} = {_value(value)}"]
     return lines + tables

@@ -32,7 +32,8 @@ class Expiry:
             "authority": "found a new consortium; it cannot be renewed",
             "server": "run fedgex-admin consortium renew and restart the server",
             "coordinator": "run fedgex-admin consortium renew and restart the server",
-            "administrator": "revoke it and add a new request of that administrator",
+            "administrator": f"run fedgex-admin administrator renew {self.name} and "
+            "send the certificate",
             "site": f"run fedgex-admin site renew {self.name} and send the kit",
         }[self.role]
         return (

@@ -23,6 +23,7 @@ from fedgex.common.errors import ConfigError, FedgexError, TrustError
 from fedgex.common.settings import NAME_PATTERN, Settings
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
+from fedgex.common.trust.pinning import Pins, pinned_signers
 from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium.store import Consortium
 
@@ -215,22 +216,33 @@ def launches(consortium: Consortium) -> dict[str, Order]:
     return {order.run: order for order in sorted(orders, key=lambda o: o.at)}
 
 
-def approvals(consortium: Consortium, run: str, model: str) -> tuple[str, ...]:
-    """Return the distinct administrators who ordered the release of this model."""
-    return tuple(sorted(consents(consortium, run, model)))
+def approvals(
+    consortium: Consortium, run: str, model: str, pins: Pins | None = None
+) -> tuple[str, ...]:
+    """Return the distinct administrators who ordered the release, see `consents`."""
+    return tuple(sorted(consents(consortium, run, model, pins)))
 
 
-def consents(consortium: Consortium, run: str, model: str) -> dict[str, Signed]:
+def consents(
+    consortium: Consortium, run: str, model: str, pins: Pins | None = None
+) -> dict[str, Signed]:
     """Return each administrator's signed order to release this model.
 
     Pending and accepted orders count while the administrator's certificate is valid.
+
+    Parameters
+    ----------
+    pins
+        The contract's `administrator_keys`; orders under another key do not count.
     """
     found = {}
     for order in _standing(consortium):
         if (order.kind, order.subject, order.model) == ("release", run, model):
             known = outcome(consortium, order.token)
             assert known is not None, "a standing order has an outcome"
-            found[order.administrator] = Signed.from_json(known.signed, order.token)
+            signed = Signed.from_json(known.signed, order.token)
+            if pinned_signers(signed, pins, "the contract"):
+                found[order.administrator] = signed
     return found
 
 

@@ -3,34 +3,32 @@
     contracts/HASH.json           the signed contract
     contracts/HASH.answers.json   the decision that each hospital signed about it
 
-A draft is a TOML file; its signatures are in `NAME.toml.signed.json` in its folder.
+A draft is a TOML file (`drafts`); its signatures are in `NAME.toml.signed.json` in its
+folder.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cryptography import x509
 from pydantic import AwareDatetime
 
-from fedgex.common import parsing
-from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.codes import Code
 from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.settings import Settings
 from fedgex.common.system.files import write_atomic
-from fedgex.common.trust import pki
-from fedgex.common.trust.contract import MAX_BYTES, Contract
+from fedgex.common.trust import pinning, pki
+from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.pinning import pinned_signers
 from fedgex.common.trust.signed import Signed
-from fedgex.server.consortium import annotated_toml, commands
+from fedgex.server.consortium import commands
 from fedgex.server.consortium.commands import Order
 from fedgex.server.consortium.store import Consortium, NotFoundError, read_json
 
@@ -65,60 +63,6 @@ class Published:
 # ---- before publication ----
 
 
-def draft(
-    study_toml: Path,
-    genes: Path,
-    *,
-    purpose: str,
-    expires: date,
-    sites: Sequence[str],
-    administrators: int,
-) -> str:
-    """Return a contract around a study, as annotated TOML.
-
-    Defaults are written too, so that the signed text is complete.
-
-    Parameters
-    ----------
-    study_toml
-        A `[study]` section, or a scenario that has one.
-    genes
-        One gene symbol a line; blank lines and what follows a # do not count.
-    administrators
-        Number of administrators who must order the release.
-
-    Raises
-    ------
-    ConfigError
-        With every error in study, genes and terms.
-    """
-    values = _toml(study_toml)
-    study = values.get("study", values)
-    if not isinstance(study, Mapping):
-        raise ConfigError(f'{study_toml}: "study" is no section; expected [study].')
-    vocabulary = Vocabulary(_genes(genes))
-    rule = {**study.get("vocabulary", {}), "genes": list(vocabulary.genes)}
-    contract = Contract.read(
-        {
-            "purpose": purpose,
-            "expires": expires,
-            "code_version": ".".join(version("fedgex").split(".")[:2]),
-            "vocabulary_hash": vocabulary.hash,
-            "sites": list(sites),
-            "release": {"administrators": administrators},
-            "study": {**study, "vocabulary": rule},
-        },
-        str(study_toml),
-    )
-    if contract.expired():
-        raise ConfigError(
-            f"the contract would expire on {expires}; expected a day to come."
-        )
-    text = annotated_toml.render(contract)
-    assert Contract.from_toml(text, "the draft") == contract, "what is written is read"
-    return text
-
-
 def sign(path: Path, key: pki.Key, certificate: x509.Certificate) -> Signed:
     """Add a signature to a draft, in the draft's file of signatures.
 
@@ -130,11 +74,11 @@ def sign(path: Path, key: pki.Key, certificate: x509.Certificate) -> Signed:
         If it was changed since somebody else signed it, or the key is not the
         certificate's.
     """
-    text = _text(path)
+    text = read_text(path)
     Contract.from_toml(text, str(path))
     kept, signed = signatures_path(path), Signed(text)
     if kept.exists():
-        signed = Signed.from_json(_text(kept), str(kept))
+        signed = Signed.from_json(read_text(kept), str(kept))
         if signed.content != text:
             names = ", ".join(each.name for each in signed.signatures)
             raise TrustError(
@@ -166,7 +110,8 @@ def publish(consortium: Consortium, contract_toml: Path, key: pki.Key) -> Order:
         If the contract expired, is for another version, or names hospitals that are
         not in the consortium; all of it at once.
     TrustError
-        If it has no administrator's signature, or an untrusted one.
+        If it has fewer administrators' signatures than hospitals want, or an untrusted
+        one.
     """
     path = signatures_path(contract_toml)
     if not path.exists():
@@ -174,24 +119,27 @@ def publish(consortium: Consortium, contract_toml: Path, key: pki.Key) -> Order:
             f"{path} does not exist: {contract_toml.name} was not signed. Sign it with "
             "fedgex-admin study sign."
         )
-    signed = Signed.from_json(_text(path), str(path))
-    if signed.content != _text(contract_toml):
+    signed = Signed.from_json(read_text(path), str(path))
+    if signed.content != read_text(contract_toml):
         raise TrustError(
             f"{contract_toml} differs from the text that was signed in {path.name}; "
             "restore it, or have it signed anew."
         )
-    if not consortium.signers(signed):
-        raise TrustError(
-            f"{path.name} bears no signature; expected an administrator's. Sign the "
-            "contract with fedgex-admin study sign."
-        )
+    consortium.signers(signed)
     contract = Contract.read_signed(signed)
+    signers = pinned_signers(signed, contract.administrator_keys, "the contract")
+    if len(signers) < (needed := consortium.settings.signatures):
+        raise TrustError(
+            f"{path.name} bears the signatures of {', '.join(signers) or 'nobody'}; "
+            f"hospitals want {needed} administrators whose keys it pins. Sign it with "
+            "fedgex-admin study sign."
+        )
     if findings := _unpublishable(consortium, contract):
         raise ConfigError("\n".join(findings))
     with consortium.locked():
         stored = _stored(consortium) / f"{signed.hash}.json"
         if stored.exists():
-            before = Signed.from_json(_text(stored), str(stored))
+            before = Signed.from_json(read_text(stored), str(stored))
             signed = _merged(consortium, before, signed)
         consortium.audit.append("contract-stored", contract=signed.hash)
         write_atomic(stored, signed.to_json().encode(), point="contract")
@@ -246,7 +194,7 @@ def load(consortium: Consortium, hash: str) -> Published:
     path = _stored(consortium) / f"{hash}.json"
     if not path.exists():
         raise NotFoundError(f"there is no published contract {hash}.")
-    signed = Signed.from_json(_text(path), str(path))
+    signed = Signed.from_json(read_text(path), str(path))
     if signed.hash != hash:
         raise TrustError(
             f"{path} holds the contract {signed.hash[:12]}; expected the one that it "
@@ -303,10 +251,15 @@ def record_answer(consortium: Consortium, hash: str, signed: Signed) -> str:
             f"the answer bears {len(signers)} signatures; expected one hospital's."
         )
     site, answer = signers[0], _answer(signed, signers[0])
-    if site not in load(consortium, hash).contract.sites or answer.contract != hash:
+    contract = load(consortium, hash).contract
+    if site not in contract.sites or answer.contract != hash:
         raise TrustError(
             f"{site} answered about the contract {answer.contract[:12]}; expected a "
             f"hospital of {hash[:12]}, and an answer about it."
+        )
+    if not pinned_signers(signed, contract.site_keys, "the contract"):
+        raise TrustError(
+            f"the answer of {site} is signed by a key that {hash[:12]} does not pin."
         )
     with consortium.locked():
         kept = _answers(consortium, hash)
@@ -352,6 +305,19 @@ def _unpublishable(consortium: Consortium, contract: Contract) -> list[str]:
             f"the contract names {', '.join(strange)}; expected active hospitals of "
             f"{consortium.settings.name}. Add them with fedgex-admin site add."
         )
+    if contract.site_keys:
+        for name in sorted(set(contract.sites) & active):
+            certificate = pki.from_pem(consortium.site(name).certificate)
+            try:
+                pinning.require(certificate, contract.site_keys, "the contract")
+            except TrustError as error:
+                findings.append(str(error))
+    elif contract.study.secure_aggregation is not None:
+        findings.append(
+            "the contract asks for secure aggregation and pins no keys, so hospitals "
+            f"refuse it ({Code.NOT_PINNED}); draft and sign a new one with "
+            "fedgex-admin study new."
+        )
     return findings
 
 
@@ -387,30 +353,7 @@ def _answer(signed: Signed, site: str) -> Answer:
         ) from error
 
 
-def _genes(path: Path) -> tuple[str, ...]:
-    lines = (line.partition("#")[0].strip() for line in _text(path).splitlines())
-    found = [line for line in lines if line]
-    findings = []
-    if spaced := [gene for gene in found if re.search(r"[\s,;]", gene)]:
-        findings.append(
-            f"{len(spaced)} lines hold more than one word, as {spaced[0]!r}"
-        )
-    if twice := sorted(gene for gene, n in Counter(found).items() if n > 1):
-        findings.append(f"{len(twice)} genes stand in it twice, as {twice[0]}")
-    if not found:
-        findings.append("it is empty")
-    if findings:
-        raise ConfigError(
-            f"{path}: {'; '.join(findings)}; expected one symbol a line, each once."
-        )
-    return tuple(sorted(found))
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    return parsing.toml_table(_text(path), f"{path}:", most=MAX_BYTES)
-
-
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Read a file byte for byte, since its text is hashed."""
     try:
         return path.read_bytes().decode("utf-8")

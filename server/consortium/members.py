@@ -7,6 +7,7 @@ Each change is noted in the audit log before it is made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
-from fedgex.common.errors import TrustError
+from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.system.files import explained, write_atomic
-from fedgex.common.trust import pki
+from fedgex.common.trust import pinning, pki
 from fedgex.common.trust.enrolment import EnrolmentRequest, SiteRequest
 from fedgex.server.consortium.store import (
+    VALID_DAYS,
     Consortium,
     NotFoundError,
     SiteEntry,
@@ -92,6 +94,26 @@ def add_administrator(
     return certificate
 
 
+def renew_administrator(consortium: Consortium, name: str) -> x509.Certificate:
+    """Return a new certificate over an administrator's key; the old one stays valid.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such administrator.
+    TrustError
+        If the authority's key is not there.
+    """
+    with consortium.locked():
+        held = _administrator(consortium, name)
+        key = consortium.authority_key
+        certificate = pki.renew(key, consortium.authority, held, VALID_DAYS)
+        consortium.audit.append("administrator-renewed", name=name)
+        path = consortium.folder / "administrators" / f"{name}.crt"
+        write_atomic(path, pki.to_pem(certificate).encode())
+    return certificate
+
+
 def revoke_administrator(consortium: Consortium, name: str, reason: str) -> None:
     """Revoke an administrator's certificate.
 
@@ -99,16 +121,42 @@ def revoke_administrator(consortium: Consortium, name: str, reason: str) -> None
     ------
     NotFoundError
         If there is no such administrator.
+    TrustError
+        If the authority's key is not there.
     """
+    with consortium.locked():
+        held = _administrator(consortium, name)
+        _ = consortium.authority_key  # before anything is written
+        consortium.audit.append("administrator-revoked", name=name, reason=reason)
+        serials, keys = [_serial(held)], (pki.fingerprint(held),)
+        consortium.revoke(serials, name, "administrator", reason, keys)
+
+
+def administrator_pins(consortium: Consortium) -> dict[str, str]:
+    """Return the fingerprint of each administrator's key, for kits and contracts.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer administrators than must sign a contract.
+    """
+    found = {n: pki.fingerprint(c) for n, c in consortium.administrators().items()}
+    if len(found) < (needed := consortium.settings.signatures):
+        raise ConfigError(
+            f"{len(found)} administrators are admitted, and {needed} must sign a "
+            "contract; admit them first, since hospitals keep their keys: "
+            "fedgex-admin administrator add."
+        )
+    return found
+
+
+def _administrator(consortium: Consortium, name: str) -> x509.Certificate:
     known = consortium.administrators()
     if name not in known:
         raise NotFoundError(
             f'there is no administrator "{name}"; expected one of {listed(known)}.'
         )
-    with consortium.locked():
-        consortium.audit.append("administrator-revoked", name=name, reason=reason)
-        serials, keys = [_serial(known[name])], (pki.fingerprint(known[name]),)
-        consortium.revoke(serials, name, "administrator", reason, keys)
+    return known[name]
 
 
 # ---- hospitals ----
@@ -135,7 +183,8 @@ def add_site(
     """
     asked = _site_request(request)
     with consortium.locked():
-        findings = _site_findings(consortium, asked, fingerprint, name)
+        pins = administrator_pins(consortium)
+        findings = _site_findings(consortium, asked, fingerprint, name, replaces=None)
         present = consortium.sites().get(asked.name)
         if present is not None and present.state == "active":
             findings.append(
@@ -144,7 +193,7 @@ def add_site(
             )
         certificate = _issue_or_refuse(consortium, asked, "site", findings)
         consortium.audit.append("site-added", site=asked.name)
-        return _enter(consortium, asked, certificate)
+        return _enter(consortium, asked, certificate, pins)
 
 
 def rotate_site(
@@ -152,7 +201,8 @@ def rotate_site(
 ) -> dict[str, Any]:
     """Replace a hospital's keys and return its new kit; no other's changes.
 
-    The old certificate is revoked first.
+    The old certificate is revoked first. Contracts that pin the old key go on if the
+    request holds the old key's statement, as `fedgex-site rotate` makes it.
 
     Raises
     ------
@@ -163,12 +213,13 @@ def rotate_site(
     """
     asked = _site_request(request)
     with consortium.locked():
-        present = _active(consortium, name)
-        findings = _site_findings(consortium, asked, fingerprint, name)
+        pins, present = administrator_pins(consortium), _active(consortium, name)
+        replaces = pki.fingerprint(pki.from_pem(present.certificate))
+        findings = _site_findings(consortium, asked, fingerprint, name, replaces)
         certificate = _issue_or_refuse(consortium, asked, "site", findings)
         consortium.audit.append("site-rotated", site=name)
         _revoke_site(consortium, present, "rotated")
-        return _enter(consortium, asked, certificate)
+        return _enter(consortium, asked, certificate, pins)
 
 
 def renew_site(consortium: Consortium, name: str) -> dict[str, Any]:
@@ -182,7 +233,7 @@ def renew_site(consortium: Consortium, name: str) -> dict[str, Any]:
         If it was revoked.
     """
     with consortium.locked():
-        present = _active(consortium, name)
+        pins, present = administrator_pins(consortium), _active(consortium, name)
         asked = SiteRequest(
             name=name,
             certificate_request=present.certificate_request,
@@ -192,7 +243,7 @@ def renew_site(consortium: Consortium, name: str) -> dict[str, Any]:
         certificate = consortium.issue(asked.certificate_request, name, "site")
         consortium.audit.append("site-renewed", site=name)
         old = _serial(pki.from_pem(present.certificate))
-        return _enter(consortium, asked, certificate, (*present.earlier, old))
+        return _enter(consortium, asked, certificate, pins, (*present.earlier, old))
 
 
 def revoke_site(consortium: Consortium, name: str, reason: str) -> None:
@@ -207,6 +258,7 @@ def revoke_site(consortium: Consortium, name: str, reason: str) -> None:
     """
     with consortium.locked():
         present = _active(consortium, name)
+        _ = consortium.authority_key  # before anything is written
         consortium.audit.append("site-revoked", site=name, reason=reason)
         _revoke_site(consortium, present, reason)
         struck = present.model_copy(update={"state": "revoked", "reason": reason})
@@ -239,14 +291,46 @@ def _issue_or_refuse(
 
 
 def _site_findings(
-    consortium: Consortium, asked: SiteRequest, fingerprint: str, name: str | None
+    consortium: Consortium,
+    asked: SiteRequest,
+    fingerprint: str,
+    name: str | None,
+    replaces: str | None,
 ) -> list[str]:
+    """Return what speaks against a request.
+
+    Parameters
+    ----------
+    replaces
+        Fingerprint of the key that the request may replace; None for a new hospital.
+    """
     findings = _findings(asked, fingerprint, name, "hospital")
+    findings += _replacing(asked, replaces)
     try:
         own = _node_key_fingerprint(asked.node_public_key)
     except TrustError as error:
         return [*findings, str(error)]
     return [*findings, *_taken("node key", own, consortium)]
+
+
+def _replacing(asked: SiteRequest, replaces: str | None) -> list[str]:
+    """Return what is wrong with the statement that a request's key replaces another."""
+    try:
+        request = pki.read_request(asked.certificate_request)
+    except TrustError:
+        return []  # issuing the certificate reports that
+    try:
+        before = pinning.replaced(request)
+    except TrustError as error:
+        return [str(error)]
+    if not before or before[-1] == replaces:
+        return []
+    return [
+        f"the request replaces the key {before[-1][:16]}, expected "
+        + (replaces[:16] if replaces else "a request that replaces none")
+        + ". Ask for one that fedgex-site rotate made at a hospital in force, or "
+        "fedgex-site init at a new one."
+    ]
 
 
 def _findings(
@@ -309,6 +393,7 @@ def _enter(
     consortium: Consortium,
     asked: SiteRequest,
     certificate: x509.Certificate,
+    administrators: Mapping[str, str],
     earlier: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Write a hospital's entry and return its kit."""
@@ -331,6 +416,9 @@ def _enter(
         "server": f"{settings.host}:{settings.port}",
         "authority": pki.to_pem(consortium.authority),
         "certificate": entry.certificate,
+        "administrators": dict(administrators),
+        "signatures": settings.signatures,
+        "revoked": consortium.revocation_list,
     }
 
 

@@ -28,7 +28,7 @@ from flwr.serverapp import Grid
 
 from fedgex.common import codes, keys
 from fedgex.common.errors import ConfigError, FederationError, TrustError, UpdateError
-from fedgex.common.messages.fields import LastReceipt, Run, SignedText
+from fedgex.common.messages.fields import LastReceipt, Revocations, Run, SignedText
 from fedgex.common.messages.replies import ContractReply, read_part
 from fedgex.common.messages.requests import ContractRequest, Envelope, ReleaseRequest
 from fedgex.common.models import checkpoint
@@ -168,8 +168,9 @@ class Deployment:
     ) -> SignedReply | None:
         """Verify and return the site's signed part; None if the reply needs none.
 
-        Refusals and replies to a release need none; for a contract the signed decision
-        is stored instead. All else is signed under the site's registered certificate.
+        Replies about a contract or a release need none, and temporary refusals: for a
+        contract the signed decision is stored instead. All else is signed under the
+        site's registered certificate, refusals too.
 
         Raises
         ------
@@ -177,18 +178,17 @@ class Deployment:
             If it is missing, untrusted, or of another site, run, round, request or
             reply.
         """
-        refused = refusal_code(reply) is not None
-        if request.type == keys.CONTRACT:
-            if not refused:
-                self._keep_decision(site, reply)
-            return None
-        if request.type == keys.RELEASE:
+        code = refusal_code(reply)
+        if request.type == keys.CONTRACT and code is None:
+            self._keep_decision(site, reply)
+        if request.type in (keys.CONTRACT, keys.RELEASE):
             return None
         found = read_part(reply)
         if found is None:
-            if refused:
+            if code in codes.TEMPORARY:
                 return None
-            raise TrustError(f'the reply is not signed: it has no "{keys.PART}"')
+            what = "the reply" if code is None else f"the refusal {code}"
+            raise TrustError(f'{what} is not signed: it has no "{keys.PART}"')
         certificate = self.consortium.site(site).certificate
         part = verify_part(
             found.json_,
@@ -196,6 +196,7 @@ class Deployment:
             certificate,
             self.consortium.authority,
             revoked=self.consortium.revoked(),
+            pins=self.contract.site_keys,
         )
         expected = {
             "site": site,
@@ -245,7 +246,9 @@ class Deployment:
 
     def resume(self, receipts: Sequence[Signed]) -> None:
         """Verify the chain of receipts, and continue with the last one."""
-        verify_chain(receipts, self.consortium.authority)
+        secure = self.study.secure_aggregation is not None
+        pins = self.contract.site_keys
+        verify_chain(receipts, self.consortium.authority, pins, secure=secure)
         self.last_receipt = receipts[-1].to_json() if receipts else ""
 
     # ---- the contract ----
@@ -257,7 +260,11 @@ class Deployment:
         temporary: Collection[str] = codes.TEMPORARY,
     ) -> Outcomes:
         """Send the contract to its sites; store each reply as it arrives."""
-        offer = ContractRequest(contract=SignedText(json_=self.signed.to_json()))
+        revoked = self.consortium.revocation_list
+        offer = ContractRequest(
+            contract=SignedText(json_=self.signed.to_json()),
+            revocations=Revocations(crl=revoked) if revoked else None,
+        )
         request = Request(
             type=keys.CONTRACT, message=lambda: offer, group=keys.CONTRACT
         )

@@ -78,11 +78,14 @@ def approve(consortium: Consortium, order: Order) -> Released:
             "show, and order its release if it is the one you mean."
         )
     published = contracts.load(consortium, run.facts["contract"])
+    pins = published.contract.administrator_keys
     require_audit(consortium, published.contract, model, order.audit)
     if not path(consortium, run.name).exists():
         consents = {
             name: signed
-            for name, signed in commands.consents(consortium, run.name, model).items()
+            for name, signed in commands.consents(
+                consortium, run.name, model, pins
+            ).items()
             if _is_audited(consortium, published.contract, model, signed)
         }
         if len(consents) >= published.contract.release.administrators:
@@ -159,7 +162,8 @@ def status(consortium: Consortium, run: str) -> Released:
     needed, written = contract.release.administrators, path(consortium, run)
     if written.exists():
         return Released("released", bundle.administrators(written), needed)
-    given = commands.approvals(consortium, run, manifest_digest(_last(found)))
+    model, pins = manifest_digest(_last(found)), contract.administrator_keys
+    given = commands.approvals(consortium, run, model, pins)
     return Released("candidate", given, needed)
 
 

@@ -3,13 +3,15 @@
 Everything lies under one folder, the state directory:
 
     consortium.toml           name, address, ports
-    pki/                      keys and certificates of authority, server, coordinator
+    pki/                      keys and certificates of authority, server, coordinator;
+                              revoked.crl, the authority's signed list for hospitals
     administrators/NAME.crt   who may sign contracts and orders
     sites/NAME.json           hospitals: public keys, certificate, state
     revoked.json              certificates that count no more, and their keys
     audit.jsonl               who was admitted and revoked, what was ordered
 
-Members are admitted and revoked by `members`.
+The authority's key may lie elsewhere (`authority_dir`), on a medium that is in place
+only while members are admitted, renewed or revoked. Members are changed by `members`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fedgex.common.errors import ConfigError, TrustError
 from fedgex.common.settings import NAME_PATTERN, Settings
 from fedgex.common.system import files
 from fedgex.common.system.files import exclusive_lock, explained, write_atomic
-from fedgex.common.trust import pki
+from fedgex.common.trust import pki, revocation
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import annotated_toml
@@ -70,6 +72,11 @@ class ConsortiumSettings(Settings):
     """Loopback only: Flower's gRPC health service."""
     metrics_port: int = Field(default=9095, ge=1, le=65535)
     """Loopback only: Prometheus metrics."""
+    signatures: int = Field(default=1, ge=1)
+    """Administrators who must sign a contract before a hospital takes it. Hospitals
+    keep the number with which they joined."""
+    authority_dir: str | None = Field(default=None, pattern=r"^/")
+    """Folder of authority.key, such as a removable medium; without it, pki/ here."""
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
@@ -122,8 +129,13 @@ class Revocation(Settings):
 class Consortium:
     """The state directory, opened. Every method reads the disk, and sees changes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, authority_dir: Path | None = None) -> None:
         """Open the consortium in `folder`.
+
+        Parameters
+        ----------
+        authority_dir
+            Folder of the authority's key; without it, the one of the settings.
 
         Raises
         ------
@@ -142,6 +154,8 @@ class Consortium:
         self.folder = folder
         self.settings = ConsortiumSettings.read(values, str(path))
         self.audit = Chain(folder / "audit.jsonl")
+        named = self.settings.authority_dir
+        self.authority_dir = authority_dir or Path(named or folder / "pki")
 
     @classmethod
     def init(cls, folder: Path, settings: ConsortiumSettings) -> Self:
@@ -161,8 +175,12 @@ class Consortium:
         with explained(folder):
             for name in FOLDERS:
                 (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        apart = settings.authority_dir
         key, authority = pki.new_authority(settings.name)
-        pki.save_key(key, folder / "pki" / "authority.key")
+        if apart is not None:
+            with explained(Path(apart)):
+                Path(apart).mkdir(mode=0o700, exist_ok=True)
+        pki.save_key(key, Path(apart or folder / "pki") / "authority.key")
         _write(folder / "pki" / "authority.crt", pki.to_pem(authority))
         for role in ("server", "coordinator"):
             pki.save_key(pki.new_key(), folder / "pki" / f"{role}.key")
@@ -183,6 +201,30 @@ class Consortium:
     def authority(self) -> x509.Certificate:
         """The certificate that every other is verified against."""
         return self.certificate("authority")
+
+    @property
+    def authority_key(self) -> pki.Key:
+        """Private key that signs certificates and revocations; it may be elsewhere.
+
+        Raises
+        ------
+        TrustError
+            If it is not there, or another authority's.
+        """
+        path = self.authority_dir / "authority.key"
+        if not path.exists():
+            raise TrustError(
+                f"{path} does not exist: the authority's key is not here, and this "
+                "command needs it. Put its medium in place, or name its folder with "
+                "--authority-dir or FEDGEX_AUTHORITY_DIR."
+            )
+        key = pki.load_key(path)
+        if pki.fingerprint(key.public_key()) != pki.fingerprint(self.authority):
+            raise TrustError(
+                f"{path} is the key of another authority; expected that of "
+                f"{self.settings.name} ({pki.short(self.authority)}). Check the medium."
+            )
+        return key
 
     @property
     def server_key_path(self) -> Path:
@@ -207,8 +249,15 @@ class Consortium:
     def renew(self) -> None:
         """Issue new certificates of server and coordinator over the keys they have.
 
-        Nobody's kit changes: hospitals trust the authority.
+        Nobody's kit changes: hospitals trust the authority. The list of revoked
+        certificates is signed anew as well.
+
+        Raises
+        ------
+        TrustError
+            If the authority's key is not there.
         """
+        key = self.authority_key
         self.audit.append("server-certificates-issued")
         name, folder = self.settings.name, self.folder / "pki"
         of: dict[pki.Role, list[str]] = {
@@ -219,6 +268,7 @@ class Consortium:
             asked = pki.request(pki.load_key(folder / f"{role}.key"), name, role)
             certificate = self.issue(asked, name, role, hosts)
             _write(folder / f"{role}.crt", pki.to_pem(certificate))
+        self._sign_revocations(key)
 
     def is_served(self) -> bool:
         """Whether a server answers on the health port of this machine."""
@@ -274,12 +324,12 @@ class Consortium:
             registered here.
         """
         names = signed.signers(self.authority, "administrator", revoked=self.revoked())
-        known = self.administrators()
+        known = {n: pki.fingerprint(c) for n, c in self.administrators().items()}
         for each in signed.signatures:
-            serial = pki.from_pem(each.certificate).serial_number
-            if each.name not in known or known[each.name].serial_number != serial:
+            own = pki.fingerprint(pki.from_pem(each.certificate))
+            if known.get(each.name) != own:
                 raise TrustError(
-                    f'the signature of "{each.name}" is by a certificate that is not '
+                    f'the signature of "{each.name}" is by a key that is not '
                     f"registered here; expected one of {listed(known)}. Add the "
                     "administrator, or have the document signed by another."
                 )
@@ -322,6 +372,12 @@ class Consortium:
         """Return the serial numbers that count no more."""
         return {int(each.serial, 16) for each in self.revocations()}
 
+    @property
+    def revocation_list(self) -> str:
+        """What the authority last signed of them, PEM; empty before it did."""
+        path = self.folder / "pki" / "revoked.crl"
+        return path.read_text() if path.exists() else ""
+
     def certificate(self, role: str) -> x509.Certificate:
         """Return the certificate of authority, server or coordinator."""
         return pki.from_pem((self.folder / "pki" / f"{role}.crt").read_text())
@@ -334,10 +390,11 @@ class Consortium:
         Raises
         ------
         TrustError
-            If the request is for another name or role.
+            If the request is for another name or role, or the authority's key is not
+            there.
         """
         return pki.issue(
-            pki.load_key(self.folder / "pki" / "authority.key"),
+            self.authority_key,
             self.authority,
             csr,
             name=name,
@@ -354,7 +411,16 @@ class Consortium:
         reason: str,
         keys: tuple[str, ...],
     ) -> None:
-        """Add certificates to `revoked.json`, with the fingerprints of their keys."""
+        """Add certificates to `revoked.json`, with the fingerprints of their keys.
+
+        The authority signs the new list for the hospitals.
+
+        Raises
+        ------
+        TrustError
+            If the authority's key is not there; nothing is revoked then.
+        """
+        key = self.authority_key
         new = [
             Revocation(
                 serial=serial,
@@ -370,6 +436,12 @@ class Consortium:
         _write(
             self.folder / "revoked.json", json.dumps({"certificates": every}, indent=1)
         )
+        self._sign_revocations(key)
+
+    def _sign_revocations(self, key: pki.Key) -> None:
+        of = [(int(each.serial, 16), each.at) for each in self.revocations()]
+        signed = revocation.new_list(key, self.authority, of)
+        _write(self.folder / "pki" / "revoked.crl", signed)
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other commands from changing the state at the same time."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from fedgex.common.privacy import accounting
 from fedgex.common.privacy.secure_random import SecretRandom
 from fedgex.common.study import SitePrivacy, Study
@@ -47,9 +45,7 @@ def noised(
     secret = SecretRandom()
     std = rule.noise_multiplier * longest(rule) / n_contributors
     return {
-        name: (
-            array + secret.normal(array.shape, std).numpy().astype(np.float64)
-        ).astype(array.dtype)
+        name: (array + secret.normal(array.shape, std).numpy()).astype(array.dtype)
         for name, array in mean.items()
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -17,14 +17,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from google.protobuf.message import DecodeError
 
 from fedgex.common import codes, keys
-from fedgex.common.errors import UpdateError
+from fedgex.common.errors import MessageError, UpdateError
 from fedgex.common.messages.codec import boundary
 from fedgex.common.messages.fields import Server
 from fedgex.common.messages.replies import Refusal
 from fedgex.common.messages.requests import Envelope
 from fedgex.common.system import failpoints
 from fedgex.common.transport.records import let_go
-from fedgex.common.trust.receipt import request_digest
+from fedgex.common.trust.receipt import brief, request_digest
 from fedgex.server.federation.participants import (
     CONTRIBUTED,
     Activity,
@@ -42,6 +42,10 @@ PAUSE_S = 5.0
 IDLE_S = 3.0
 """A node that polls this long after its message was sent has lost it, seconds; Flower's
 nodes poll every three."""
+PATIENCE = 4
+"""Deadlines after which a round that has its quorum does not wait for slow sites."""
+LONGEST = 12
+"""Deadlines after which no request waits, however much still moves."""
 UNREADABLE = (
     ValueError,
     TypeError,
@@ -77,20 +81,24 @@ def request_all(
     *,
     deadline_s: float,
     temporary: Collection[str] = codes.TEMPORARY,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[Answer]:
     """Send a request to all sites and yield one answer per site, as replies arrive.
 
     A request is repeated when the site's node or app failed, when it refuses
     temporarily, when its node is idle without a reply, and when its node reconnects. A
-    site without activity for `deadline_s` ends as late, or with its last failure. The
-    arrays of an answer are freed when the next is taken.
+    site without activity for `deadline_s` ends as late, or with its last failure; so
+    does one that still moves after `LONGEST` deadlines, or after `PATIENCE` of them if
+    there are enough answers. The arrays of an answer are freed when the next is taken.
 
     Parameters
     ----------
     temporary
         Codes of temporary refusals.
+    enough
+        Whether the answers that were taken so far suffice.
     """
-    return _Dispatch(channel, sites, request, deadline_s, temporary).answers()
+    return _Dispatch(channel, sites, request, deadline_s, temporary, enough).answers()
 
 
 def refusal_code(content: RecordDict) -> str | None:
@@ -99,11 +107,14 @@ def refusal_code(content: RecordDict) -> str | None:
     Raises
     ------
     MessageError
-        If a refusal holds anything but a code.
+        If a refusal holds anything but a code that this release knows.
     """
     if keys.REFUSAL not in content:
         return None
-    return Refusal.from_records(content).refusal.code
+    code = Refusal.from_records(content).refusal.code
+    if code not in frozenset(codes.Code):
+        raise MessageError(f"unknown code {code}")
+    return code
 
 
 def size_bytes(content: RecordDict) -> int:
@@ -142,6 +153,8 @@ class _Wait:
     """Failure of the last try; None after new activity."""
     noted: tuple[State, str] | None = None
     """Last failure in the journal."""
+    signed: SignedReply | None = None
+    """Verified signature of the last temporary refusal."""
 
 
 @dataclass
@@ -151,6 +164,7 @@ class _Dispatch:
     request: Request
     deadline_s: float
     temporary: Collection[str]
+    enough: Callable[[], bool]
     waiting: dict[str, _Wait] = field(default_factory=dict)
     under_way: dict[str, str] = field(default_factory=dict)
     """Site of each message without a reply, superseded ones included."""
@@ -158,9 +172,11 @@ class _Dispatch:
     """Digest of each site's request."""
     shared: str = ""
     """Digest of a request that all sites share."""
+    started: float = 0.0
 
     def answers(self) -> Iterator[Answer]:
         now = time.monotonic()
+        self.started = now
         self.waiting = {site: _Wait(progress=now, due=now) for site in self.sites}
         first = True
         while self.waiting:
@@ -263,31 +279,35 @@ class _Dispatch:
         if reply.has_error():
             if not superseded:
                 reason = f"Flower error {reply.error.code}: {reply.error.reason}"
-                self._died(site, "failed", reason)
+                self._died(site, "failed", brief(reason))
             return None
-        content = reply.content
-        try:
-            code = refusal_code(content)
-        except UpdateError as error:
-            return self._end(site, "quarantined", str(error), size_bytes(content))
-        if code is not None and code in self.temporary:
-            if not superseded:
-                wait.progress = wait.before  # to be paused is no progress
-                self._try_later(site, "refused", code)
-            return None
-        return self._settle(site, content, code)
+        return self._settle(site, reply.content, superseded=superseded)
 
-    def _settle(self, site: str, content: RecordDict, code: str | None) -> Answer:
-        bytes_up, asked = size_bytes(content), self.asked[site]
+    def _settle(
+        self, site: str, content: RecordDict, *, superseded: bool
+    ) -> Answer | None:
+        wait, bytes_up = self.waiting[site], size_bytes(content)
         try:
             with boundary("the reply cannot be used: "):
+                if bytes_up > self.request.most_bytes:
+                    raise MessageError(
+                        f"it is of {bytes_up} bytes, expected at most "
+                        f"{self.request.most_bytes}"
+                    )
+                code = refusal_code(content)
                 signed = self.channel.participants.verify(
-                    site, self.request, asked, content
+                    site, self.request, self.asked[site], content
                 )
         except UpdateError as error:
             return self._end(site, "quarantined", str(error), bytes_up)
+        if code is not None and code in self.temporary:
+            if not superseded:
+                wait.progress = wait.before  # to be paused is no progress
+                wait.signed = signed
+                self._try_later(site, "refused", code)
+            return None
         if code is not None:
-            return self._end(site, "refused", code, bytes_up)
+            return self._end(site, "refused", code, bytes_up, signed)
         return Answer(
             site=site,
             outcome=CONTRIBUTED,
@@ -318,11 +338,18 @@ class _Dispatch:
 
     def _late(self) -> Iterator[Answer]:
         now = time.monotonic()
+        passed = now - self.started
+        over = passed > LONGEST * self.deadline_s or (
+            passed > PATIENCE * self.deadline_s and self.enough()
+        )
         for site, wait in list(self.waiting.items()):
-            if now - wait.progress > self.deadline_s:
+            if over or now - wait.progress > self.deadline_s:
+                seconds = passed if over else self.deadline_s
                 silent: tuple[State, str]
-                silent = "late", f"no answer in {self.deadline_s:g} s"
-                yield self._end(site, *(wait.ended or silent))
+                silent = "late", f"no answer in {seconds:.4g} s"
+                state, reason = wait.ended or silent
+                signed = wait.signed if state == "refused" else None
+                yield self._end(site, state, reason, signed=signed)
 
     def _died(self, site: str, state: State, reason: str) -> None:
         """Retry a request during which the node or its app failed."""
@@ -341,10 +368,18 @@ class _Dispatch:
             wait.noted = wait.ended
             self._note("asked-again", site, state=state, reason=reason)
 
-    def _end(self, site: str, state: State, reason: str, bytes_up: int = 0) -> Answer:
+    def _end(
+        self,
+        site: str,
+        state: State,
+        reason: str,
+        bytes_up: int = 0,
+        signed: SignedReply | None = None,
+    ) -> Answer:
         return Answer(
             site=site,
             outcome=SiteOutcome(state=state, reason=reason),
+            signed=signed,
             bytes_up=bytes_up,
             bytes_down=self.waiting.pop(site).bytes_down,
         )

@@ -18,9 +18,12 @@ from fedgex.common.errors import FederationError
 from fedgex.common.messages.fields import TrainingMetrics
 from fedgex.common.messages.requests import Envelope, Own
 from fedgex.common.study import Study
-from fedgex.common.trust.receipt import Part, Receipt
+from fedgex.common.trust.receipt import Part, Receipt, brief
 from fedgex.common.trust.signed import Signed
 from fedgex.server.journal import Journal
+
+MOST_BYTES = 1 << 34
+"""Size of the longest reply of any type."""
 
 State = Literal["contributed", "late", "failed", "refused", "quarantined"]
 
@@ -31,9 +34,14 @@ class SiteOutcome:
 
     state: State
     reason: str | None = None
-    """Code or cause, for every state but `contributed`."""
+    """Code or cause, for every state but `contributed`; see `brief`."""
     metrics: TrainingMetrics | None = None
     """Metrics of a site that contributed to a round of training."""
+
+    def __post_init__(self) -> None:
+        """Cut a reason that is not fit for journal and receipt."""
+        if self.reason is not None:
+            object.__setattr__(self, "reason", brief(self.reason))
 
     @property
     def contributed(self) -> bool:
@@ -65,6 +73,8 @@ class Request:
     round: int = 0
     own: Callable[[str], Own] | None = None
     """Builds the content for one site only."""
+    most_bytes: int = MOST_BYTES
+    """Size of the longest reply; of a longer one nothing is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +145,7 @@ class Participants(Protocol):
     def verify(
         self, site: str, request: Request, asked: str, reply: RecordDict
     ) -> SignedReply | None:
-        """Verify and return the site's signed part; None in a simulation.
+        """Verify and return the site's signed part; None if the reply needs none.
 
         Parameters
         ----------

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedgex.common import federation
 from fedgex.common.errors import CheckpointError
+from fedgex.common.models import tasks
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.trust.receipt import NO_RECEIPT, Receipt, SitePart, parameters_digest
 from fedgex.common.trust.signed import Signed
@@ -25,8 +27,15 @@ def make(
     new: Checkpoint,
     outcome: RoundOutcome,
     participants: Participants,
+    model_sent: str,
 ) -> Signed:
-    """Make the receipt of the round between two checkpoints."""
+    """Make the receipt of the round between two checkpoints.
+
+    Parameters
+    ----------
+    model_sent
+        Digest of the model that the round's message held.
+    """
     if last.receipt is None:
         index, previous = 1, NO_RECEIPT
         incoming = parameters_digest(last.parameters)
@@ -42,6 +51,8 @@ def make(
         round=new.round,
         incoming=incoming,
         outgoing=parameters_digest(new.parameters),
+        model_sent=model_sent,
+        model_next=_model_next(new),
         sites={name: _entry(name, outcome) for name in outcome.sites},
         previous=previous,
         time=datetime.now(UTC),
@@ -91,6 +102,19 @@ def verify(checkpoints: Path, last: Checkpoint, participants: Participants) -> N
             "parameters, or the receipt is missing, as in runs of fedgex 0.1.0. "
             "Restore the run's folder from a copy, or begin a new run."
         )
+
+
+def _model_next(new: Checkpoint) -> str | None:
+    """Return the digest of the model that the next round's message holds."""
+    study, phase = new.study, new.phase
+    if new.round == study.phases[phase].rounds:
+        order = list(study.phases)
+        to_come = order[order.index(phase) + 1 :]
+        phase = next((p for p in to_come if study.phases[p].rounds), "")
+        if not phase or study.public.epochs:
+            return None
+    state = federation.begin_phase(study, phase, new.parameters, None)
+    return parameters_digest(tasks.download_state(study, phase, state))
 
 
 def _entry(name: str, outcome: RoundOutcome) -> SitePart:

@@ -39,6 +39,14 @@ from fedgex.server.federation.strategy import Spooled
 logger = logging.getLogger(__name__)
 
 
+ARRAY_BYTES = 1 << 10
+"""Bytes of an array of an update besides its numbers, at most: its name and shape."""
+OTHER_BYTES = 1 << 20
+"""Bytes of a reply besides its arrays, at most: numbers, shares, the signed part."""
+MOST_PATIENTS = 1_000_000
+"""Patients of a site that withholds their number, at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """A site of the run."""
@@ -100,7 +108,13 @@ def train_round(
     signed: dict[str, SignedReply] = {}
     bytes_up = bytes_down = 0
     rule = study.rounds
-    for answer in request_all(channel, by_name, request, deadline_s=rule.deadline_s):
+    for answer in request_all(
+        channel,
+        by_name,
+        request,
+        deadline_s=rule.deadline_s,
+        enough=lambda: has_quorum(outcomes, rule),
+    ):
         name, outcome = answer.site, answer.outcome
         bytes_up += answer.bytes_up
         bytes_down += answer.bytes_down
@@ -113,6 +127,7 @@ def train_round(
                     metrics, norms[name] = _accept(
                         answer, global_parameters, study, path
                     )
+                require_plausible(metrics, by_name[name])
             except UpdateError as error:
                 outcome = SiteOutcome(state="quarantined", reason=str(error))
                 path.unlink(missing_ok=True)
@@ -148,6 +163,46 @@ def train_round(
     )
 
 
+def reply_bytes(global_parameters: Mapping[str, Array]) -> int:
+    """Return how long an answer to training can be."""
+    numbers = sum(array.nbytes for array in global_parameters.values())
+    return numbers + ARRAY_BYTES * len(global_parameters) + OTHER_BYTES
+
+
+def require_plausible(metrics: TrainingMetrics, site: Site) -> None:
+    """Refuse numbers that would weight an update by more patients than a site has.
+
+    Raises
+    ------
+    UpdateError
+        If it counts more patients than it named before the run, or more terms of the
+        loss than these can have.
+    """
+    known = site.n_patients
+    patients = MOST_PATIENTS if known is None else known
+    n_genes = len(site.measured)
+    for name, number, most in (
+        ("patients", metrics.num_examples, patients),
+        ("terms of the loss", metrics.num_loss_terms, patients * n_genes),
+    ):
+        if number is not None and number > most:
+            why = (
+                "it withholds how many patients it has"
+                if known is None
+                else f"it named {known} patients before the first round; start the run "
+                "again if it has more now"
+            )
+            raise UpdateError(
+                f"trained on {number} {name}, expected at most {most}: {why}"
+            )
+
+
+def has_quorum(outcomes: Outcomes, rule: RoundRule) -> bool:
+    """Whether enough sites contributed, and the mandatory ones."""
+    contributed = {name for name, each in outcomes.items() if each.contributed}
+    return len(contributed) >= rule.quorum and contributed >= set(rule.mandatory_sites)
+
+
 def require_quorum(
     outcomes: Outcomes,
     rule: RoundRule,
@@ -169,10 +224,10 @@ def require_quorum(
     FederationError
         With the reason of each site that did not contribute.
     """
+    if has_quorum(outcomes, rule):
+        return
     contributed = {name for name, each in outcomes.items() if each.contributed}
     missing = set(rule.mandatory_sites) - contributed
-    if len(contributed) >= rule.quorum and not missing:
-        return
     others = "; ".join(
         f"{name}: {each.state} ({each.reason})"
         for name, each in sorted(outcomes.items())

@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ from fedgex.common.arrays import Arrays
 from fedgex.common.data.cohort import load_cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.errors import CheckpointError, FederationError
-from fedgex.common.federation import Aggregate
 from fedgex.common.messages.fields import Round
 from fedgex.common.messages.requests import TrainRequest
 from fedgex.common.models import checkpoint, tasks
@@ -37,6 +36,8 @@ from fedgex.common.system import failpoints
 from fedgex.common.system.files import exclusive_lock, write_atomic
 from fedgex.common.system.malloc import resident_mb
 from fedgex.common.transport.records import to_record
+from fedgex.common.trust.receipt import parameters_digest
+from fedgex.common.trust.signed import Signed
 from fedgex.server import evaluation
 from fedgex.server.federation import (
     central_noise,
@@ -52,6 +53,7 @@ from fedgex.server.federation.participants import (
     Outcomes,
     Participants,
     Request,
+    SiteOutcome,
 )
 from fedgex.server.federation.rounds import RoundOutcome, Site
 from fedgex.server.federation.strategy import combine, step
@@ -63,6 +65,8 @@ logger = logging.getLogger(__name__)
 Parameters = Mapping[str, Array]
 Combined = tuple[dict[str, Array], dict[str, NDArray[np.generic]]]
 """The next parameters, and the server optimiser's state, see `federation.Aggregate`."""
+Combine = Callable[[RoundOutcome, Parameters, Arrays], Combined]
+"""`federation.Aggregate` of a round's outcome."""
 
 
 def conduct(grid: Grid, settings: ServerSettings, participants: Participants) -> None:
@@ -181,30 +185,83 @@ class _Run:
         started, study = time.monotonic(), self.study
         known = self.public if number == 1 else None
         initial_state = federation.begin_phase(study, phase, last.parameters, known)
+        sent = tasks.download_state(study, phase, initial_state)
+        incoming = federation.global_parameters(study, phase, initial_state)
         request = Request(
             type=keys.TRAIN,
             message=lambda: TrainRequest(
                 study=study,
                 vocabulary=last.vocabulary,
                 standardisation=last.standardisation,
-                model=to_record(tasks.download_state(study, phase, initial_state)),
+                model=to_record(sent),
                 round=Round(phase=phase, number=number),
             ),
             group=f"{phase}-{number}",
             phase=phase,
             round=number,
+            most_bytes=rounds.reply_bytes(incoming),
         )
         train = self._plain if study.secure_aggregation is None else self._secure
-        incoming = federation.global_parameters(study, phase, initial_state)
         outcome, aggregate = train(sites, request, incoming)
-        new = federation.next_model(last, initial_state, phase, number, aggregate)
+
+        def next_model(of: RoundOutcome) -> Checkpoint:
+            with np.errstate(over="ignore", invalid="ignore"):  # `_finite` looks
+                return federation.next_model(
+                    last, initial_state, phase, number, lambda *g: aggregate(of, *g)
+                )
+
+        outcome, new = self._finite(outcome, next_model, request.group)
         shutil.rmtree(self.spool, ignore_errors=True)
         failpoints.reach("server.combined")
-        return self._commit(last, new, outcome, started)
+        receipt = receipts.make(
+            last, new, outcome, self.participants, parameters_digest(sent)
+        )
+        return self._commit(new, receipt, outcome, started)
+
+    def _finite(
+        self,
+        outcome: RoundOutcome,
+        next_model: Callable[[RoundOutcome], Checkpoint],
+        group: str,
+    ) -> tuple[RoundOutcome, Checkpoint]:
+        """Return the round's model, without updates that overflow by themselves.
+
+        Raises
+        ------
+        FederationError
+            If a number of the model is not finite and no site is the cause, or the
+            others are no quorum.
+        """
+        new = next_model(outcome)
+        if _is_finite(new):
+            return outcome, new
+        reason = "its update makes the next model overflow"
+        failed = SiteOutcome(state="quarantined", reason=reason)
+        bad = {
+            update.site: failed
+            for update in outcome.updates
+            if not _is_finite(
+                next_model(dataclasses.replace(outcome, updates=[update]))
+            )
+        }
+        kept = dataclasses.replace(
+            outcome,
+            updates=[update for update in outcome.updates if update.site not in bad],
+            sites={**outcome.sites, **bad},
+        )
+        rounds.require_quorum(kept.sites, self.study.rounds, group)
+        new = next_model(kept)
+        if not _is_finite(new):
+            raise FederationError(
+                f"{group}: the next model holds NaN or infinity, and no single update "
+                "is the cause. Nothing was written; lower the study's learning rates, "
+                "or resume from the last checkpoint with fewer sites."
+            )
+        return kept, new
 
     def _plain(
         self, sites: list[Site], request: Request, global_parameters: Parameters
-    ) -> tuple[RoundOutcome, Aggregate]:
+    ) -> tuple[RoundOutcome, Combine]:
         """Request training, and aggregate the sites' updates."""
         outcome = rounds.train_round(
             self.channel,
@@ -217,7 +274,9 @@ class _Run:
         )
         rule, noise = self.study.strategy, self.study.privacy.site
 
-        def aggregate(global_parameters: Parameters, state: Arrays) -> Combined:
+        def aggregate(
+            outcome: RoundOutcome, global_parameters: Parameters, state: Arrays
+        ) -> Combined:
             updates = outcome.updates
             return combine(
                 rule, global_parameters, updates, request.round, state, noise
@@ -227,7 +286,7 @@ class _Run:
 
     def _secure(
         self, sites: list[Site], request: Request, global_parameters: Parameters
-    ) -> tuple[RoundOutcome, Aggregate]:
+    ) -> tuple[RoundOutcome, Combine]:
         """Request training, and aggregate from the securely summed updates."""
         outcome, mean = secure_rounds.train_round(
             self.channel,
@@ -241,15 +300,17 @@ class _Run:
         rule, noise = self.study.strategy, self.study.privacy.site
         n = sum(site.contributed for site in outcome.sites.values())
 
-        def aggregate(global_parameters: Parameters, state: Arrays) -> Combined:
+        def aggregate(
+            outcome: RoundOutcome, global_parameters: Parameters, state: Arrays
+        ) -> Combined:
             return step(rule, global_parameters, mean, n, request.round, state, noise)
 
         return outcome, aggregate
 
     def _commit(
         self,
-        last: Checkpoint,
         new: Checkpoint,
+        receipt: Signed,
         outcome: RoundOutcome,
         started: float,
     ) -> Checkpoint:
@@ -271,11 +332,16 @@ class _Run:
             "bytes_up": outcome.bytes_up,
             "bytes_down": outcome.bytes_down,
         }
-        receipt = receipts.make(last, new, outcome, self.participants)
         new = dataclasses.replace(new, metrics=metrics, receipt=receipt.to_json())
         folder = self.checkpoints / _name(self.study, new)
         checkpoint.save(new, folder, new.receipt)
-        self.participants.committed(receipt, outcome.signed)
+        # Not of refusals: with a log that was cut, a site refuses too.
+        answered = {
+            name: signed
+            for name, signed in outcome.signed.items()
+            if outcome.sites[name].state != "refused"
+        }
+        self.participants.committed(receipt, answered)
         self.journal.write(
             "round",
             **metrics,
@@ -315,6 +381,12 @@ class _Run:
             }
         content = json.dumps(results, sort_keys=True).encode()
         write_atomic(self.settings.run_dir / "judgement.json", content, mode=0o644)
+
+
+def _is_finite(model: Checkpoint) -> bool:
+    """Whether every number of parameters and optimiser is finite."""
+    arrays = (*model.parameters.values(), *model.server.values())
+    return all(np.isfinite(array).all() for array in arrays)
 
 
 def _is_past(study: Study, phase: str, last: Checkpoint) -> bool:

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from fedgex.common.system import metrics_server
 from fedgex.common.system.metrics_server import Tail
+from fedgex.common.trust.audit_log import Follower
 from fedgex.server.consortium import runs
 from fedgex.server.consortium.certificates import expiries
 from fedgex.server.consortium.store import Consortium
@@ -43,7 +44,7 @@ class ServerCollector(Collector):
 
     def __init__(self, consortium: Consortium) -> None:
         self._consortium = consortium
-        self._audit = Tail(consortium.folder / "audit.jsonl")
+        self._audit = Follower(consortium.folder / "audit.jsonl")
         self._events: Counter[str] = Counter()
         self._rounds: dict[str, _Rounds] = {}
         self._lock = threading.Lock()
@@ -51,7 +52,8 @@ class ServerCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return every metric as it is now."""
         with self._lock:
-            self._events.update(str(line["event"]) for line in self._audit.new())
+            for line in self._audit.new():
+                self._events[line["event"]] += line.get("count", 1)
             return [*self._of_runs(), *self._of_service(), self._of_certificates()]
 
     def _of_runs(self) -> list[Metric]:

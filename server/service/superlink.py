@@ -19,12 +19,15 @@ import sys
 import threading
 import time
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from fedgex.common.errors import FedgexError
 from fedgex.common.settings import Settings
 from fedgex.common.system.processes import begin
+from fedgex.common.transport.flower import look_less_often
 from fedgex.common.trust.audit_log import Chain
 from fedgex.server.service.flower import NODE_KEY_HEADER, SECRET_HEADER, superlink_app
 
@@ -64,6 +67,11 @@ PUBLIC = frozenset(
 MAX_BODY_BYTES = 64 * 2**20
 """Largest request; Flower splits arrays into objects of 5 MiB."""
 ACTIVITY_PERIOD_S = 0.5
+DENIALS_PERIOD_S = 60.0
+PEERS_NAMED = 20
+"""Peers in one line about denied requests; the others are counted together."""
+PATHS_LOGGED = 10
+"""Denied paths in the plain log, each minute."""
 
 
 class SuperLinkSettings(Settings):
@@ -82,7 +90,11 @@ class SuperLinkSettings(Settings):
 
 
 class Activity:
-    """Time of each node's last transfer and last poll without a message."""
+    """Time of each node's last transfer and last poll without a message.
+
+    A transfer counts once the app answered it with 200: before, anyone may have sent it
+    who knows a node's public key.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,11 +108,6 @@ class Activity:
         with self._lock:
             self._moved[node_key] = time.time()
             self._changed = True
-
-    def moving(self, node_key: bytes) -> None:
-        """Record received bytes, if the node was authenticated before."""
-        if node_key in self._moved:
-            self.moved(node_key)
 
     def idle(self, node_key: bytes) -> None:
         """Record a poll without a message."""
@@ -138,11 +145,50 @@ class Activity:
             raise
 
 
+class Denials:
+    """Requests for what is not public: counted, and a line a minute in the audit log.
+
+    Who knocks often makes neither the log long nor the event loop slow.
+    """
+
+    def __init__(self, audit: Chain) -> None:
+        self.audit = audit
+        self._peers: Counter[str] = Counter()
+        self._paths_left = PATHS_LOGGED
+        self._lock = threading.Lock()
+
+    def add(self, path: str, peer: str) -> None:
+        """Count a request; the first paths of each minute go to the plain log."""
+        with self._lock:
+            named = peer in self._peers or len(self._peers) < PEERS_NAMED
+            self._peers[peer if named else "others"] += 1
+            self._paths_left -= 1
+            if self._paths_left >= 0:
+                logger.warning("denied %s to %s", ascii(path[:200]), peer)
+
+    def write(self) -> None:
+        """Add a line about all requests since the last one, if there were any."""
+        with self._lock:
+            peers, self._peers = self._peers, Counter()
+            self._paths_left = PATHS_LOGGED
+        if peers:
+            self.audit.append("denied", count=peers.total(), peers=dict(peers))
+
+    def keep_writing(self) -> None:
+        """Write a line each minute, for ever."""
+        while True:
+            time.sleep(DENIALS_PERIOD_S)
+            try:
+                self.write()
+            except FedgexError as error:  # a full disk must not end this thread
+                logger.error("denied requests are not in the audit log: %s", error)
+
+
 class PublicGuard:
     """Pass hospitals' calls and record them; answer all others with 404."""
 
-    def __init__(self, app: App, activity: Activity, audit: Chain) -> None:
-        self.app, self.activity, self.audit = app, activity, audit
+    def __init__(self, app: App, activity: Activity, denials: Denials) -> None:
+        self.app, self.activity, self.denials = app, activity, denials
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -151,7 +197,7 @@ class PublicGuard:
         path = scope["path"]
         if path not in PUBLIC:
             client = (scope.get("client") or ("unknown",))[0]
-            self.audit.append("denied", path=path[:200], peer=client)
+            self.denials.add(path, str(client))
             await _answer(send, 404)
             return
         node_key = _node_key(scope)
@@ -164,8 +210,6 @@ class PublicGuard:
             received += len(message.get("body", b""))
             if received > MAX_BODY_BYTES:
                 raise ValueError(f"a request of more than {MAX_BODY_BYTES} bytes")
-            if path not in (POLL, HEARTBEAT) and message.get("body"):
-                self.activity.moving(node_key)
             return message
 
         async def counted_send(message: MutableMapping[str, Any]) -> None:
@@ -181,8 +225,11 @@ class PublicGuard:
                 self.activity.moved(node_key)
 
         await self.app(scope, counted_receive, counted_send)
+        # Only now is the node known to be who it claims to be.
         if path == POLL and status == 200 and sent == 0:
             self.activity.idle(node_key)
+        elif status == 200 and path not in (HEARTBEAT, HEALTH):
+            self.activity.moved(node_key)
 
 
 class LoopbackGuard:
@@ -205,6 +252,7 @@ async def serve(settings: SuperLinkSettings, secret: str) -> None:
     """Serve both listeners until the process is stopped."""
     import uvicorn  # not needed by the supervisor, which imports this module
 
+    look_less_often()
     app, node_of = superlink_app(
         control_port=settings.control_port,
         health_port=settings.health_port,
@@ -221,7 +269,9 @@ async def serve(settings: SuperLinkSettings, secret: str) -> None:
         port=settings.control_port,
         **common,
     )
-    guard = PublicGuard(app, activity, Chain(settings.state_dir / "audit.jsonl"))
+    denials = Denials(Chain(settings.state_dir / "audit.jsonl"))
+    threading.Thread(target=denials.keep_writing, daemon=True, name="denials").start()
+    guard = PublicGuard(app, activity, denials)
     public = uvicorn.Config(
         guard,
         host=settings.host,
@@ -233,7 +283,10 @@ async def serve(settings: SuperLinkSettings, secret: str) -> None:
         **common,
     )
     servers = [uvicorn.Server(loopback), uvicorn.Server(public)]
-    await asyncio.gather(*(server.serve() for server in servers))
+    try:
+        await asyncio.gather(*(server.serve() for server in servers))
+    finally:
+        denials.write()
 
 
 def _node_key(scope: Scope) -> bytes:

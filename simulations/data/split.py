@@ -26,10 +26,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedgex.client.data.cohort import load_cohort
+from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import CLINICAL_COLUMNS, Cohort
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL, Study
+from fedgex.common.study import Study
 from fedgex.simulations.data.raw_data import RawData, find_files, read_raw
 from fedgex.simulations.scenario import Scenario, Sites
 
@@ -362,20 +363,15 @@ def _write_site(
         f'time_unit = "{scenario.data.time_unit}"',
     ]
     (folder / "site.toml").write_text("\n".join(lines) + "\n")
-    policy = {
-        "minimum_cohort": scenario.study.minimum_cohort,
-        "tasks": [PRETRAINING, CLASSIFICATION, SURVIVAL],
-        "demand_privacy": False,
-        "privacy_epsilon": 1e6,  # no hospital's budget ends a simulation
-        "privacy_delta": 1e-5,
-        "share_cross_products": scenario.sites.share_cross_products,
-        "metrics": ["train-loss", "judged-loss", "seconds", "num-patients"],
-        "hours": "00:00-24:00",
-        "memory_mb": 0,
-        "threads": 1,  # equal bits wherever the simulation runs
-        "message_limit_s": scenario.study.rounds.deadline_s,
-    }
-    lines = [f"{key} = {json.dumps(value)}" for key, value in policy.items()]
+    policy = Policy.proposed(
+        minimum_cohort=scenario.study.minimum_cohort,
+        privacy_epsilon=1e6,  # no hospital's budget ends a simulation
+        share_cross_products=scenario.sites.share_cross_products,
+        threads=1,  # equal bits wherever the simulation runs
+        message_limit_s=scenario.study.rounds.deadline_s,
+    )
+    permitted = policy.model_dump(mode="json").items()
+    lines = [f"{key} = {json.dumps(value)}" for key, value in permitted]
     (folder / "policy.toml").write_text("\n".join(lines) + "\n")
 
 

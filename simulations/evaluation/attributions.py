@@ -6,7 +6,6 @@ N patients, V genes, C classes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -134,13 +133,17 @@ def deletions(
     unseen = unseen.take(known.nonzero().squeeze(1))
     target, institution = target[known], split.institution[known.numpy()]
 
+    def given(deleted: Sequence[int]) -> Patients:
+        gone = torch.zeros(V, dtype=torch.bool)
+        gone[list(deleted)] = True
+        return unseen.without(gone)
+
     def right(deleted: Sequence[int]) -> Floats:
-        kept = _without(unseen, deleted)
-        return (_classes(encoder, head, kept) == target).double().numpy()
+        found = _classes(encoder, head, given(deleted))
+        return (found == target).double().numpy()
 
     def error(deleted: Sequence[int]) -> Floats:
-        given = _without(unseen, deleted)
-        off = _restored(backbone, given, asked) - unseen.values[:, asked]
+        off = _restored(backbone, given(deleted), asked) - unseen.values[:, asked]
         return off.square().nanmean(dim=1).double().numpy()
 
     found: dict[str, Any] = {}
@@ -248,13 +251,6 @@ def _classes(encoder: Encoder, head: ClassificationHead, patients: Patients) -> 
         values = patients.values[rows[:, None], genes]
         found[rows] = attribution.margins(encoder, head, genes, values).argmax(dim=1)
     return found
-
-
-def _without(patients: Patients, genes: Sequence[int]) -> Patients:
-    """Return the patients as if some genes had not been measured."""
-    values = patients.values.clone()
-    values[:, list(genes)] = torch.nan
-    return dataclasses.replace(patients, values=values)
 
 
 def _by_institution(values: Floats, institution: NDArray[np.str_]) -> Found:

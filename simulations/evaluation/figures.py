@@ -60,8 +60,9 @@ def imputation_errors(mse: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
     left.set_xlabel("share of cells missing completely at random")
     left.set_ylabel("mean squared error")
     right.axhline(1, color=COLOURS["rule"], zorder=0)
-    ticks = range(len(settings)), settings
-    right.set_xticks(*ticks, rotation=60, ha="right", fontsize=8)
+    right.set_xticks(
+        range(len(settings)), settings, rotation=60, ha="right", fontsize=8
+    )
     right.set_ylabel("error over the Gaussian's")
     right.set_ylim(None, min(2, right.get_ylim()[1]))
     lines = left.get_legend_handles_labels()

@@ -22,7 +22,7 @@ from pydantic import Field
 from fedgex.common import federation
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import Patients, to_patients
-from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.moments import GeneMoments, Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Settings
@@ -142,14 +142,18 @@ class Split:
     """Splits that the protocol has for these patients, this one among them."""
 
     @cached_property
-    def standardisation(self) -> Standardisation:
-        """The federation's scale of the genes, on which every arm is trained."""
+    def moments(self) -> dict[str, GeneMoments]:
+        """Each site's moments of its genes, as it sends them."""
         least = self.study.minimum_cohort
-        moments = {
+        return {
             name: federation.gene_moments(cohort, self.genes, least)
             for name, cohort in self.sites.items()
         }
-        return federation.standardisation(moments)
+
+    @cached_property
+    def standardisation(self) -> Standardisation:
+        """The federation's scale of the genes, on which every arm is trained."""
+        return federation.standardisation(self.moments)
 
     def seeded(self, seed: int) -> Study:
         """Return the study with another seed."""

@@ -166,7 +166,7 @@ def test_the_workers_secret_does_not_go_to_a_proxy_of_the_environment(
     site_toml, _ = join(tmp_path)
     with listening() as node:
         secret = {"FEDGEX_SUPERNODE_SECRET": "00" * 32}
-        words = ("fedgex.client.service.worker", str(site_toml), str(node.port))
+        words = ("fedgex.client.service.worker", str(site_toml), str(node.port), "0")
         with running(environment | secret, *words) as worker:
             until(lambda: bool(node.heard or proxy.heard) or worker.poll() is not None)
 
@@ -178,7 +178,7 @@ def test_a_worker_goes_on_where_its_node_answers_with_an_error(tmp_path, environ
     site_toml, _ = join(tmp_path)
     with listening() as node:
         secret = {"FEDGEX_SUPERNODE_SECRET": "00" * 32}
-        words = ("fedgex.client.service.worker", str(site_toml), str(node.port))
+        words = ("fedgex.client.service.worker", str(site_toml), str(node.port), "0")
         with running(environment | secret, *words) as worker:
             node.until_heard()
             time.sleep(1.0)
@@ -192,7 +192,7 @@ def supernode(
     site_toml: Path, environment: dict[str, str], heard: Callable[[], bool]
 ) -> None:
     """Run a hospital's SuperNode until something is heard."""
-    process = f'{{"site_toml": "{site_toml}", "port": {free_port()}}}'
+    process = f'{{"site_toml": "{site_toml}", "port": {free_port()}, "arrivals": 1}}'
     secret = {"FEDGEX_SUPERNODE_SECRET": "00" * 32}
     words = ("fedgex.client.service.supernode", process)
     with running(environment | secret, *words):

@@ -301,3 +301,14 @@ def test_everything_wrong_with_a_kit_is_told_at_once(
     why = refused(settings, kit)
     assert "kit.json: server: " in why
     assert "kit.json: key: " in why
+
+
+def test_an_authority_that_is_not_the_kits_is_found(
+    settings: SiteSettings, authority: Authority, tmp_path: Path
+) -> None:
+    identity.join(settings, write_kit(tmp_path, authority, identity.create(settings)))
+    other = pki.to_pem(pki.new_authority("oncology")[1])
+    (settings.state_dir / "identity" / "authority.crt").write_text(other)
+
+    with pytest.raises(TrustError, match="expected the same"):
+        Identity.load(settings.state_dir)

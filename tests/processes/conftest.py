@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from .consortium import Served, serving
-from .troubles import Road
+from .troubles import SESSION, Road, clear_away
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,7 +18,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def road() -> Iterator[Road]:
     """Return a road into a network namespace, or one that says why there is none."""
-    made = Road(f"fedgex{os.getpid()}"[:13])
+    clear_away()
+    made = Road(SESSION)
     try:
         made.open()
     except OSError as error:

@@ -84,7 +84,7 @@ def protected(tmp_path_factory):
             permit(consortium, site, 1.2 * once)
         consortium.start()
         contract = consortium.publish()
-        consortium.approve(contract)
+        consortium.approve(contract, runs=2)
         yield Served(consortium, contract)
 
 

@@ -327,6 +327,26 @@ def _tun(name: str) -> int:
     return device
 
 
+SESSION = f"fedgex{os.getpid()}"
+"""Name of this session's disks and network, as long as a device's may be."""
+
+
+def clear_away() -> None:
+    """Remove disks and namespaces of sessions that were killed."""
+
+    def left(name: str) -> bool:
+        number = name.removeprefix("fedgex")
+        return number.isdecimal() and not Path("/proc", number).exists()
+
+    for line in Path("/proc/mounts").read_text().splitlines():
+        source, folder, *_ = line.split()
+        if left(source):
+            subprocess.run(["umount", "--lazy", folder], capture_output=True)
+    for path in Path("/run/netns").glob("fedgex*"):
+        if left(path.name):
+            _ip("netns", "del", path.name)
+
+
 DISK_MB = 512
 """Holds the checkpoints of a session's runs."""
 BLOCK = bytes(2**20)
@@ -345,7 +365,7 @@ class Disk:
         self.folder.rename(kept)
         self.folder.mkdir(mode=0o700)
         options = f"size={DISK_MB}m,mode=700"
-        command = ["mount", "-t", "tmpfs", "-o", options, "fedgex", self.folder]
+        command = ["mount", "-t", "tmpfs", "-o", options, SESSION, self.folder]
         done = subprocess.run(command, capture_output=True, text=True)
         shutil.copytree(kept, self.folder, dirs_exist_ok=True)
         return f"no disk can be mounted: {done.stderr}" if done.returncode else ""

@@ -12,7 +12,7 @@ import pytest
 
 from fedgex.common.models import checkpoint
 from fedgex.common.trust import pki
-from fedgex.server.consortium import commands, contracts, members, runs
+from fedgex.server.consortium import commands, contracts, drafts, members, runs
 from fedgex.server.consortium.store import Consortium, ConsortiumSettings
 
 STUDY = """
@@ -114,13 +114,15 @@ def finish(
     def make(release: str = "") -> runs.Run:
         """`release` goes into that section of the contract."""
         consortium, ada = admitted.consortium, admitted.key("ada")
-        text = contracts.draft(
+        text = drafts.draft(
+            consortium,
             drafted["study"],
             drafted["genes"],
             purpose="Restoration of gene panels, for tests",
             expires=(datetime.now(UTC) + timedelta(days=100)).date(),
             sites=("north", "south"),
             administrators=2,
+            no_secure_aggregation="a test",
         )
         text = text.replace("[release]\n", f"[release]\n{release}")
         drafted["contract"].write_text(text)

@@ -30,7 +30,7 @@ from fedgex.common.study import Study
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.receipt import Receipt, verify_chain
 from fedgex.common.trust.signed import Signed
-from fedgex.server.consortium import annotated_toml, contracts, members
+from fedgex.server.consortium import annotated_toml, contracts, drafts, members
 from fedgex.server.consortium.participants import Deployment
 from fedgex.server.consortium.store import Consortium, ConsortiumSettings
 from fedgex.server.federation.run import conduct
@@ -223,12 +223,14 @@ class Alliance:
         contract = self.folder / "contract.toml"
         paths["study.toml"].write_text(annotated_toml.render(study))
         paths["genes.txt"].write_text("\n".join(study.vocabulary.genes))
-        text = contracts.draft(
+        text = drafts.draft(
+            self.consortium,
             *paths.values(),
             purpose="restoration of thirty genes",
             expires=date(2999, 12, 31),
             sites=self.names,
             administrators=1,
+            no_secure_aggregation="" if study.secure_aggregation else "a test",
         )
         contract.write_text(text)
         return self.sign(contract)
@@ -276,10 +278,11 @@ class Alliance:
         *,
         start_deadline_s: float = 30,
         public: Path | None = None,
+        grid: GateGrid | None = None,
         **hooks: Any,
     ) -> Finished:
         """Run a contract's study, or go on with it, until it ends or is killed."""
-        grid = self.grid(**hooks)
+        grid = grid or self.grid(**hooks)
         settings = ServerSettings.model_validate(
             {
                 "state_dir": self.folder / "state",
@@ -310,7 +313,8 @@ class Alliance:
         """Return the run's receipts, their chain and all signatures verified."""
         paths = sorted(self.run_dir.glob("checkpoints/*/receipt.json"))
         signed = [Signed.from_json(path.read_text(), str(path)) for path in paths]
-        verify_chain(signed, self.consortium.authority)
+        secure = self.outcome.final.study.secure_aggregation is not None
+        verify_chain(signed, self.consortium.authority, secure=secure)
         return [Receipt.read_signed(each) for each in signed]
 
     def states(self, name: str) -> list[tuple[str, str | None]]:

@@ -6,7 +6,6 @@ patients, M training patients, V genes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,8 +193,7 @@ def _by_model(task: Task, model: Model) -> Callable[[Indices], Classes]:
     def predict(seen: Indices) -> Classes:
         hidden = torch.ones(n_genes, dtype=torch.bool)
         hidden[seen] = False
-        values = task.unseen.values.masked_fill(hidden, torch.nan)
-        patients = dataclasses.replace(task.unseen, values=values)
+        patients = task.unseen.without(hidden)
         probabilities = predictions.class_probabilities(classifier, patients)
         classes: Classes = probabilities.argmax(dim=1).numpy()
         return classes

@@ -95,8 +95,7 @@ def chances(model: Model, patients: Patients) -> Iterator[tuple[str, torch.Tenso
     """Yield the probabilities of the classes (N, C) from each panel."""
     classifier = tasks.load_classifier(model.study, len(model.genes), model.parameters)
     for name, panel in _panels_seen(model).items():
-        seen = torch.where(panel, patients.values, torch.nan)
-        some = dataclasses.replace(patients, values=seen)
+        some = patients.without(~panel)
         yield f"hit/{name}", predict.class_probabilities(classifier, some)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from fedgex.common.data import moments
 from fedgex.common.data.cohort import Cohort
-from fedgex.common.data.moments import GeneMoments
 from fedgex.common.data.scales import CONVERTIBLE
 from fedgex.common.models import tasks
 from fedgex.common.seeds import derive
@@ -211,8 +210,9 @@ def foreign(bench: Bench) -> Part:
     for kind, mistake in foreign_scale.MISTAKES.items():
         if mistake.scale == declared:
             continue
-        found_at = own, split.study, declared, mistake
-        cohort, findings = foreign_scale.at_the_door(*found_at)
+        cohort, findings = foreign_scale.at_the_door(
+            own, split.study, declared, mistake
+        )
         row = dict.fromkeys(("check-data", *AT_SERVER), "-")
         row["check-data"] = foreign_scale.verdict(cohort, findings)
         checks[kind] = {
@@ -222,7 +222,7 @@ def foreign(bench: Bench) -> Part:
         if cohort is not None:
             sites = without | {site: cohort}
             other = dataclasses.replace(split, sites=sites)
-            level = moments.foreign_scales(_moments(other)).get(site)
+            level = moments.foreign_scales(other.moments).get(site)
             norm = _norm_ratio(bench, other, site, kind)
             checks[kind] |= {"level_ratio": level, "norm_ratio": norm}
             row |= _at_the_server(level, norm, bench.study)
@@ -264,16 +264,6 @@ def _at_the_server(
         verdict = "quarantined" if far else "accepted"
         row[change] = f"{norm_ratio:.2g} times the others', {verdict}"
     return row
-
-
-def _moments(split: Split) -> dict[str, GeneMoments]:
-    """Return each site's moments of its genes, on the study's scale."""
-    return {
-        site: GeneMoments.of(
-            split.standardisation.undo(split.patients(cohort).values.numpy())
-        ).suppressed(split.study.minimum_cohort)
-        for site, cohort in split.sites.items()
-    }
 
 
 def _norm_ratio(bench: Bench, split: Split, site: str, kind: str) -> float:

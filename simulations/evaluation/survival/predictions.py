@@ -163,7 +163,7 @@ def of_models(
         gone = torch.zeros(len(split.genes), dtype=torch.bool)
         gone[torch.from_numpy(cox_screen.anchors(scores, n_anchors(split)))] = True
         hidden[unseen.type_index((name,)) == 0] = gone
-    return found | {"all/federated": _of_model(trained[OURS], _hide(unseen, hidden))}
+    return found | {"all/federated": _of_model(trained[OURS], unseen.without(hidden))}
 
 
 def hidden_sets(split: Split, seed: int) -> dict[str, Patients]:
@@ -180,9 +180,9 @@ def hidden_sets(split: Split, seed: int) -> dict[str, Patients]:
             panel_seed = derive(seed, "survival", "panel", *names)
             panel = set(references.panels(genes, (PANEL,), panel_seed)[PANEL])
             visible = torch.tensor([gene in panel for gene in genes])
-            found[f"panel-{draw}"] = _hide(unseen, ~visible.expand(len(unseen), -1))
+            found[f"panel-{draw}"] = unseen.without(~visible)
         rng = generator(seed, "survival", "mcar", *names)
-        found[f"mcar-{draw}"] = _hide(unseen, masking.mcar(unseen.measured, RATE, rng))
+        found[f"mcar-{draw}"] = unseen.without(masking.mcar(unseen.measured, RATE, rng))
     return found
 
 
@@ -286,8 +286,9 @@ def _of_cancer(
     ridge: Fit = partial(references.cox_ridge, seed=seed)
     x, clinical = train.values.numpy(), train.clinical.numpy()
     true, test_clinical = test.values.numpy(), test.clinical.numpy()
-    both_kinds = {"seed": seed, "n_clinical": clinical.shape[1]}
-    with_clinical: Fit = partial(references.cox_ridge, **both_kinds)
+    with_clinical: Fit = partial(
+        references.cox_ridge, seed=seed, n_clinical=clinical.shape[1]
+    )
 
     def both(values: Floats) -> Floats:
         return np.concatenate([values, test_clinical], axis=1)
@@ -421,9 +422,3 @@ def _cohorts(split: Split) -> list[Cohort]:
 
 def _of_type(patients: Patients, name: str) -> Patients:
     return patients.take((patients.type_index((name,)) == 0).nonzero().squeeze(1))
-
-
-def _hide(patients: Patients, hidden: torch.Tensor) -> Patients:
-    return dataclasses.replace(
-        patients, values=patients.values.masked_fill(hidden, torch.nan)
-    )

@@ -150,6 +150,7 @@ def test_an_approval_is_signed_and_logged_with_who_approved(
         "by": "Dr. Curie",
         "expires": NEXT_WEEK.isoformat(),
         "reason": "",
+        "runs": 1,
     }
     lines = audit_log.read(tmp_path / "audit.jsonl")
     assert [line["event"] for line in lines] == ["contract-received", "decision"]

@@ -20,6 +20,8 @@ Authority = tuple[pki.Key, x509.Certificate]
 SERVER = "fedgex.example.org:9092"
 TODAY = datetime.now(UTC).date()
 NEXT_WEEK, NEXT_MONTH = TODAY + timedelta(days=7), TODAY + timedelta(days=30)
+ADA = pki.new_key()
+"""The administrator's, whom every kit names."""
 PURPOSE = "Learn to restore missing genes"
 TEXT = f"""\
 purpose = "{PURPOSE}"
@@ -68,6 +70,7 @@ def write_kit(folder: Path, authority: Authority, days: int = 365) -> Path:
         "server": SERVER,
         "authority": pki.to_pem(authority[1]),
         "certificate": pki.to_pem(made),
+        "administrators": {"ada": pki.fingerprint(ADA.public_key())},
     }
     path = folder.parent / "kit.json"
     path.write_text(json.dumps(kit))
@@ -85,10 +88,9 @@ def site_toml(folder: Path, authority: Authority) -> Path:
 @pytest.fixture
 def contract(site_toml: Path, authority: Authority) -> Signed:
     """Return a contract that reached the hospital."""
-    key = pki.new_key()
-    csr = pki.request(key, "ada", "administrator")
+    csr = pki.request(ADA, "ada", "administrator")
     ada = pki.issue(*authority, csr, name="ada", role="administrator", days=365)
-    signed = Signed(TEXT, ()).signed_by(key, ada)
+    signed = Signed(TEXT, ()).signed_by(ADA, ada)
     ApprovalStore.of(SiteSettings.load(site_toml)).receive(signed)
     return signed
 

@@ -3,6 +3,8 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedgex.client.identity import Identity
+from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.receipt import Part, Receipt
 from fedgex.common.trust.signed import Signed
@@ -52,26 +54,26 @@ def test_a_cut_tail_is_found_by_what_a_receipt_holds(
 
 def write_receipt(state: Path, contract: str, authority: Authority) -> None:
     """Keep a receipt with our part, over the log with one line more than now."""
-    head = Chain(state / "audit.jsonl").append("answered")
-    ours = {
+    about = {
         "contract": contract,
         "run": "run-1",
-        "site": "north",
         "type": "train",
         "phase": "pretraining",
         "round": 1,
         "request": "1" * 64,
         "reply": "2" * 64,
-        "head": {"index": head.index, "hash": head.hash},
         "patients": "suppressed",
     }
-    part = Part.read(ours, "part").to_json()
+    head = Chain(state / "audit.jsonl").append("answered", **about)
+    last = {"index": head.index, "hash": head.hash}
+    part = Part.read({**about, "site": "north", "head": last}, "part").to_json()
+    north = Identity.load(state)
     entry = {
         "state": "contributed",
         "update": "2" * 64,
         "part": part,
-        "signature": "ours",
-        "certificate": "ours",
+        "signature": north.sign(part.encode()),
+        "certificate": pki.to_pem(north.certificate),
     }
     values = {
         "contract": contract,
@@ -87,8 +89,14 @@ def write_receipt(state: Path, contract: str, authority: Authority) -> None:
     }
     folder = state / "receipts/run-1"
     folder.mkdir(parents=True)
+    key = pki.new_key()
+    request = pki.request(key, "alliance", "coordinator")
+    coordinator = pki.issue(
+        *authority, request, name="alliance", role="coordinator", days=30
+    )
     text = Receipt.read(values, "receipt").to_json()
-    (folder / "00001.json").write_text(Signed(text, ()).to_json())
+    signed = Signed(text).signed_by(key, coordinator)
+    (folder / "00001.json").write_text(signed.to_json())
 
 
 def test_a_log_that_is_not_there_exits_with_three(folder: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.client.identity import Request
+from fedgex.client.identity import Identity, Request
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
-from fedgex.common.trust import pki
+from fedgex.common.trust import pinning, pki
 
 from .conftest import (
     SERVER,
@@ -94,6 +94,63 @@ def test_join_refuses_with_one_line(folder: Path) -> None:
         f"Error: {folder / 'kit.json'}: cannot be read (No such file or directory); "
         "expected the administrator's kit.\n"
     )
+
+
+def test_join_names_the_administrators_whose_keys_are_kept(
+    folder: Path, authority: Authority
+) -> None:
+    kit = write_kit(folder, authority)
+    (key,) = json.loads(kit.read_text())["administrators"].values()
+
+    result = site("join", folder / "site.toml", kit)
+
+    assert f"contracts need 1 of ada {key[:16]}\n" in result.stdout
+    assert f"ada {key}\n" in result.stderr
+
+
+def test_other_administrators_are_joined_with_a_word_that_shows_both(
+    site_toml: Path, authority: Authority
+) -> None:
+    kit = write_kit(site_toml.parent, authority)
+    values = json.loads(kit.read_text())
+    before = values["administrators"]["ada"][:16]
+    kit.write_text(json.dumps(values | {"administrators": {"eve": "e" * 64}}))
+
+    assert "Before: 1 of ada" in site("join", site_toml, kit).stderr
+    result = site("join", site_toml, kit, "--administrators-changed")
+
+    assert f"contracts needed 1 of ada {before}\n" in result.stdout
+    assert f"contracts need 1 of eve {'e' * 16}\n" in result.stdout
+
+
+def test_new_keys_serve_once_their_kit_is_joined(
+    site_toml: Path, authority: Authority
+) -> None:
+    state = site_toml.parent / "state"
+    held = Identity.load(state)
+
+    result = site("rotate", site_toml)
+
+    request = Request.load(state / "request.json")
+    assert result.stdout == request.fingerprint + "\n"
+    assert Identity.load(state).fingerprint == held.fingerprint
+    assert "new keys wait for their kit" in site("rotate", site_toml).stderr
+    kit = write_kit(site_toml.parent, authority)
+    assert site("join", site_toml, kit).exit_code == 0
+    now = Identity.load(state)
+    assert pinning.replaced(now.certificate) == (held.fingerprint,)
+    assert (state / f"identity.replaced-{held.fingerprint[:16]}").is_dir()
+    assert not (state / "identity.next").exists()
+
+
+def test_a_server_that_is_not_the_kits_is_refused(site_toml: Path) -> None:
+    site_toml.write_text(site_toml.read_text().replace(SERVER, "elsewhere.example:1"))
+
+    result = site("check-connection", site_toml)
+
+    assert result.exit_code == 1
+    assert f"the kit names the server {SERVER}" in result.stderr
+    assert "site.toml names the server elsewhere" in site("status", site_toml).stdout
 
 
 # ---- pause and resume ----

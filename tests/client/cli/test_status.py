@@ -42,7 +42,8 @@ def test_status_of_a_running_site(
     assert "audit log    3 lines, head " in result.stdout
     assert "daemon       connected: true\n" in result.stdout
     assert (
-        f"contract     {contract.hash[:16]} restoration: approved until {NEXT_WEEK}\n"
+        f"contract     {contract.hash[:16]} restoration: approved until {NEXT_WEEK}, "
+        "1 run\n"
     ) in result.stdout
     assert "Warning" not in result.stdout
 

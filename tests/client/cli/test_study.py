@@ -31,12 +31,12 @@ def test_an_approval_from_list_to_withdrawal(site_toml: Path, contract: Signed) 
     def listed() -> str:
         return site("study", "list", site_toml).stdout
 
-    assert listed() == f"{short}  undecided                 {PURPOSE}\n"
+    assert listed().split(maxsplit=2) == [short, "undecided", f"{PURPOSE}\n"]
 
     result = approve(site_toml, contract.hash[:8])
     assert result.exit_code == 0
     assert result.stdout == (
-        f"approved {contract.hash} until {NEXT_WEEK} by Dr. Curie\n"
+        f"approved {contract.hash} until {NEXT_WEEK} for 1 run by Dr. Curie\n"
     )
     assert f"approved until {NEXT_WEEK}" in listed()
 
@@ -76,6 +76,7 @@ def test_show_tells_everything_that_a_person_needs(
     site_toml: Path, contract: Signed
 ) -> None:
     result = site("study", "show", site_toml, contract.hash[:12])
+    kit = json.loads((site_toml.parent / "state/identity/kit.json").read_text())
 
     assert result.exit_code == 0
     assert (
@@ -84,14 +85,23 @@ def test_show_tells_everything_that_a_person_needs(
 contract     {contract.hash}
 purpose      Learn to restore missing genes
 hospitals    north, south
-signed by    ada
+signed by    ada; we want 1 of ada {kit["administrators"]["ada"][:16]}
 expires      {NEXT_MONTH}
 trains       pretraining
 privacy      no differential privacy; updates leave as they are
+remains      The server sees this hospital's update of each round (no reason is \
+given).
+remains      The contract pins no keys: who holds the authority's key can act under \
+the name of any hospital or administrator.
+remains      Nothing bounds what the model reveals of a patient.
+remains      Sums over this hospital's patients go to the server before round 1.
+remains      The server holds the model after each round. Who runs it can use it, or \
+give it away, without the administrators; what has left cannot be taken back.
 release      by 2 administrator(s)
 code         fedgex 0.1
 patients     10 or more here, or we take no part (the stricter of contract and policy)
 state        undecided
+runs         one if approved, more with approve --runs, 0 begun
 our policy   refuses nothing of it
 
 --- text that was signed
@@ -125,6 +135,9 @@ def test_a_contract_cannot_steer_the_operators_terminal(
     key = pki.new_key()
     csr = pki.request(key, "eve", "administrator")
     eve = pki.issue(*authority, csr, name="eve", role="administrator", days=9)
+    kit = site_toml.parent / "state/identity/kit.json"
+    pins = {"administrators": {"eve": pki.fingerprint(eve)}}
+    kit.write_text(json.dumps(json.loads(kit.read_text()) | pins))
     text = TEXT.replace("Learn to", "Learn \\u001b[2J\\u202Eto")
     signed = Signed(text + "# \u202e\n", ()).signed_by(key, eve)
     ApprovalStore.of(SiteSettings.load(site_toml)).receive(signed)
@@ -143,7 +156,7 @@ def test_json_of_show_is_for_scripts(site_toml: Path, contract: Signed) -> None:
     facts = json.loads(result.stdout)
     assert facts["text"] == TEXT
     assert facts["decision"]["by"] == "Dr. Curie"
-    assert facts["state"] == f"approved until {NEXT_WEEK}"
+    assert facts["state"] == f"approved until {NEXT_WEEK}, 1 run"
 
 
 @pytest.mark.parametrize("command", ["show", "approve", "reject", "withdraw"])

@@ -289,7 +289,7 @@ def changed(folder: Path, *statements: str) -> None:
         ("UPDATE cohorts SET patients = x'00'", "was changed"),
         ("UPDATE ledger SET format = 2", "another format"),
         ("DELETE FROM ledger", "another format"),
-        ("DROP TABLE rows", "no such table"),
+        ("DROP TABLE rows", "not a ledger's"),
     ],
 )
 def test_a_changed_ledger_is_refused(

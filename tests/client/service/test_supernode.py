@@ -6,6 +6,7 @@ import errno
 import os
 from functools import partial
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
@@ -71,6 +72,43 @@ def test_a_message_whose_run_ends_while_it_is_fetched_is_forgotten(
     assert arrived == []
     assert state.get_messages_legacy() == []
     assert [task.status.status for task in state.get_tasks()] == ["finished"]
+
+
+@pytest.mark.parametrize("broken", ["send", "push_object"])
+def test_an_upload_that_tls_breaks_off_is_tried_again(monkeypatch, message, broken):
+    push = "_push_messages"
+    monkeypatch.setattr(start_client_internal, push, vars(start_client_internal)[push])
+    monkeypatch.setattr(flower, "UPLOAD_PAUSES_S", (0.0,))
+    flower.upload_again()
+    stores = ObjectStoreFactory()
+    state = NodeStateFactory(objectstore_factory=stores).state()
+    state.store_run(Run.create_empty(RUN))
+    reply = Message(RecordDict({"answer": ConfigRecord({"x": 2})}), reply_to=message)
+    start_client_internal._insert_message(reply, state, stores.store())
+    breaks, sent = [broken], {}
+
+    def on_the_way(step):
+        if step in breaks:
+            breaks.remove(step)
+            raise httpx.WriteError("[SSL: SSLV3_ALERT_BAD_RECORD_MAC]")
+
+    def send(message, tree, seconds):
+        on_the_way("send")
+        return set(get_all_nested_objects(reply)), "session"
+
+    def push_object(run, session, digest, content):
+        on_the_way("push_object")
+        sent[digest] = content
+
+    start_client_internal._push_messages(
+        state=state,
+        object_store=stores.store(),
+        send=send,
+        push_object=push_object,
+    )
+
+    assert breaks == []
+    assert sent == {d: o.deflate() for d, o in get_all_nested_objects(reply).items()}
 
 
 def test_a_node_number_that_a_full_disk_cut_off_does_not_stop_the_next_start(tmp_path):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -617,9 +618,13 @@ def deployed(
     """Return a coordinator of hospitals that know their consortium's authority."""
 
     class Known:
-        authority = signers.authority
+        authority, revoked = signers.authority, frozenset(())
 
+    pins = {n: pki.fingerprint(held) for n, (_, held) in signers.issued.items()}
+    contract = SimpleNamespace(contract=SimpleNamespace(site_keys=pins))
+    approvals = SimpleNamespace(contract=lambda hash: contract)
     monkeypatch.setattr(secure_round.Identity, "load", lambda folder: Known)
+    monkeypatch.setattr(secure_round.ApprovalStore, "of", lambda settings: approvals)
     run = {"contract": "c" * 64, "run": "run-1"}
     coordinator.records = {keys.RUN: ConfigRecord(dict(run))}
     coordinator.make_keys()

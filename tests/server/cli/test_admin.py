@@ -68,7 +68,8 @@ def _terms(drafted: dict[str, Path], *more: str) -> list[object]:
     return [
         *("--study", drafted["study"], "--genes", drafted["genes"]),
         *("--purpose", "restoration of three genes", "--expires", "2999-12-31"),
-        *("--sites", "north, south", "--out", drafted["contract"], *more),
+        *("--sites", "north, south", "--out", drafted["contract"]),
+        *("--no-secure-aggregation", "a test", *more),
     ]
 
 

@@ -13,20 +13,23 @@ from fedgex.common.trust import contract as contract_module
 from fedgex.common.trust import pki
 from fedgex.common.trust.contract import Contract
 from fedgex.common.trust.signed import Signed
-from fedgex.server.consortium import commands, contracts, members
+from fedgex.server.consortium import commands, contracts, drafts, members
 from fedgex.server.consortium.store import NotFoundError
 
 EXPIRES = date(2999, 12, 31)
 
 
-def draft(drafted: dict[str, Path], **changed: Any) -> str:
+def draft(admitted: Any, drafted: dict[str, Path], **changed: Any) -> str:
     terms: dict[str, Any] = {
+        "no_secure_aggregation": "a test",
         "purpose": "restoration of three genes",
         "expires": EXPIRES,
         "sites": ["north", "south"],
         "administrators": 2,
     } | changed
-    return contracts.draft(drafted["study"], drafted["genes"], **terms)
+    return drafts.draft(
+        admitted.consortium, drafted["study"], drafted["genes"], **terms
+    )
 
 
 def sign(admitted: Any, path: Path, *names: str) -> Signed:
@@ -39,7 +42,7 @@ def sign(admitted: Any, path: Path, *names: str) -> Signed:
 @pytest.fixture
 def published(admitted: Any, drafted: dict[str, Path]) -> str:
     """Return the hash of a contract that ada signed and published."""
-    drafted["contract"].write_text(draft(drafted))
+    drafted["contract"].write_text(draft(admitted, drafted))
     sign(admitted, drafted["contract"], "ada")
     contracts.publish(admitted.consortium, drafted["contract"], admitted.key("ada"))
     return hashlib.sha256(drafted["contract"].read_bytes()).hexdigest()
@@ -64,9 +67,10 @@ def answered(
 
 
 def test_a_draft_holds_every_key_of_the_study_with_its_explanation(
+    admitted: Any,
     drafted: dict[str, Path],
 ) -> None:
-    text = draft(drafted)
+    text = draft(admitted, drafted)
 
     values = tomllib.loads(text)
     assert values["study"]["pretraining"]["rounds"] == 2
@@ -78,22 +82,27 @@ def test_a_draft_holds_every_key_of_the_study_with_its_explanation(
     assert Contract.from_toml(text, "test").sites == ("north", "south")
 
 
-def test_a_whole_scenario_serves_as_a_study(drafted: dict[str, Path]) -> None:
-    alone = draft(drafted)
+def test_a_whole_scenario_serves_as_a_study(
+    admitted: Any, drafted: dict[str, Path]
+) -> None:
+    alone = draft(admitted, drafted)
     more = '\n[data]\nexpression = "x.csv"\n'
     drafted["study"].write_text(drafted["study"].read_text() + more)
 
-    assert draft(drafted) == alone
+    assert draft(admitted, drafted) == alone
 
 
-def test_a_study_without_the_heading_serves_as_well(drafted: dict[str, Path]) -> None:
-    alone = draft(drafted)
+def test_a_study_without_the_heading_serves_as_well(
+    admitted: Any, drafted: dict[str, Path]
+) -> None:
+    alone = draft(admitted, drafted)
     drafted["study"].write_text('name = "small"\n[pretraining]\nrounds = 2\n')
 
-    assert draft(drafted) == alone
+    assert draft(admitted, drafted) == alone
 
 
 def test_site_weights_and_awkward_words_survive_the_draft(
+    admitted: Any,
     drafted: dict[str, Path],
 ) -> None:
     drafted["study"].write_text(
@@ -103,7 +112,7 @@ def test_site_weights_and_awkward_words_survive_the_draft(
     )
     purpose = 'gènes "à" \\ tab\there\nsecond line 🧬'
 
-    contract = Contract.from_toml(draft(drafted, purpose=purpose), "test")
+    contract = Contract.from_toml(draft(admitted, drafted, purpose=purpose), "test")
 
     assert contract.purpose == purpose
     assert contract.study.strategy.site_weights == {"north": 2.0, "south": 1.0}
@@ -111,23 +120,26 @@ def test_site_weights_and_awkward_words_survive_the_draft(
 
 
 def test_everything_wrong_with_a_draft_is_named_at_once(
+    admitted: Any,
     drafted: dict[str, Path],
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        draft(drafted, purpose="short", sites=["North"])
+        draft(admitted, drafted, purpose="short", sites=["North"])
 
     assert "purpose" in str(caught.value)
     assert "sites" in str(caught.value)
 
 
 def test_a_contract_that_expired_before_it_was_drafted_is_refused(
+    admitted: Any,
     drafted: dict[str, Path],
 ) -> None:
     with pytest.raises(ConfigError, match="expected a day to come"):
-        draft(drafted, expires=date(2020, 1, 1))
+        draft(admitted, drafted, expires=date(2020, 1, 1))
 
 
 def test_a_gene_list_with_repeats_is_refused_in_one_message(
+    admitted: Any,
     drafted: dict[str, Path],
 ) -> None:
     drafted["genes"].write_text("TP53\nTP53\nESR1 MKI67\n")
@@ -135,23 +147,24 @@ def test_a_gene_list_with_repeats_is_refused_in_one_message(
     with pytest.raises(
         ConfigError, match=r"1 lines hold more.*1 genes stand in it twi"
     ):
-        draft(drafted)
+        draft(admitted, drafted)
 
 
-def test_an_empty_gene_list_is_refused(drafted: dict[str, Path]) -> None:
+def test_an_empty_gene_list_is_refused(admitted: Any, drafted: dict[str, Path]) -> None:
     drafted["genes"].write_text("# none\n")
 
     with pytest.raises(ConfigError, match="it is empty"):
-        draft(drafted)
+        draft(admitted, drafted)
 
 
 def test_a_study_file_that_is_not_there_is_not_found(
+    admitted: Any,
     drafted: dict[str, Path],
 ) -> None:
     drafted["study"].unlink()
 
     with pytest.raises(NotFoundError, match="there is no such file"):
-        draft(drafted)
+        draft(admitted, drafted)
 
 
 # ---- signatures ----
@@ -160,7 +173,7 @@ def test_a_study_file_that_is_not_there_is_not_found(
 def test_two_administrators_sign_one_text(
     admitted: Any, drafted: dict[str, Path]
 ) -> None:
-    drafted["contract"].write_text(draft(drafted))
+    drafted["contract"].write_text(draft(admitted, drafted))
 
     signed = sign(admitted, drafted["contract"], "ada", "bo", "ada")
 
@@ -172,7 +185,7 @@ def test_two_administrators_sign_one_text(
 def test_a_draft_changed_after_it_was_signed_is_not_signed_again(
     admitted: Any, drafted: dict[str, Path]
 ) -> None:
-    drafted["contract"].write_text(draft(drafted))
+    drafted["contract"].write_text(draft(admitted, drafted))
     sign(admitted, drafted["contract"], "ada")
     with drafted["contract"].open("a") as file:
         file.write(" ")
@@ -193,7 +206,7 @@ def test_what_is_no_contract_is_not_signed(
 def test_a_key_signs_under_its_own_certificate_only(
     admitted: Any, drafted: dict[str, Path]
 ) -> None:
-    drafted["contract"].write_text(draft(drafted))
+    drafted["contract"].write_text(draft(admitted, drafted))
     other = admitted.consortium.administrator(admitted.key("bo"))[1]
 
     with pytest.raises(TrustError, match="not that of bo's certificate"):
@@ -232,21 +245,21 @@ def test_an_unknown_contract_is_not_found_and_the_known_are_listed(
 def test_an_unsigned_contract_is_not_published(
     admitted: Any, drafted: dict[str, Path]
 ) -> None:
-    drafted["contract"].write_text(draft(drafted))
+    drafted["contract"].write_text(draft(admitted, drafted))
 
     with pytest.raises(NotFoundError, match="was not signed"):
         contracts.publish(admitted.consortium, drafted["contract"], admitted.key("ada"))
 
     beside = contracts.signatures_path(drafted["contract"])
-    beside.write_text(Signed(draft(drafted)).to_json())
-    with pytest.raises(TrustError, match="bears no signature"):
+    beside.write_text(Signed(draft(admitted, drafted)).to_json())
+    with pytest.raises(TrustError, match="bears the signatures of nobody"):
         contracts.publish(admitted.consortium, drafted["contract"], admitted.key("ada"))
 
 
 def test_one_changed_byte_stops_publication(
     admitted: Any, drafted: dict[str, Path]
 ) -> None:
-    drafted["contract"].write_text(draft(drafted))
+    drafted["contract"].write_text(draft(admitted, drafted))
     sign(admitted, drafted["contract"], "ada")
     beside = contracts.signatures_path(drafted["contract"])
     for path in (drafted["contract"], beside):
@@ -259,7 +272,7 @@ def test_one_changed_byte_stops_publication(
 def test_a_contract_edited_after_signing_is_not_published(
     admitted: Any, drafted: dict[str, Path]
 ) -> None:
-    drafted["contract"].write_text(draft(drafted))
+    drafted["contract"].write_text(draft(admitted, drafted))
     sign(admitted, drafted["contract"], "ada")
     with drafted["contract"].open("a") as file:
         file.write("\n")
@@ -271,7 +284,7 @@ def test_a_contract_edited_after_signing_is_not_published(
 def test_line_ends_are_part_of_what_is_signed(
     admitted: Any, drafted: dict[str, Path]
 ) -> None:
-    text = draft(drafted).replace("\n", "\r\n").encode()
+    text = draft(admitted, drafted).replace("\n", "\r\n").encode()
     drafted["contract"].write_bytes(text)
     signed = sign(admitted, drafted["contract"], "ada")
 
@@ -281,7 +294,9 @@ def test_line_ends_are_part_of_what_is_signed(
 def test_all_that_keeps_a_contract_from_use_is_said_at_once(
     admitted: Any, drafted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = draft(drafted, sites=["north", "south", "east"])
+    text = draft(admitted, drafted)
+    text = text.replace('sites = ["north", "south"]', 'sites = ["north", "east"]')
+    text = text.replace('"south" = ', '"east" = ')
     drafted["contract"].write_text(
         text.replace('code_version = "', 'code_version = "9').replace(
             "expires = 2999-12-31", "expires = 2020-01-01"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedgex.common.errors import ConfigError, TrustError
-from fedgex.common.trust import pki
+from fedgex.common.trust import pinning, pki
 from fedgex.server.consortium import members
 from fedgex.server.consortium.store import (
     Consortium,
@@ -14,6 +14,14 @@ from fedgex.server.consortium.store import (
 )
 
 Ask = Callable[..., Any]
+
+
+@pytest.fixture
+def founded(founded: Consortium, tmp_path: Path) -> Consortium:
+    """Return a consortium with one administrator, whose key every kit names."""
+    path, asked = members.new_administrator("cy", tmp_path / "cy")
+    members.add_administrator(founded, path, asked.fingerprint)
+    return founded
 
 
 def test_the_kit_holds_what_the_hospital_needs_and_no_private_key(
@@ -30,6 +38,9 @@ def test_the_kit_holds_what_the_hospital_needs_and_no_private_key(
         "server",
         "authority",
         "certificate",
+        "administrators",
+        "signatures",
+        "revoked",
     }
     assert (kit["site"], kit["server"]) == ("north", "fed.example.org:9092")
     certificate = pki.from_pem(kit["certificate"])
@@ -244,3 +255,47 @@ def test_a_second_administrator_of_one_name_is_refused(
 
     with pytest.raises(TrustError, match='administrator "ada" exists already'):
         members.add_administrator(admitted.consortium, path, asked.fingerprint)
+
+
+def test_a_request_may_replace_only_the_key_that_is_registered(
+    admitted: Any, ask: Ask
+) -> None:
+    consortium = admitted.consortium
+    held = pki.from_pem(consortium.site("north").certificate)
+    key = pki.new_key()
+    statement = pinning.replacement(admitted.sites["north"], held, key)
+    asked = ask(
+        "north", certificate_request=pki.request(key, "north", "site", statement)
+    )
+
+    members.rotate_site(consortium, "north", asked.path, asked.fingerprint)
+
+    now = pki.from_pem(consortium.site("north").certificate)
+    pinning.require(now, {"north": pki.fingerprint(held)}, "the contract")
+    renewed = members.renew_site(consortium, "north")["certificate"]
+    pinning.require(
+        pki.from_pem(renewed), {"north": pki.fingerprint(held)}, "the contract"
+    )
+
+
+def test_a_new_hospital_replaces_no_key(admitted: Any, ask: Ask) -> None:
+    consortium = admitted.consortium
+    old, key = pki.new_key(), pki.new_key()
+    asked_old = pki.request(old, "east", "site")
+    held = consortium.issue(asked_old, "east", "site")
+    statement = pinning.replacement(old, held, key)
+    asked = ask("east", certificate_request=pki.request(key, "east", "site", statement))
+
+    with pytest.raises(TrustError, match="expected a request that replaces none"):
+        members.add_site(consortium, asked.path, asked.fingerprint)
+
+
+def test_hospitals_are_admitted_once_enough_administrators_are(
+    admitted: Any, ask: Ask
+) -> None:
+    for name in ("ada", "bo"):
+        members.revoke_administrator(admitted.consortium, name, "left")
+
+    asked = ask("east")
+    with pytest.raises(ConfigError, match="0 administrators are admitted, and 1 must"):
+        members.add_site(admitted.consortium, asked.path, asked.fingerprint)

@@ -23,7 +23,7 @@ from fedgex.common.trust.audit_log import Head
 from fedgex.common.trust.receipt import Part, Receipt, reply_digest, request_digest
 from fedgex.common.trust.signed import Signed
 from fedgex.common.trust.signed import sign as signature_of
-from fedgex.server.consortium import contracts, members
+from fedgex.server.consortium import contracts, drafts, members
 from fedgex.server.consortium import participants as deployment_module
 from fedgex.server.consortium.participants import Deployment, deliver, publish
 from fedgex.server.federation.participants import Activity, Request, SignedReply
@@ -50,13 +50,15 @@ def _flower_knows_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def contract(admitted: Any, drafted: dict[str, Path]) -> str:
     """Return the hash of a published contract between north and south."""
-    text = contracts.draft(
+    text = drafts.draft(
+        admitted.consortium,
         drafted["study"],
         drafted["genes"],
         purpose="restoration of three genes",
         expires=date(2999, 12, 31),
         sites=SITES,
         administrators=2,
+        no_secure_aggregation="a test",
     )
     drafted["contract"].write_text(text)
     key = admitted.key("ada")
@@ -228,15 +230,18 @@ def test_a_part_of_something_else_is_refused_and_says_of_what(
         deployed.verify("north", ROUND_3, ASKED, sign(**changed))
 
 
-def test_a_reply_without_a_part_is_refused_unless_it_is_a_refusal(
+def test_a_reply_without_a_part_is_refused_unless_it_is_a_temporary_refusal(
     deployed: Deployment,
 ) -> None:
     unsigned = RecordDict({keys.SITE: ConfigRecord({"name": "north"})})
-    refusal = RecordDict({keys.REFUSAL: ConfigRecord({"code": "FX-RUN-002"})})
+    final = RecordDict({keys.REFUSAL: ConfigRecord({"code": "FX-RUN-002"})})
+    paused = RecordDict({keys.REFUSAL: ConfigRecord({"code": "FX-SITE-004"})})
 
     with pytest.raises(TrustError, match="the reply is not signed"):
         deployed.verify("north", ROUND_3, ASKED, unsigned)
-    assert deployed.verify("north", ROUND_3, ASKED, refusal) is None
+    with pytest.raises(TrustError, match="the refusal FX-RUN-002 is not signed"):
+        deployed.verify("north", ROUND_3, ASKED, final)
+    assert deployed.verify("north", ROUND_3, ASKED, paused) is None
 
 
 def test_a_revoked_sites_signature_counts_no_more(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedgex.common.errors import ConfigError
-from fedgex.server.consortium import contracts, runs
+from fedgex.server.consortium import contracts, drafts, runs
 from fedgex.server.consortium.commands import Order
 from fedgex.server.settings import ServerSettings
 
@@ -19,13 +19,15 @@ def order(admitted: Any, drafted: dict[str, Path]) -> Order:
     """Return the launch of a published study that takes from a public cohort."""
     study = drafted["study"]
     study.write_text(study.read_text() + "[study.public]\nstatistics = true\n")
-    text = contracts.draft(
+    text = drafts.draft(
+        admitted.consortium,
         study,
         drafted["genes"],
         purpose="restoration of three genes",
         expires=date(2999, 12, 31),
         sites=["north", "south"],
         administrators=2,
+        no_secure_aggregation="a test",
     )
     drafted["contract"].write_text(text)
     key = admitted.key("ada")

@@ -145,7 +145,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal.jsonl"
 
 
-def ask(grid: ScriptedGrid, path: Path, sites: Simulated | None = None) -> list[Answer]:
+def ask(
+    grid: ScriptedGrid,
+    path: Path,
+    sites: Simulated | None = None,
+    *,
+    enough: bool = False,
+) -> list[Answer]:
     channel = Channel(
         grid=cast(Grid, grid),
         participants=sites
@@ -155,7 +161,11 @@ def ask(grid: ScriptedGrid, path: Path, sites: Simulated | None = None) -> list[
     )
     asked = [site for site, node in SITES.items() if node in grid.scripts]
     request = Request(type=keys.PREPARE, message=Envelope, group="prepare")
-    return list(dispatch.request_all(channel, asked, request, deadline_s=DEADLINE_S))
+    return list(
+        dispatch.request_all(
+            channel, asked, request, deadline_s=DEADLINE_S, enough=lambda: enough
+        )
+    )
 
 
 def events(path: Path, name: str) -> list[dict[str, object]]:
@@ -333,13 +343,13 @@ def test_the_death_of_a_superseded_message_changes_nothing(
 
 
 def test_whoever_moves_is_not_late(clock: Clock, path: Path) -> None:
-    grid = ScriptedGrid(clock, {1: [(1_000, yes())], 2: [None]})
+    grid = ScriptedGrid(clock, {1: [(700, yes())], 2: [None]})
     peers = Watched(
         study=STUDY,
         n_sites=1,
         by_name={"h1": 1, "h2": 2},
         clock=clock,
-        moved={1: range(0, 1_000, 50)},
+        moved={1: range(0, 700, 50)},
     )
 
     answers = ask(grid, path, peers)

@@ -96,13 +96,16 @@ def test_deaths_and_restarts_are_counted_from_the_audit_log_once(
     for _ in range(2):
         audit.append("server-app-died", job="bc-12", exit_code=-9)
     scrape()
-    audit.append("denied", path="/v1/control/start-run", peer="192.0.2.9")
+    audit.append(
+        "denied", path="/v1/control/start-run", peer="192.0.2.9"
+    )  # as of 0.1.0
+    audit.append("denied", count=40, peers={"192.0.2.9": 40})
 
     numbers = scrape()
 
     assert numbers["fedgex_superlink_restarts_total",] == 1
     assert numbers["fedgex_server_app_deaths_total",] == 2
-    assert numbers["fedgex_denied_requests_total",] == 1
+    assert numbers["fedgex_denied_requests_total",] == 41
 
 
 def test_every_certificate_says_how_long_it_lasts(

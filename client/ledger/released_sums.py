@@ -252,11 +252,8 @@ class ReleasedSums:
         """
         self.folder, self.audit = state_dir / FOLDER, Chain(state_dir / AUDIT)
         paths = sorted(self.folder.glob("*.safetensors"))
-        known = {
-            line["cohorts"]
-            for line in audit_log.read(self.audit.path)
-            if line["event"] == LEFT
-        }
+        logged = audit_log.events(self.audit.path, LEFT)
+        known = {line["cohorts"] for line in logged}
         try:
             self.records = [_read(path) for path in paths]
             if not paths and not known and not (self.folder / KEY).exists():

@@ -32,7 +32,7 @@ class Use:
     steps: int
     """Steps of all rounds."""
     patients: int
-    """Distinct pseudonyms of all rounds; a patient may have an earlier release's too."""
+    """Distinct pseudonyms of all rounds; one may be from an earlier release."""
     epsilon: float
     """Largest epsilon of any patient, from these rows only."""
 

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -103,9 +104,7 @@ def observed_genes(
     """
     counts = (~np.isnan(cohort.expression)).sum(axis=0)
     enough = counts >= max(min_count, min_share * len(cohort.patients))
-    return tuple(
-        g for g, is_known in zip(cohort.genes, enough, strict=True) if is_known
-    )
+    return tuple(compress(cohort.genes, enough))
 
 
 def gene_moments(
@@ -204,10 +203,7 @@ def public_standardisation(public: Cohort, vocabulary: Vocabulary) -> Standardis
     """
     moments = gene_moments(public, vocabulary, 1)
     enough = moments.count >= MIN_PUBLIC_PATIENTS
-    lacking = [
-        g for g, known in zip(vocabulary.genes, enough, strict=True) if not known
-    ]
-    if lacking:
+    if lacking := list(compress(vocabulary.genes, ~enough)):
         n_others = len(lacking) - MAX_GENES_NAMED
         others = f" and {n_others} others" if n_others > 0 else ""
         raise ConfigError(

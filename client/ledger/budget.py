@@ -32,7 +32,7 @@ class Use:
     steps: int
     """Steps of all rounds."""
     patients: int
-    """Distinct pseudonyms of all rounds; some patients have an earlier release's too."""
+    """Distinct pseudonyms of all rounds; some patients have an earlier one too."""
     epsilon: float
     """Largest epsilon of any patient, from these rows only."""
 

@@ -61,7 +61,7 @@ chaos: install
 
 ## fuzz      try each parser that faces another party; FEDGEX_FUZZ=N inputs for each
 fuzz: install
-	FEDGEX_FUZZ=$${FEDGEX_FUZZ:-10000} $(BIN)/pytest -q tests/fuzz
+	FEDGEX_FUZZ=$${FEDGEX_FUZZ:-10000} $(BIN)/pytest -q -s tests/fuzz
 
 ## bench     throughput, overhead, memory and cost, as ratios of one run
 bench: install

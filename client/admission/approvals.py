@@ -39,7 +39,8 @@ Verdict = Literal["approved", "rejected", "withdrawn"]
 
 HASH_PATTERN = re.compile(r"[0-9a-f]{64}")
 RECEIVED, DECIDED, ASKED = "contract-received", "decision", "asked"
-"""Events of the audit log."""
+"""Events of the audit log; the last one before a computation, with the digest of a
+model that was sent."""
 
 
 class Refusal(FedgexError):  # noqa: N818, the word that hospitals read

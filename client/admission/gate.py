@@ -20,8 +20,13 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedgex.client.admission.approvals import ApprovalStore, Refusal, require_pins
-from fedgex.client.admission.receipts import ASKED, Receipts
+from fedgex.client.admission.approvals import (
+    ASKED,
+    ApprovalStore,
+    Refusal,
+    require_pins,
+)
+from fedgex.client.admission.receipts import Receipts
 from fedgex.client.admission.reply_cache import AnotherRequestError, Replies
 from fedgex.client.identity import Identity, keep_revocations
 from fedgex.client.ledger import debit

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgex.client.admission.approvals import Refusal
+from fedgex.client.admission.approvals import ASKED, Refusal
 from fedgex.client.identity import Identity
 from fedgex.common.codes import Code
 from fedgex.common.errors import TrustError
@@ -23,8 +23,6 @@ from fedgex.common.trust.audit_log import Chain, events
 from fedgex.common.trust.receipt import Receipt, parameters_digest
 from fedgex.common.trust.signed import Signed
 
-ASKED = "asked"
-"""Event of the audit log before a computation; with the digest of a model sent."""
 RECEIVED = "receipt"
 """Event of the audit log for a receipt that was kept."""
 CONTRADICTED = "contradicted"

@@ -32,7 +32,7 @@ class Use:
     steps: int
     """Steps of all rounds."""
     patients: int
-    """Distinct patients of all rounds."""
+    """Distinct pseudonyms of all rounds; a patient may have one of an earlier release."""
     epsilon: float
     """Largest epsilon of any patient, from these rows only."""
 

@@ -23,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedgex.client.identity import AUDIT
+from fedgex.common import parsing
 from fedgex.common.codes import Code
 from fedgex.common.data.cross_products import (
     OTHERS,
@@ -41,7 +45,7 @@ from fedgex.common.data.cross_products import (
     unpack,
 )
 from fedgex.common.data.moments import GeneMoments, Standardisation
-from fedgex.common.errors import FedgexError
+from fedgex.common.errors import ConfigError, FedgexError
 from fedgex.common.system.files import exclusive_lock, explained, write_atomic
 from fedgex.common.trust import audit_log
 from fedgex.common.trust.audit_log import Chain
@@ -74,10 +78,10 @@ class People:
 
     patients: Sequence[str]
     """Key of each patient, length N."""
-    profiles: NDArray[np.float32]
-    """All genes of the hospital's file, on its own scale, shape (N, G)."""
     values: NDArray[np.float32]
     """The study's genes on its scale, shape (N, V); NaN where not measured."""
+    as_filed: NDArray[np.float32]
+    """The same on the scale of the hospital's file, which no study changes."""
     genes: tuple[str, ...]
     """Those of the study, length V."""
     scale: str
@@ -97,8 +101,8 @@ class Cohorts:
     groups: tuple[str, ...]
     who: NDArray[np.uint8]
     """Keyed name of each patient, shape (N, 32)."""
-    what: NDArray[np.uint8]
-    """Keyed hash of each patient's values, shape (N, 32)."""
+    what: NDArray[np.uint32]
+    """Keyed hash of each value as it stands in the file, shape (N, V)."""
     group: NDArray[np.int64]
     """Index of each patient's group, shape (N,)."""
     pattern: NDArray[np.int64]
@@ -114,11 +118,6 @@ class Cohorts:
         """Return the cohorts of an answer to be; `group` is each patient's."""
         who = [hmac.digest(key, f"who {p}".encode(), "sha256") for p in people.patients]
         order = sorted(range(len(who)), key=who.__getitem__)
-        profiles = np.where(np.isnan(people.profiles), np.nan, people.profiles + 0.0)
-        what = [
-            hmac.digest(key, b"what " + who[i] + profiles[i].tobytes(), "sha256")
-            for i in order
-        ]
         groups = tuple(sorted(set(group)))
         patterns, pattern = np.unique(
             ~np.isnan(people.values[order]), axis=1, return_inverse=True
@@ -130,7 +129,7 @@ class Cohorts:
             genes=people.genes,
             groups=groups,
             who=_rows([who[i] for i in order]),
-            what=_rows(what),
+            what=_hashes(_rows(who), people, key)[order],
             group=np.array([groups.index(group[i]) for i in order], dtype=np.int64),
             pattern=pattern.reshape(-1).astype(np.int64),
             patterns=patterns,
@@ -139,7 +138,9 @@ class Cohorts:
     def take(self, genes: Mask) -> Cohorts:
         """Return the cohorts of the genes that are marked, shape (V,)."""
         kept = tuple(g for g, is_kept in zip(self.genes, genes, strict=True) if is_kept)
-        return replace(self, genes=kept, pattern=self.pattern[genes])
+        return replace(
+            self, genes=kept, pattern=self.pattern[genes], what=self.what[:, genes]
+        )
 
     @property
     def about(self) -> str:
@@ -155,9 +156,10 @@ class Cohorts:
     @classmethod
     def read(cls, about: str, arrays: Sums) -> Cohorts:
         """Return what `about` and `arrays` returned."""
+        most = parsing.LONG_BYTES
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in json.loads(about).items()
+            for name, value in parsing.json_object(about, "a sum", most=most).items()
         }
         bits = np.unpackbits(arrays["patterns"], axis=0, count=len(arrays["who"]))
         return cls(**{**values, **arrays, "patterns": bits.astype(bool)})
@@ -193,15 +195,17 @@ class Cohorts:
         """
         found = np.zeros(len(self.genes), dtype=bool)
         _, mine, theirs = np.intersect1d(self.genes, old.genes, return_indices=True)
-        joint, of_gene = np.unique(
-            [self.pattern[mine], old.pattern[theirs]], axis=1, return_inverse=True
-        )
         place = {name.tobytes(): i for i, name in enumerate([*self.who, *old.who])}
         at = {name: i for i, name in enumerate(place)}
         now, then = ([at[n.tobytes()] for n in each.who] for each in (self, old))
-        moved = np.zeros((2, len(at), HMAC_BYTES), dtype=np.uint8)
-        moved[0, now], moved[1, then] = self.what, old.what
-        changed = (moved[0] != moved[1]).any(axis=1)[:, None]
+        values = np.zeros((2, len(at), len(mine)), dtype=np.uint32)
+        values[0, now], values[1, then] = self.what[:, mine], old.what[:, theirs]
+        kept, of_kept = np.unique(values[0] == values[1], axis=1, return_inverse=True)
+        joint, of_gene = np.unique(
+            [self.pattern[mine], old.pattern[theirs], of_kept.reshape(-1)],
+            axis=1,
+            return_inverse=True,
+        )
         floor = max(self.floor, old.floor)
         count = _pairs if self.kind == old.kind == PRODUCTS else _sizes
         for group, known in self.summed:
@@ -212,13 +216,14 @@ class Cohorts:
                 y[then] = old.patterns[:, joint[1]] & old_group[:, None]
                 if not (x & y).any():
                     continue  # two cohorts of the floor each, and nobody in both
-                differ = count(x) + count(y) - 2 * count(x & y)
-                values = count(x & y & changed)
-                few = np.where(differ > 0, differ, values)
+                both = count(x & y)
+                differ = count(x) + count(y) - 2 * both
+                changed = both - count(x & y & kept[:, joint[2]])
+                few = np.where(differ > 0, differ, changed)
                 left = _at(known, joint[0], few.ndim)
                 left = left & _at(old_known, joint[1], few.ndim)
                 close = np.reshape(left & (few > 0) & (few < floor), (len(few), -1))
-                found[mine] |= np.logical_or.reduce(close, axis=1)[of_gene]
+                found[mine] |= np.logical_or.reduce(close, axis=1)[of_gene.reshape(-1)]
         return found
 
 
@@ -249,18 +254,22 @@ class ReleasedSums:
         """
         self.folder, self.audit = state_dir / FOLDER, Chain(state_dir / AUDIT)
         paths = sorted(self.folder.glob("*.safetensors"))
-        known = {
-            line["cohorts"]
-            for line in audit_log.read(self.audit.path)
-            if line["event"] == LEFT
-        }
+        logged = audit_log.events(self.audit.path, LEFT)
+        known = {line["cohorts"] for line in logged}
         try:
             self.records = [_read(path) for path in paths]
             if not paths and not known and not (self.folder / KEY).exists():
                 key = secrets.token_bytes(HMAC_BYTES)
                 write_atomic(self.folder / KEY, key.hex().encode())
             self.key = bytes.fromhex((self.folder / KEY).read_text())
-        except (OSError, ValueError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            SafetensorError,
+            ConfigError,
+        ) as error:
             raise self._lost(f"cannot be used ({error})") from error
         if known - {each.cohorts.fingerprint for each in self.records}:
             raise self._lost(
@@ -438,6 +447,23 @@ def _unpacked(
         )
         for name in cohorts.groups
     }
+
+
+def _hashes(who: NDArray[np.uint8], people: People, key: bytes) -> NDArray[np.uint32]:
+    """Return a keyed hash of each value, shape (N, V).
+
+    Of each cell one block of AES: patient, gene and value. A hash for each by itself
+    would take minutes; equal blocks are equal cells, which is what is compared.
+    """
+    blocks = np.zeros((*people.as_filed.shape, 4), dtype=np.uint32)
+    genes = [hashlib.sha256(gene.encode()).digest()[:4] for gene in people.genes]
+    blocks[:, :, :2] = who[:, None, :8].copy().view(np.uint32)
+    blocks[:, :, 2] = np.frombuffer(b"".join(genes), dtype=np.uint32)
+    known = np.where(np.isnan(people.as_filed), np.nan, people.as_filed + 0.0)
+    blocks[:, :, 3] = known.astype(np.float32).view(np.uint32)
+    cipher = Cipher(AES(hmac.digest(key, b"values", "sha256")), ECB()).encryptor()
+    hashed = np.frombuffer(cipher.update(blocks.tobytes()), dtype=np.uint32)
+    return hashed.reshape(blocks.shape)[:, :, 0]
 
 
 def _rows(digests: Iterable[bytes]) -> NDArray[np.uint8]:

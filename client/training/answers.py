@@ -216,10 +216,11 @@ def _people(
     """Return today's patients, to be compared with those behind earlier sums."""
     first = cohort.first_samples()
     patients = to_patients(cohort, vocabulary)
+    filed = _cohort(settings, study, settings.data.scale)
     return People(
         patients=[cohort.keys[row] for row in first],
-        profiles=_cohort(settings, study, settings.data.scale).expression[first],
         values=patients.values.numpy(),
+        as_filed=vocabulary.place(filed.genes, filed.expression[first]),
         genes=vocabulary.genes,
         scale=study.scale.value,
         cancer_type=patients.cancer_type,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from cryptography import x509
-from pydantic import Field, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from fedgex.common import parsing
 from fedgex.common.errors import ConfigError, TrustError
@@ -121,7 +121,7 @@ class Revocation(Settings):
     name: str
     role: pki.Role
     reason: str
-    at: datetime
+    at: AwareDatetime
     keys: tuple[str, ...]
     """Fingerprints of the keys that went with it; they are never admitted again."""
 

@@ -258,6 +258,10 @@ def honestly(site: str, message: Message, reply: RecordDict) -> RecordDict:
 
 @pytest.fixture
 def deployed(consortium: Consortium, finished: Finished, tmp_path: Path) -> Deployed:
+    shutil.copytree(
+        consortium.sites, tmp_path / "sites"
+    )  # each test's run is the first
+    consortium = dataclasses.replace(consortium, sites=tmp_path / "sites")
     settings = ConsortiumSettings(
         name="alliance", host="fed.example.org", health_port=1
     )

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedgex.client import policy
 from fedgex.client.admission import approvals
+from fedgex.client.admission.receipt_check import Exported
 from fedgex.client.identity import Kit
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
@@ -20,7 +21,15 @@ from fedgex.common.messages.codec import boundary
 from fedgex.common.messages.fields import Participant
 from fedgex.common.secure_aggregation.protocol import Shares
 from fedgex.common.study import Study
-from fedgex.common.trust import audit_log, bundle, pki, receipt
+from fedgex.common.system.files import read_json
+from fedgex.common.trust import (
+    audit_log,
+    bundle,
+    pinning,
+    pki,
+    receipt,
+    revocation,
+)
 from fedgex.common.trust.audit_log import Chain
 from fedgex.common.trust.contract import Contract
 from fedgex.common.trust.enrolment import SiteRequest
@@ -270,6 +279,39 @@ def test_kit() -> None:
         return pki.from_pem(found.authority), pki.from_pem(found.certificate)
 
     attack("kit", read, (ConfigError, TrustError), [kit.to_json().encode()])
+
+
+def test_replaced_key_and_revocations() -> None:
+    key, authority = pki.new_authority("alliance")
+    old, new = pki.new_key(), pki.new_key()
+    asked = pki.request(old, "north", "site")
+    before = pki.issue(key, authority, asked, name="north", role="site", days=3)
+    steps = pinning.replacement(old, before, new)
+
+    def read(content: bytes) -> object:
+        csr = pki.request(new, "north", "site", replaces=content)
+        return pinning.replaced(pki.read_request(csr))
+
+    attack("replacement of a key", read, TrustError, [steps], 100)
+    listed = revocation.new_list(key, authority, [(7, pki.now())])
+    lines = "".join(listed.strip().splitlines()[1:-1])
+    attack(
+        "list of revoked certificates",
+        lambda c: revocation.read_list(pem(c, "X509 CRL"), authority),
+        TrustError,
+        [base64.b64decode(lines)],
+    )
+
+
+def test_exported_receipts(release: Callable[..., Any], tmp_path: Path) -> None:
+    receipts = release().evidence.receipts
+    exported = Exported(site="north", receipts=tuple(receipts))
+
+    def read(path: Path) -> object:
+        return Exported.read(read_json(path, "it"), "it").to_json()
+
+    target, seed = file(tmp_path / "e.json", read), exported.to_json().encode()
+    attack("exported receipts", target, ConfigError, [seed], 100)
 
 
 # ---- secure aggregation ----

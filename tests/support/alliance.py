@@ -352,16 +352,16 @@ def found(folder: Path, sites: Path, names: tuple[str, ...]) -> Alliance:
 def trainings() -> Iterator[Counter[tuple[str, str, int]]]:
     """Count how often each hospital trains each round: (site, phase, round)."""
     counted: Counter[tuple[str, str, int]] = Counter()
-    honest = local_round.train_round
+    honest = local_round.round_update
 
-    def train_round(
+    def round_update(
         study: Study, phase: str, number: int, *args: Any, **more: Any
     ) -> Any:
         counted[more["site"], phase, number] += 1
         return honest(study, phase, number, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local_round, "train_round", train_round)
+        patch.setattr(local_round, "round_update", round_update)
         yield counted
 
 

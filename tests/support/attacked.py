@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from flwr.app import Message, RecordDict
 
 from fedgex.client.identity import Identity
 from fedgex.common import keys
+from fedgex.common.canonical import canonical_json
 from fedgex.common.study import Study
-from fedgex.common.trust.receipt import Part, reply_digest
+from fedgex.common.trust.receipt import reply_digest
 
 from ..federation.conftest import write_hospitals
 from .alliance import STUDY, Alliance, found, round_of
@@ -63,13 +65,12 @@ def on(
 def sign_again(alliance: Alliance, site: str, content: RecordDict) -> None:
     """Sign a changed reply with the site's own key, as a dishonest site would."""
     record = content.config_records[keys.PART]
-    part = Part.from_json(str(record[keys.JSON]), "the part")
     numbers = content.metric_records.get(keys.METRICS, {})
-    changed = {
+    changed = json.loads(str(record[keys.JSON])) | {
         "reply": reply_digest(content),
         "patients": numbers.get(keys.NUM_EXAMPLES, "suppressed"),
     }
-    text = part.model_copy(update=changed).to_json()
+    text = canonical_json(changed)
     record[keys.JSON] = text
     signer = Identity.load(alliance.state(site))
     record[keys.SIGNATURE] = signer.sign(text.encode())

@@ -6,6 +6,7 @@ It names runs as it pleases, all of them under contracts that people approved.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedgex.common.messages.replies import CrossProductsReply, StatisticsReply
 from fedgex.common.messages.requests import REQUESTS
 from fedgex.common.trust.contract import Contract
 
-from .alliance import Alliance, code
+from .alliance import TODAY, Alliance, code
 
 
 class Refused(Exception):  # noqa: N818, what the coordinator sees
@@ -38,6 +39,12 @@ class Coordinator:
         signed = self.alliance.signed(self.contract)
         self.study = Contract.read_signed(signed).study
         self.vocabulary = Vocabulary(tuple(sorted(self.study.vocabulary.genes)))
+        last = TODAY + timedelta(days=20)
+        for name in self.alliance.names:  # as many runs as the coordinator names
+            approvals = self.alliance.approvals(name)
+            approvals.decide(
+                self.contract, "approved", by="Dr. N.", expires=last, runs=None
+            )
 
     def content(self, kind: str, run: str, **fields: Any) -> RecordDict:
         """Return a request of a type as an honest server would write it."""

@@ -41,7 +41,7 @@ EXPECTED = {"bias": (2,), "weight": (2, 3)}
 NAMES = ("h1", "h2", "h3")
 GOOD_METRICS: dict[str, float] = {
     keys.NUM_EXAMPLES: 40,
-    keys.NUM_LOSS_TERMS: 400,
+    keys.NUM_LOSS_TERMS: 280,
     "train-loss": 0.5,
     keys.PRE_TRAINING_LOSS: 0.75,
     "seconds": 2.5,
@@ -235,7 +235,7 @@ def test_every_good_update_is_taken_with_its_numbers(run: Run) -> None:
 
     assert [update.site for update in outcome.updates] == ["h1", "h2", "h3"]
     assert [update.num_examples for update in outcome.updates] == [40, 40, 70]
-    assert [update.num_loss_terms for update in outcome.updates] == [400, 400, 5]
+    assert [update.num_loss_terms for update in outcome.updates] == [280, 280, 5]
     assert outcome.updates[0].measured.tolist() == [True, False, False]
     assert outcome.updates[1].measured.tolist() == [True, True, False]
     assert outcome.updates[2].arrays["bias"].tolist() == [1.0, 2.0]
@@ -264,7 +264,7 @@ def test_a_withheld_number_is_none_and_never_nought(run: Run) -> None:
         "state": "contributed",
         "reason": None,
         "num_examples": 40,
-        "num_loss_terms": 400,
+        "num_loss_terms": 280,
         "train_loss": None,
         "judged_loss": 0.75,
         "seconds": None,

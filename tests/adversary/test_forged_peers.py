@@ -434,7 +434,7 @@ def test_secure_aggregation_goes_on_under_a_key_that_the_old_one_names(
     paths = sorted(alliance.run_dir.glob("checkpoints/*/receipt.json"))
     receipts = [Signed.from_json(path.read_text(), str(path)) for path in paths]
     pins = Contract.read_signed(signed).site_keys
-    verify_chain(receipts, alliance.consortium.authority, pins)
+    verify_chain(receipts, alliance.consortium.authority, pins, secure=True)
 
 
 def test_a_key_that_the_old_one_does_not_name_ends_the_run(alliance: Alliance) -> None:

@@ -262,6 +262,8 @@ def deployed(consortium: Consortium, finished: Finished, tmp_path: Path) -> Depl
         name="alliance", host="fed.example.org", health_port=1
     )
     alliance = Alliance.init(tmp_path / "state", settings)
+    path, asked = members.new_administrator("ada", tmp_path / "ada")
+    members.add_administrator(alliance, path, asked.fingerprint)
     site_keys = {}
     for name in consortium.names:
         site_keys[name] = pki.new_key()

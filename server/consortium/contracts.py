@@ -49,7 +49,7 @@ class Answer(Settings):
     """Last day of an approval."""
     reason: str = ""
     runs: int | None = None
-    """Runs that an approval permits; None: any number."""
+    """Runs that an approval permits; None for any number, as fedgex 0.1.0 sent it."""
 
 
 @dataclass(frozen=True)

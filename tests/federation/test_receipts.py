@@ -266,6 +266,8 @@ def deployed(consortium: Consortium, finished: Finished, tmp_path: Path) -> Depl
         name="alliance", host="fed.example.org", health_port=1
     )
     alliance = Alliance.init(tmp_path / "state", settings)
+    path, asked = members.new_administrator("ada", tmp_path / "ada")
+    members.add_administrator(alliance, path, asked.fingerprint)
     site_keys = {}
     admitted, asked = members.new_administrator("ada", tmp_path / "ada")
     members.add_administrator(alliance, admitted, asked.fingerprint)

@@ -148,7 +148,7 @@ def test_away_at_the_start_it_refuses_once_it_joins(
     run = wide.conduct(wide.study(**SHORT), tmp_path)
 
     assert ODD in run.events("run-started")[-1]["sites"]
-    assert reasons(run)[-1] == "FX-SITE-010"
+    assert run.events("round")[-1]["sites"][ODD]["reason"] == "FX-SITE-010"
 
 
 @pytest.mark.parametrize("secure", [False, True])

@@ -18,7 +18,7 @@ _PLACES = {
     "status": ("status:commands", "Show whether the site runs, what it may do, and what needs attention."),
     "pause": ("site:commands", "Answer no message until `resume`; what is computed now is still sent."),
     "resume": ("site:commands", "Answer messages again."),
-    "log": ("log:log", "Look at the hospital's audit log."),
+    "log": ("log:log", "Verify the hospital's audit log and receipts, and compare them."),
     "start": ("service:commands", "Serve until SIGTERM; for systemd, a container or a terminal."),
     "stop": ("service:commands", "Stop the daemon; exit code 4 if there is none."),
     "study": ("study:study", "Read the contracts of studies, and approve, reject or withdraw them."),

@@ -176,7 +176,10 @@ def founded(tmp_path: Path) -> Store:
     settings = ConsortiumSettings(
         name="alliance", host="fed.example.org", health_port=1
     )
-    return Store.init(tmp_path / "state", settings)
+    store = Store.init(tmp_path / "state", settings)
+    path, asked = members.new_administrator("ada", tmp_path / "ada")
+    members.add_administrator(store, path, asked.fingerprint)
+    return store
 
 
 def admitted(store: Store, folder: Path, name: str, **changed: str) -> pki.Key:
@@ -216,8 +219,6 @@ def test_a_request_with_a_compressed_node_key_is_refused(tmp_path: Path) -> None
 def published(tmp_path: Path) -> tuple[Store, str, pki.Key]:
     """Return a consortium, the hash of its contract, and the key of `north`."""
     store = founded(tmp_path)
-    request, asked = members.new_administrator("ada", tmp_path / "ada")
-    members.add_administrator(store, request, asked.fingerprint)
     ada = pki.load_key(tmp_path / "ada" / "ada.key")
     key = admitted(store, tmp_path, "north")
     admitted(store, tmp_path, "south")

@@ -798,7 +798,7 @@ def _another_runs_receipt(content: RecordDict) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (_another_model, "FX-RUN-002"),
+        (_another_model, "FX-RUN-007"),
         (_another_study, "FX-STUDY-006"),
         (_another_vocabulary, "FX-STUDY-006"),
         (_round_beyond_the_last, "FX-STUDY-006"),

@@ -269,8 +269,6 @@ def deployed(consortium: Consortium, finished: Finished, tmp_path: Path) -> Depl
     path, asked = members.new_administrator("ada", tmp_path / "ada")
     members.add_administrator(alliance, path, asked.fingerprint)
     site_keys = {}
-    admitted, asked = members.new_administrator("ada", tmp_path / "ada")
-    members.add_administrator(alliance, admitted, asked.fingerprint)
     for name in consortium.names:
         site_keys[name] = pki.new_key()
         request = SiteRequest(

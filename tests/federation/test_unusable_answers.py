@@ -12,6 +12,7 @@ from flwr.app import Context, Message, RecordDict
 
 import fedgex.client.app
 from fedgex.common import keys
+from fedgex.common.data.moments import GeneMoments, Standardisation
 from fedgex.common.transport.records import to_arrays, to_record
 
 if TYPE_CHECKING:
@@ -190,11 +191,16 @@ def test_statistics_that_are_no_use_are_left_out_of_the_pool(
         for e in run.exchanges
         if e.message_type == keys.STATISTICS and e.site != consortium.names[BAD]
     ]
-    total = sum(site["total"] for site in honest)
-    count = sum(np.maximum(site["count"], 0) for site in honest)  # -1 is suppressed
     assert len(honest) == 3
-    np.testing.assert_allclose(run.final.standardisation.mean, total / count)
-    assert len(genes) == len(total)
+    pooled = GeneMoments(
+        count=sum(np.maximum(site["count"], 0) for site in honest),  # -1: suppressed
+        total=sum(site["total"] for site in honest),
+        square_total=sum(site["square-total"] for site in honest),
+        n_patients=999,
+    )
+    expected = Standardisation.published(pooled)
+    np.testing.assert_allclose(run.final.standardisation.mean, expected.mean)
+    assert len(genes) == len(pooled.total)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_neighbouring_values_do_not_depend_on_each_other():
 def test_shape_and_type_are_those_of_a_parameter():
     secret = SecretRandom()
     assert secret.normal((2, 3), 1.0).shape == (2, 3)
-    assert secret.normal((2, 3), 1.0).dtype == torch.float32
+    assert secret.normal((2, 3), 1.0).dtype == torch.float64
     assert secret.normal((0,), 1.0).shape == (0,)
     assert secret.normal((), 1.0).shape == ()
 

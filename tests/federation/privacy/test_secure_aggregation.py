@@ -498,7 +498,9 @@ def test_participants_that_the_contract_does_not_name_are_refused(
             told["stranger"] = told[first]
 
     alliance.conduct(alliance.agree(contracted()), before=add)
-    assert alliance.states(first) == [("refused", "FX-STUDY-006")]
+    assert [line["code"] for line in alliance.log(first, "refused")] == ["FX-STUDY-006"]
+    ((state, _),) = alliance.states(first)
+    assert state == "quarantined"  # it signed its refusal of what it was sent
 
 
 def test_a_gate_answers_for_planned_rounds_of_such_studies_alone(

@@ -480,15 +480,10 @@ def next_model(
 def _to_upload(
     study: Study, trained: Parameters, global_parameters: Parameters
 ) -> dict[str, NDArray[np.float32]]:
-    site = study.privacy.site
-    form = dict(trained)
+    site, form = study.privacy.site, dict(trained)
     if study.strategy.update == "delta":
-        form = {
-            name: array - global_parameters[name] for name, array in trained.items()
-        }
-    if site is not None:
-        form = clipped(form, site.clip)
-    return form
+        form = {name: array - global_parameters[name] for name, array in form.items()}
+    return form if site is None else clipped(form, site.clip)
 
 
 def _square_norm(array: NDArray[Any], start: Array | None) -> float:

@@ -73,8 +73,9 @@ def test_control_on_the_loopback_interface_wants_the_supervisors_secret(served):
     assert reply.status_code == 401
 
 
-def test_code_in_a_bundle_never_runs_at_a_site(served, tmp_path: Path):
+def test_code_in_a_bundle_never_runs_at_a_site(served, tmp_path: Path, monkeypatch):
     """A coordinator who turned evil pushes code and a message of his own."""
+    monkeypatch.setenv("NO_PROXY", "*")  # Flower's client, here in this process
     marker = tmp_path / "ran"
     evil = f"import pathlib; pathlib.Path({str(marker)!r}).write_text('ran')\n"
     content, _ = build_fab_from_files(
@@ -130,9 +131,8 @@ def test_a_site_whose_key_was_struck_is_refused_and_named(served):
 
 
 def test_new_keys_bring_a_struck_site_back_without_touching_other_kits(served):
-    """Rotation: new keys, new kit, approval anew; the failed run is resumed."""
+    """New keys, new kit, and a new contract: the one before pins the key struck."""
     consortium, name = served.consortium, served.consortium.sites[-1]
-    run = served.run
     others = {
         n: (consortium.site_state(n) / "identity" / "kit.json").read_bytes()
         for n in consortium.sites[:-1]
@@ -152,11 +152,11 @@ def test_new_keys_bring_a_struck_site_back_without_touching_other_kits(served):
     )  # fmt: skip
     consortium.redirect(name, kit)
     consortium.site("join", site_toml, kit)
-    consortium.approve(served.contract, [name], runs=1000)
     consortium.start_site(name)
-    served.resume(run)
+    consortium.contract.rename(consortium.contract.with_suffix(".before"))
+    served.contract = consortium.publish()
+    consortium.approve(served.contract, runs=1000)
     served.survives()
-    assert served.run == run
     for other, kit_before in others.items():
         path = consortium.site_state(other) / "identity" / "kit.json"
         assert path.read_bytes() == kit_before

@@ -75,7 +75,8 @@ def test_control_on_the_loopback_interface_wants_the_supervisors_secret(served):
 
 def test_code_in_a_bundle_never_runs_at_a_site(served, tmp_path: Path, monkeypatch):
     """A coordinator who turned evil pushes code and a message of his own."""
-    monkeypatch.setenv("NO_PROXY", "*")  # Flower's client, here in this process
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)  # which Flower's client, in this process, would use
     marker = tmp_path / "ran"
     evil = f"import pathlib; pathlib.Path({str(marker)!r}).write_text('ran')\n"
     content, _ = build_fab_from_files(
@@ -153,7 +154,8 @@ def test_new_keys_bring_a_struck_site_back_without_touching_other_kits(served):
     consortium.redirect(name, kit)
     consortium.site("join", site_toml, kit)
     consortium.start_site(name)
-    consortium.contract.rename(consortium.contract.with_suffix(".before"))
+    for path in consortium.folder.glob(f"{consortium.contract.name}*"):
+        path.rename(path.with_name(f"before.{path.name}"))
     served.contract = consortium.publish()
     consortium.approve(served.contract, runs=1000)
     served.survives()

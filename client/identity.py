@@ -38,21 +38,6 @@ REVOKED = "revoked.crl"
 """The newest list of revoked certificates; an empty file before the first."""
 
 
-class Request(SiteRequest):
-    """`request.json`: what a hospital sends to be admitted."""
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a `request.json`.
-
-        Raises
-        ------
-        ConfigError
-            If the file cannot be read or is no request.
-        """
-        return cls.read(read_json(path, "a hospital's request.json"), path.name)
-
-
 class Kit(Settings):
     """`kit.json`: what the consortium's administrator returns for a request."""
 
@@ -248,7 +233,7 @@ def _new_keys(
     key, node_key = pki.new_key(), pki.new_node_key()
     pki.save_key(key, partial / "site.key")
     pki.save_node_key(node_key, partial / "node.key")
-    request = Request(
+    request = SiteRequest(
         name=settings.name,
         node_public_key=pki.public_ssh(node_key),
         certificate_request=pki.request(key, settings.name, "site", replaces(key)),

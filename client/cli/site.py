@@ -20,7 +20,7 @@ from fedgex.client.cli.options import (
     load,
     refusing,
 )
-from fedgex.client.identity import AUDIT, Identity, Request, described
+from fedgex.client.identity import AUDIT, Identity, described
 from fedgex.client.service.connection import Check, Step
 from fedgex.client.settings import SERVER_PATTERN, SiteSettings
 from fedgex.common.errors import ConfigError
@@ -28,6 +28,7 @@ from fedgex.common.settings import NAME_PATTERN
 from fedgex.common.system.files import write_atomic
 from fedgex.common.trust import pki
 from fedgex.common.trust.audit_log import Chain
+from fedgex.common.trust.enrolment import SiteRequest
 
 TEMPLATE = """\
 # The hospital's own settings. Relative paths start at the folder of this file.
@@ -101,7 +102,7 @@ def init(
         "by telephone:",
         err=True,
     )
-    typer.echo(Request.load(request).fingerprint)
+    typer.echo(SiteRequest.load(request).fingerprint)
     typer.echo(f"When the kit comes back: fedgex-site join {site_toml} KIT", err=True)
 
 
@@ -153,7 +154,7 @@ def rotate(site_toml: SiteToml) -> None:
         "by telephone:",
         err=True,
     )
-    typer.echo(Request.load(request).fingerprint)
+    typer.echo(SiteRequest.load(request).fingerprint)
     typer.echo(
         f"When the kit comes back: fedgex-site join {site_toml} KIT, then restart the "
         "service.",

@@ -31,7 +31,7 @@ EVENTS = {
     **dict.fromkeys(("deceased", "dead", "died", "true", "1"), "1"),
     **dict.fromkeys(("living", "alive", "censored", "false", "0"), "0"),
 }
-"""Words for events, in any case; also after 1: or 0:, as cBioPortal has them."""
+"""Words for events, in any case. Of cBioPortal's 1:DECEASED the number counts."""
 
 OLD_AGE = {"90+": "90", ">89": "90", "> 89": "90", ">=90": "90", "≥90": "90"}
 """Ages that rules on identification (45 CFR 164.514) make of all above 89."""
@@ -93,8 +93,8 @@ def name_columns(
 def _in_words(text: pd.DataFrame, findings: Findings, file: str) -> pd.DataFrame:
     """Return the table with numbers for events in words and for ages above 89."""
     if "event" in text:
-        event = text["event"].str.replace(r"^[01]:", "", regex=True).str.lower()
-        known = event.map(EVENTS)
+        number = text["event"].str.replace(r"^([01]):.*", r"\1", regex=True)
+        known = number.str.lower().map(EVENTS)
         if (known.notna() & ~text["event"].isin(("0", "1"))).any():
             findings.add(Code.EVENTS_IN_WORDS, file)
         text["event"] = known.where(known.notna(), text["event"])

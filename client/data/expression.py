@@ -188,7 +188,7 @@ def drop_annotation(sheet: Sheet, data: DataSettings, findings: Findings) -> She
         findings.refuse()
     other = np.array([n in ANNOTATION for n in names], dtype=bool)
     given = data.columns.model_dump()
-    clinical = {*given, *filter(None, given.values())} - {"sex"}
+    clinical = {*given, *filter(None, given.values())}
     among = np.array([label in clinical for label in sheet.labels], dtype=bool)
     for axis, mask, labels in (
         ("samples", other, sheet.samples),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field
 
 from fedgex.common.settings import NAME_PATTERN, Settings
+from fedgex.common.system.files import read_json
 
 
 class EnrolmentRequest(Settings):
@@ -17,6 +19,17 @@ class EnrolmentRequest(Settings):
     name: str = Field(pattern=NAME_PATTERN)
     certificate_request: str
     """PEM; its key signs, see `pki`."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a request's file.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read or is no such request.
+        """
+        return cls.read(read_json(path, "a request to be admitted"), path.name)
 
     @property
     def fingerprint(self) -> str:

@@ -25,7 +25,6 @@ from fedgex.server.consortium.store import (
     NotFoundError,
     SiteEntry,
     listed,
-    read_json,
 )
 
 # ---- administrators ----
@@ -77,9 +76,7 @@ def add_administrator(
     TrustError
         With everything that speaks against it.
     """
-    asked = EnrolmentRequest.read(
-        read_json(request, "an administrator's request"), request.name
-    )
+    asked = EnrolmentRequest.load(request)
     with consortium.locked():
         findings = _findings(asked, fingerprint, None, "administrator")
         if asked.name in consortium.administrators():
@@ -181,7 +178,7 @@ def add_site(
     TrustError
         With everything that speaks against it.
     """
-    asked = _site_request(request)
+    asked = SiteRequest.load(request)
     with consortium.locked():
         pins = administrator_pins(consortium)
         findings = _site_findings(consortium, asked, fingerprint, name, replaces=None)
@@ -211,7 +208,7 @@ def rotate_site(
     TrustError
         With everything that speaks against the request.
     """
-    asked = _site_request(request)
+    asked = SiteRequest.load(request)
     with consortium.locked():
         pins, present = administrator_pins(consortium), _active(consortium, name)
         replaces = pki.fingerprint(pki.from_pem(present.certificate))
@@ -266,10 +263,6 @@ def revoke_site(consortium: Consortium, name: str, reason: str) -> None:
 
 
 # ---- requests ----
-
-
-def _site_request(path: Path) -> SiteRequest:
-    return SiteRequest.read(read_json(path, "a hospital's request.json"), path.name)
 
 
 def _issue_or_refuse(

@@ -70,6 +70,7 @@ from fedgex.common.transport.records import floats, to_arrays, to_record
 from fedgex.common.trust import pinning, pki
 from fedgex.common.trust.audit_log import Head
 from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.receipt import Part, reply_digest, verify_chain
 from fedgex.common.trust.signed import Signed, sign
 from fedgex.server.consortium import members
@@ -407,7 +408,7 @@ def conduct_while(
             return
         settings = SiteSettings.load(alliance.site_toml(name))
         request = replace(alliance, name)
-        spoken = identity.Request.load(request).fingerprint
+        spoken = SiteRequest.load(request).fingerprint
         kit = alliance.folder / "new.kit.json"
         made = members.rotate_site(alliance.consortium, name, request, spoken)
         kit.write_text(json.dumps(made))

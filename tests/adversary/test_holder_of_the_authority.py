@@ -23,6 +23,7 @@ from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.errors import TrustError
 from fedgex.common.trust import audit_log, pki, revocation
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import members
 from fedgex.server.consortium.store import Consortium, ConsortiumSettings
@@ -86,7 +87,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("ada", "bo"):
         hospital.administrator(name)
     request = identity.create(hospital.settings)
-    spoken = identity.Request.load(request).fingerprint
+    spoken = SiteRequest.load(request).fingerprint
     kit = folder / "kit.json"
     made = members.add_site(hospital.consortium, request, spoken)
     kit.write_text(json.dumps(made))

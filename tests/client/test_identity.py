@@ -13,11 +13,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedgex.client import identity
-from fedgex.client.identity import Identity, Request
+from fedgex.client.identity import Identity
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common.errors import ConfigError, FedgexError, TrustError
 from fedgex.common.trust import audit_log, pki
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.signed import check_signature
 
 Authority = tuple[pki.Key, x509.Certificate]
@@ -45,7 +46,7 @@ def write_kit(
     folder: Path, authority: Authority, request: Path, /, **other: Any
 ) -> Path:
     """Write what the administrator returns; `other` replaces its keys."""
-    asked = Request.load(request)
+    asked = SiteRequest.load(request)
     certificate = pki.issue(
         *authority,
         asked.certificate_request,
@@ -95,7 +96,7 @@ def test_private_keys_are_readable_by_their_owner_only(settings: SiteSettings) -
 def test_the_node_key_is_the_one_of_the_request_and_on_p384(
     settings: SiteSettings,
 ) -> None:
-    request = Request.load(identity.create(settings))
+    request = SiteRequest.load(identity.create(settings))
 
     private = (settings.state_dir / "identity/node.key").read_bytes()
     key = load_ssh_private_key(private, None).public_key()
@@ -108,7 +109,7 @@ def test_the_fingerprint_is_that_of_the_canonical_json(settings: SiteSettings) -
 
     values = json.loads(path.read_text())
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    assert Request.load(path).fingerprint == (
+    assert SiteRequest.load(path).fingerprint == (
         hashlib.sha256(canonical.encode()).hexdigest()
     )
 

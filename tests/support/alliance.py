@@ -28,6 +28,7 @@ from fedgex.client.training import local_round
 from fedgex.common import keys
 from fedgex.common.study import Study
 from fedgex.common.trust import audit_log, pki
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.receipt import Receipt, verify_chain
 from fedgex.common.trust.signed import Signed
 from fedgex.server.consortium import annotated_toml, contracts, drafts, members
@@ -341,7 +342,7 @@ def found(folder: Path, sites: Path, names: tuple[str, ...]) -> Alliance:
         shutil.copytree(sites / name, alliance.sites / name)
         site = SiteSettings.load(alliance.site_toml(name))
         path = identity.create(site)
-        wanted = identity.Request.load(path).fingerprint
+        wanted = SiteRequest.load(path).fingerprint
         kit = folder / f"{name}.kit.json"
         kit.write_text(json.dumps(members.add_site(consortium, path, wanted)))
         identity.join(site, kit)

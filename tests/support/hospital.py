@@ -29,6 +29,7 @@ from fedgex.common.system import failpoints
 from fedgex.common.transport.records import to_record
 from fedgex.common.trust import audit_log, pki
 from fedgex.common.trust.contract import Contract
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.signed import Signed
 
 TOMORROW = datetime.now(UTC).date() + timedelta(days=1)
@@ -117,7 +118,7 @@ def join(folder: Path, server: str = "fed.example.org:9092") -> tuple[Path, Auth
     )
     settings = SiteSettings.load(site_toml)
     authority = pki.new_authority("alliance")
-    asked = identity.Request.load(identity.create(settings))
+    asked = SiteRequest.load(identity.create(settings))
     issued = pki.issue(
         *authority, asked.certificate_request, name="north", role="site", days=30
     )

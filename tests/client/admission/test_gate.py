@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.admission.gate import Gate
 from fedgex.client.cli import app as command
-from fedgex.client.identity import Request
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common.transport.records import to_record
 from fedgex.common.trust import audit_log, bundle, pki
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.signed import Signed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Hospital:
         self.state_dir = folder / "state"
         server = "fedgex.example.org:9092"
         self._run("init", folder, "--name", "north", "--server", server)
-        request = Request.load(self.state_dir / "request.json").certificate_request
+        request = SiteRequest.load(self.state_dir / "request.json").certificate_request
         issued = pki.issue(
             release.authority_key,
             release.authority,

@@ -10,10 +10,10 @@ from typer.testing import CliRunner, Result
 
 from fedgex.client.admission.approvals import ApprovalStore
 from fedgex.client.cli import app
-from fedgex.client.identity import Request
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.trust import audit_log, pki
+from fedgex.common.trust.enrolment import SiteRequest
 from fedgex.common.trust.signed import Signed
 
 Authority = tuple[pki.Key, x509.Certificate]
@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write_kit(folder: Path, authority: Authority, days: int = 365) -> Path:
-    request = Request.load(folder / "state/request.json")
+    request = SiteRequest.load(folder / "state/request.json")
     csr = request.certificate_request
     made = pki.issue(*authority, csr, name="north", role="site", days=days)
     kit = {

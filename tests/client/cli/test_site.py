@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedgex.client.identity import Identity, Request
+from fedgex.client.identity import Identity
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common.trust import pinning, pki
+from fedgex.common.trust.enrolment import SiteRequest
 
 from .conftest import (
     SERVER,
@@ -32,7 +33,7 @@ def test_init_writes_settings_policy_keys_and_a_request(tmp_path: Path) -> None:
     assert settings.policy == Policy.proposed()
     assert settings.policy.minimum_cohort == 10
     request = tmp_path / "north/state/request.json"
-    assert result.stdout == Request.load(request).fingerprint + "\n"
+    assert result.stdout == SiteRequest.load(request).fingerprint + "\n"
     assert f"Send {request} to the administrator" in result.stderr
 
 
@@ -42,7 +43,7 @@ def test_init_again_changes_nothing_and_tells_the_same(folder: Path) -> None:
     result = init(folder)
 
     assert result.exit_code == 0
-    request = Request.load(folder / "state/request.json")
+    request = SiteRequest.load(folder / "state/request.json")
     assert result.stdout == request.fingerprint + "\n"
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
@@ -131,7 +132,7 @@ def test_new_keys_serve_once_their_kit_is_joined(
 
     result = site("rotate", site_toml)
 
-    request = Request.load(state / "request.json")
+    request = SiteRequest.load(state / "request.json")
     assert result.stdout == request.fingerprint + "\n"
     assert Identity.load(state).fingerprint == held.fingerprint
     assert "new keys wait for their kit" in site("rotate", site_toml).stderr

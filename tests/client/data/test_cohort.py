@@ -297,6 +297,7 @@ def test_of_a_patients_samples_a_tumour_and_then_most_genes_are_used(
     ("words", "event"),
     [
         (("1:DECEASED", "0:LIVING"), (1, 0)),
+        (("1:Recurred/Progressed", "0:DiseaseFree"), (1, 0)),
         (("Dead", "Alive"), (1, 0)),
         (("TRUE", "FALSE"), (1, 0)),
         (("1", "0"), (1, 0)),

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fedgex.client.data.cohort import load_cohort as check_cohort
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import Cohort, load_cohort, save_cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.errors import CheckpointError, ConfigError, FederationError
+from fedgex.common.ingestion.cohort import read_cohort as check_cohort
 from fedgex.common.models import checkpoint
 from fedgex.common.privacy.summary import protections
 from fedgex.common.study import Study
@@ -88,7 +88,8 @@ def checked(folder: Path, study: Study) -> Path:
 def _checked(folder: Path, study: Study) -> Cohort:
     """Read patients as a site does, every sample of them."""
     settings = SiteSettings.load(folder / "site.toml")
-    return check_cohort(settings, study.scale, tuple(study.phases))[0]
+    floor = settings.policy.minimum_cohort
+    return check_cohort(settings.data, floor, study.scale, tuple(study.phases))[0]
 
 
 def federate(scenario: Scenario, parts: Split, out: Path, console: Console) -> None:

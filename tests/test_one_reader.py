@@ -63,10 +63,10 @@ PLACES: dict[str, set[str]] = {
     "pd.read_csv": {"common/data/genes.py"},
     "pd.read_parquet": set(),
     "pq.ParquetFile": {"common/data/cohort.py"},
-    "pa.parquet.ParquetFile": {"client/data/tables.py"},
-    "pa.csv.read_csv": {"client/data/tables.py"},
-    "anndata.read_h5ad": {"client/data/readers.py"},
-    "gzip.open": {"client/data/tables.py"},
+    "pa.parquet.ParquetFile": {"common/ingestion/tables.py"},
+    "pa.csv.read_csv": {"common/ingestion/tables.py"},
+    "anndata.read_h5ad": {"common/ingestion/readers.py"},
+    "gzip.open": {"common/ingestion/tables.py"},
     "RecordDictProto.FromString": {"common/transport/flower.py"},
 }
 """Calls that parse, and the only modules that make them; all catch `Exception`, or

@@ -9,11 +9,11 @@ from dataclasses import asdict
 import typer
 
 from fedgex.client.cli.options import Form, Format, SiteToml, load, refusing
-from fedgex.client.data.cohort import load_cohort
 from fedgex.common.codes import Code
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
+from fedgex.common.ingestion.cohort import read_cohort
 
 commands = typer.Typer()
 
@@ -29,7 +29,9 @@ def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         # Studies are on log2(x + 1) by default, or on relative values throughout.
         relative = settings.data.scale == Scale.RELATIVE
         target = Scale.RELATIVE if relative else Scale.LOG2P1
-        cohort, findings = load_cohort(settings, target, settings.policy.tasks)
+        cohort, findings = read_cohort(
+            settings.data, settings.policy.minimum_cohort, target, settings.policy.tasks
+        )
     except DataError as error:
         findings = error.findings
     if form == Format.JSON:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fedgex.client.prediction.files import Samples
-    from fedgex.client.settings import DataSettings, SiteSettings
+    from fedgex.client.settings import SiteSettings
+    from fedgex.common.ingestion.settings import DataSettings
     from fedgex.common.models.checkpoint import Checkpoint
     from fedgex.common.trust.bundle import Released
 
@@ -405,7 +406,7 @@ def _data(
     options: _Options, site: SiteSettings | None, study_scale: Scale, phase: str
 ) -> DataSettings:
     """Return the data settings: from the options, else the site, else defaults."""
-    from fedgex.client.settings import DataColumns, DataSettings
+    from fedgex.common.ingestion.settings import DataColumns, DataSettings
     from fedgex.common.study import SURVIVAL
 
     ours = None if site is None else site.data

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgex.client.data.cohort import check
-from fedgex.client.data.findings import Findings
-from fedgex.client.data.readers import RawCohort, read
 from fedgex.client.prediction import review
-from fedgex.client.settings import DataSettings, SiteSettings
+from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.data.patients import patient_key
 from fedgex.common.errors import ConfigError
+from fedgex.common.ingestion.cohort import check
+from fedgex.common.ingestion.findings import Findings
+from fedgex.common.ingestion.readers import RawCohort, read
+from fedgex.common.ingestion.settings import DataSettings
 from fedgex.common.models import tasks
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.privacy import attacks

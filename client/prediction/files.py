@@ -18,16 +18,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from fedgex.client.data.cohort import CheckedCohort, check
-from fedgex.client.data.findings import Advice, Findings
-from fedgex.client.data.readers import RawCohort, read
-from fedgex.client.settings import DataColumns, DataSettings, SiteSettings
+from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.data import genes as gene_names
 from fedgex.common.data.genes import GeneTable
 from fedgex.common.data.scales import Scale, convert
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, Finding, TrustError
+from fedgex.common.ingestion.cohort import CheckedCohort, check
+from fedgex.common.ingestion.findings import Advice, Findings
+from fedgex.common.ingestion.readers import RawCohort, read
+from fedgex.common.ingestion.settings import DataColumns, DataSettings
 from fedgex.common.models import checkpoint as checkpoints
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.system.files import explained, replacing

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedgex.client.data.findings import Findings
 from fedgex.client.prediction.review import (
     possible_types,
     require,
@@ -26,6 +25,7 @@ from fedgex.client.prediction.review import (
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.data.scales import Scale, convert, floor
+from fedgex.common.ingestion.findings import Findings
 from fedgex.common.models import predict, tasks
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.models.gexbert import GexBert

@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data.findings import Findings
 from fedgex.common.codes import Code
 from fedgex.common.data.moments import foreign_scale
 from fedgex.common.data.scales import LOGARITHMIC, Scale, convert
 from fedgex.common.errors import CheckpointError, ConfigError, Finding
+from fedgex.common.ingestion.findings import Findings
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.study import Study
 

@@ -15,8 +15,6 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgex.client.data.cohort import assay, load_cohort
-from fedgex.client.data.expression import known_genes
 from fedgex.client.ledger import debit, released_sums
 from fedgex.client.ledger.released_sums import People
 from fedgex.client.settings import SiteSettings
@@ -29,6 +27,8 @@ from fedgex.common.data.dataset import to_patients
 from fedgex.common.data.scales import Scale
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, DataError
+from fedgex.common.ingestion.cohort import assay, read_cohort
+from fedgex.common.ingestion.expression import known_genes
 from fedgex.common.messages.codec import Fields
 from fedgex.common.messages.fields import CohortSize, Introduction, TrainingMetrics
 from fedgex.common.messages.replies import (
@@ -84,7 +84,7 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
         reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, cohort.genes, reported, run)
     else:
-        assayed, asked = assay(settings), set(study.vocabulary.genes)
+        assayed, asked = assay(settings.data), set(study.vocabulary.genes)
         reported = tuple(g for g in assayed if not asked or g in asked)
         reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, assayed, reported, run)
@@ -296,4 +296,4 @@ def _read(
     changed: tuple[int, ...],
 ) -> Cohort:
     """Read and check a site's files; cached until they change."""
-    return load_cohort(settings, scale, tasks)[0]
+    return read_cohort(settings.data, settings.policy.minimum_cohort, scale, tasks)[0]

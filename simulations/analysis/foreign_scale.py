@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
 from fedgex.client.training.local_round import train_round
 from fedgex.common.codes import Code
@@ -24,6 +23,7 @@ from fedgex.common.data.cohort import Cohort, read_parquet
 from fedgex.common.data.dataset import Patients
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
+from fedgex.common.ingestion.cohort import read_cohort
 from fedgex.common.models.losses import eligible
 from fedgex.common.models.tasks import Parameters
 from fedgex.common.study import PRETRAINING, Study
@@ -90,7 +90,12 @@ def at_the_door(
         cohort: Cohort | None = None
         findings: Sequence[Finding]
         try:
-            cohort, findings = load_cohort(settings, study.scale, tuple(study.phases))
+            cohort, findings = read_cohort(
+                settings.data,
+                settings.policy.minimum_cohort,
+                study.scale,
+                tuple(study.phases),
+            )
         except DataError as error:
             findings = error.findings
     return cohort, [each for each in findings if each.code in ABOUT_NUMBERS]

@@ -25,11 +25,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import CLINICAL_COLUMNS, Cohort
 from fedgex.common.errors import ConfigError
+from fedgex.common.ingestion import cohort as ingestion
 from fedgex.common.study import Study
 from fedgex.simulations.data.raw_data import RawData, find_files, read_raw
 from fedgex.simulations.scenario import Scenario, Sites
@@ -118,7 +118,9 @@ def split(scenario: Scenario, data_dir: Path, out: Path) -> Split:
 def read_cohort(folder: Path, study: Study) -> Cohort:
     """Read and check the patients in a folder of a split, the first sample of each."""
     settings = SiteSettings.load(folder / "site.toml")
-    cohort, _ = load_cohort(settings, study.scale, tuple(study.phases))
+    cohort, _ = ingestion.read_cohort(
+        settings.data, settings.policy.minimum_cohort, study.scale, tuple(study.phases)
+    )
     return cohort.take(cohort.first_samples())
 
 

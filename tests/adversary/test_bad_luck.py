@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.ledger import ledger as ledgers
 from fedgex.client.ledger.book import Budget, Debit
 from fedgex.client.ledger.ledger import BudgetError, Ledger
 from fedgex.client.policy import Policy
-from fedgex.client.settings import DataSettings, SiteSettings
+from fedgex.client.settings import SiteSettings
 from fedgex.common.data.patients import patient_key
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
+from fedgex.common.ingestion.cohort import read_cohort
+from fedgex.common.ingestion.settings import DataSettings
 from fedgex.common.privacy import accounting
 from fedgex.common.privacy.accounting import Invocation
 
@@ -91,7 +92,9 @@ def cohort(
         ),
     )
     try:
-        read, found = load_cohort(settings, Scale.LOG2P1, ())
+        read, found = read_cohort(
+            settings.data, settings.policy.minimum_cohort, Scale.LOG2P1, ()
+        )
     except DataError as error:
         return (), {each.code: each for each in error.findings}
     return read.patients, {each.code: each for each in found}

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fedgex.client.data.readers import read
-from fedgex.client.settings import DataSettings
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import CheckpointError, DataError, TrustError
+from fedgex.common.ingestion.readers import read
+from fedgex.common.ingestion.settings import DataSettings
 from fedgex.common.models import checkpoint
 from fedgex.common.trust import bundle
 

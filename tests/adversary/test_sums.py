@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common.data.cross_products import OTHERS, by_type
 from fedgex.common.data.moments import LARGEST, LEAST_SD, Standardisation, pool
 from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.ingestion.cohort import read_cohort
 from fedgex.common.messages.fields import Round
 from fedgex.common.study import Study
 from fedgex.common.transport.records import to_record
@@ -51,7 +51,9 @@ def alliance(data: Consortium, tmp_path: Path) -> Alliance:
 def profiles(alliance: Alliance, study: Study) -> NDArray[np.float64]:
     """Return what the hospital has, on the study's genes, shape (N, V)."""
     settings = SiteSettings.load(alliance.site_toml(SITE))
-    cohort = load_cohort(settings, study.scale, ())[0]
+    cohort = read_cohort(
+        settings.data, settings.policy.minimum_cohort, study.scale, ()
+    )[0]
     vocabulary = Vocabulary(tuple(sorted(study.vocabulary.genes)))
     return vocabulary.place(cohort.genes, cohort.expression).astype(np.float64)
 

@@ -157,10 +157,10 @@ def test_a_failure_leaves_as_the_code_of_its_kind(
     fail: Callable[[], None],
     expected: str,
 ) -> None:
-    def load_cohort(*args: Any) -> None:
+    def read_cohort(*args: Any) -> None:
         fail()
 
-    monkeypatch.setattr(fedgex.client.training.answers, "load_cohort", load_cohort)
+    monkeypatch.setattr(fedgex.client.training.answers, "read_cohort", read_cohort)
 
     assert code(ask(site, keys.PREPARE)) == expected
 

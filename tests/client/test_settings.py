@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from fedgex.client.policy import TEMPLATE, Policy
-from fedgex.client.settings import DataSettings, SiteSettings
+from fedgex.client.settings import SiteSettings
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
+from fedgex.common.ingestion.settings import DataSettings
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\

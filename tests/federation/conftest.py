@@ -14,10 +14,10 @@ from flwr.app import Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
 from fedgex.common import keys
 from fedgex.common.data.cohort import save_cohort
+from fedgex.common.ingestion.cohort import read_cohort
 from fedgex.common.models import checkpoint
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.study import Study
@@ -233,7 +233,15 @@ def write_hospitals(
     holdout = out / "holdout" / "checked"
     settings = SiteSettings.load(out / "holdout" / "site.toml")
     study = scenario.study
-    save_cohort(load_cohort(settings, study.scale, tuple(study.phases))[0], holdout)
+    save_cohort(
+        read_cohort(
+            settings.data,
+            settings.policy.minimum_cohort,
+            study.scale,
+            tuple(study.phases),
+        )[0],
+        holdout,
+    )
     return Consortium(
         data=data, sites=out / "sites", holdout=holdout, names=parts.sites
     )

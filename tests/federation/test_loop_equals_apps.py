@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.policy import Policy
 from fedgex.client.settings import SiteSettings
 from fedgex.client.training import local_round
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import to_patients
 from fedgex.common.federation import RoundResult
+from fedgex.common.ingestion.cohort import read_cohort
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.study import Study
 from fedgex.simulations import training
@@ -74,7 +74,9 @@ def read(consortium: Consortium, study: Study) -> tuple[dict[str, Cohort], Any]:
         folder = consortium.sites / name
         settings = SiteSettings.load(folder / "site.toml")
         tasks = tuple(task for task in study.phases if task in settings.policy.tasks)
-        cohorts[name] = load_cohort(settings, study.scale, tasks)[0]
+        cohorts[name] = read_cohort(
+            settings.data, settings.policy.minimum_cohort, study.scale, tasks
+        )[0]
         policies[name] = Policy.load(folder / "policy.toml")
     return cohorts, policies
 

@@ -14,16 +14,17 @@ import anndata
 import pandas as pd
 import pytest
 
-from fedgex.client.data.cohort import load_cohort
-from fedgex.client.data.readers import read
 from fedgex.client.ledger import ledger as ledgers
 from fedgex.client.ledger.ledger import Ledger
 from fedgex.client.policy import Policy
-from fedgex.client.settings import DataSettings, SiteSettings
+from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import read_parquet
 from fedgex.common.data.genes import TABLE_COLUMNS, GeneTable
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import CheckpointError, ConfigError, DataError, UpdateError
+from fedgex.common.ingestion.cohort import read_cohort
+from fedgex.common.ingestion.readers import read
+from fedgex.common.ingestion.settings import DataSettings
 from fedgex.common.models import checkpoint
 from fedgex.server.federation.strategy import Spooled
 
@@ -38,7 +39,9 @@ def loaded(**data: Any) -> object:
         policy=Policy.proposed(minimum_cohort=cases.FLOOR),
         data=DataSettings(scale=Scale.LOG2P1, **data),
     )
-    return load_cohort(settings, Scale.LOG2P1, ("pretraining",))
+    return read_cohort(
+        settings.data, settings.policy.minimum_cohort, Scale.LOG2P1, ("pretraining",)
+    )
 
 
 def written(suffix: str) -> bytes:

@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import save_cohort
 from fedgex.common.federation import Update
+from fedgex.common.ingestion.cohort import read_cohort
 from fedgex.common.models import tasks
 from fedgex.common.models.gexbert import n_parameters
 from fedgex.common.models.parameters import parameters
@@ -177,8 +177,11 @@ def _federate(size: Federation, workers: int, console: Console) -> list[dict[str
         out.mkdir()
         parts = split(scenario, data, out)
         settings = SiteSettings.load(out / "holdout" / "site.toml")
-        holdout, _ = load_cohort(
-            settings, scenario.study.scale, tuple(scenario.study.phases)
+        holdout, _ = read_cohort(
+            settings.data,
+            settings.policy.minimum_cohort,
+            scenario.study.scale,
+            tuple(scenario.study.phases),
         )
         save_cohort(holdout, out / "holdout" / "checked")
         run.federate(scenario, parts, out, console)

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedgex.client.data.cohort import load_cohort
 from fedgex.client.policy import Policy
-from fedgex.client.settings import DataSettings, SiteSettings
+from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError, Finding
+from fedgex.common.ingestion.cohort import read_cohort
+from fedgex.common.ingestion.settings import DataSettings
 
 ROOT = Path(__file__).parents[3]
 GENES = ("TP53", "MYC", "EGFR", "ACTB", "KRAS", "VIM")
@@ -61,7 +62,7 @@ def load(
         policy=Policy.proposed(minimum_cohort=FLOOR),
         data=DataSettings(**data),
     )
-    return load_cohort(settings, target, tasks)
+    return read_cohort(settings.data, settings.policy.minimum_cohort, target, tasks)
 
 
 def reported(*args: Any, **kwargs: Any) -> dict[str, Finding]:

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedgex.client.settings import DataColumns
 from fedgex.common.data.scales import Scale
+from fedgex.common.ingestion.settings import DataColumns
 
 from .cases import (
     FLOOR,

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedgex.client.data.expression import known_genes
-from fedgex.client.settings import DataSettings
 from fedgex.common.data.scales import Scale
+from fedgex.common.ingestion.expression import known_genes
+from fedgex.common.ingestion.settings import DataSettings
 
 from .cases import (
     GENES,

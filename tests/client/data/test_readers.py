@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from fedgex.client.data.readers import RawCohort, read
-from fedgex.client.settings import DataColumns, DataSettings
 from fedgex.common.codes import Code
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError
+from fedgex.common.ingestion.readers import RawCohort, read
+from fedgex.common.ingestion.settings import DataColumns, DataSettings
 
 CSV = "id,TP53,MYC\n007,1.50,NA\n008,,3\n"
 

@@ -22,8 +22,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from fedgex.client.data.findings import Findings
 from fedgex.common.codes import Code
+from fedgex.common.ingestion.findings import Findings
 
 MISSING = (
     *("", "NA", "N/A", "na", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"),

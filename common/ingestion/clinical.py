@@ -11,12 +11,12 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fedgex.client.data.findings import Findings
-from fedgex.client.data.readers import RawClinical
-from fedgex.client.data.tables import MISSING, parse
-from fedgex.client.settings import DataColumns
 from fedgex.common.codes import Code
 from fedgex.common.data.patients import ambiguous, patient_key
+from fedgex.common.ingestion.findings import Findings
+from fedgex.common.ingestion.readers import RawClinical
+from fedgex.common.ingestion.settings import DataColumns
+from fedgex.common.ingestion.tables import MISSING, parse
 
 DAYS_PER = {"days": 1.0, "months": 30.4375, "years": 365.25}
 """Length of each unit of time, days."""

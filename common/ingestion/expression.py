@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data.findings import Findings
-from fedgex.client.data.readers import RawExpression
-from fedgex.client.data.tables import to_numbers
-from fedgex.client.settings import DataSettings
 from fedgex.common.codes import Code
 from fedgex.common.data import genes as gene_names
 from fedgex.common.data.genes import GeneTable
 from fedgex.common.data.patients import ambiguous, patient_key
+from fedgex.common.ingestion.findings import Findings
+from fedgex.common.ingestion.readers import RawExpression
+from fedgex.common.ingestion.settings import DataSettings
+from fedgex.common.ingestion.tables import to_numbers
 
 # fmt: off
 ANNOTATION = frozenset((

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data.expression import Sheet
-from fedgex.client.data.findings import Findings
 from fedgex.common.codes import Code
 from fedgex.common.data import scales
 from fedgex.common.data.scales import CONVERTIBLE, Scale
+from fedgex.common.ingestion.expression import Sheet
+from fedgex.common.ingestion.findings import Findings
 
 
 def on_scale(

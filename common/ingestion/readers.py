@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from fedgex.client.data.findings import Advice, Findings
-from fedgex.client.data.tables import by_position, labels_first, read_table, refuse
-from fedgex.client.settings import DataColumns, DataSettings
 from fedgex.common.codes import Code
 from fedgex.common.data.genes import GeneTable
 from fedgex.common.errors import ConfigError, DataError
+from fedgex.common.ingestion.findings import Advice, Findings
+from fedgex.common.ingestion.settings import DataColumns, DataSettings
+from fedgex.common.ingestion.tables import by_position, labels_first, read_table, refuse
 
 _Content = TypeVar("_Content")
 

@@ -13,20 +13,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fedgex.client.data import clinical as clinicals
-from fedgex.client.data import expression as expressions
-from fedgex.client.data.clinical import Clinical
-from fedgex.client.data.expression import Sheet
-from fedgex.client.data.findings import Findings
-from fedgex.client.data.readers import RawCohort, read
-from fedgex.client.data.scale import check_scale, on_scale
-from fedgex.client.settings import DataSettings, SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.data import genes as gene_names
 from fedgex.common.data.cohort import CLINICAL_COLUMNS, Cohort
 from fedgex.common.data.patients import patient_key
 from fedgex.common.data.scales import Scale
 from fedgex.common.errors import Finding, Severity
+from fedgex.common.ingestion import clinical as clinicals
+from fedgex.common.ingestion import expression as expressions
+from fedgex.common.ingestion.clinical import Clinical
+from fedgex.common.ingestion.expression import Sheet
+from fedgex.common.ingestion.findings import Findings
+from fedgex.common.ingestion.readers import RawCohort, read
+from fedgex.common.ingestion.scale import check_scale, on_scale
+from fedgex.common.ingestion.settings import DataSettings
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "pretraining": (),
@@ -51,15 +51,20 @@ class CheckedCohort:
     """All reads of each sample, shape (N,), if the clinical table has them."""
 
 
-def load_cohort(
-    settings: SiteSettings, canonical_scale: Scale, tasks: Collection[str]
+def read_cohort(
+    data: DataSettings,
+    min_cell_count: int,
+    canonical_scale: Scale,
+    tasks: Collection[str],
 ) -> tuple[Cohort, tuple[Finding, ...]]:
-    """Read and check the site's files; return the cohort and the warnings.
+    """Read and check the files; return the cohort and the milder findings.
 
     Parameters
     ----------
-    settings
-        The site's files, and the minimum cohort of its policy.
+    data
+        The files, and what the numbers in them mean.
+    min_cell_count
+        Smallest count that a finding may name; also the fewest patients allowed.
     canonical_scale, tasks
         As for `check`.
 
@@ -68,9 +73,9 @@ def load_cohort(
     DataError
         If anything stands in the way; carries all findings, also the milder ones.
     """
-    raw = read(settings.data)
-    findings = Findings(settings.policy.minimum_cohort)
-    checked = check(raw, settings.data, canonical_scale, tasks, findings)
+    raw = read(data)
+    findings = Findings(min_cell_count)
+    checked = check(raw, data, canonical_scale, tasks, findings)
     return _best_first(checked), tuple(findings.found)
 
 
@@ -95,7 +100,7 @@ def _best_first(checked: CheckedCohort) -> Cohort:
     return cohort.take(order)
 
 
-def assay(settings: SiteSettings) -> tuple[str, ...]:
+def assay(data: DataSettings) -> tuple[str, ...]:
     """Return the genes that the expression file has columns for, sorted.
 
     Unlike a cohort's genes they depend on labels only, never on a patient's value.
@@ -105,9 +110,9 @@ def assay(settings: SiteSettings) -> tuple[str, ...]:
     DataError
         If the files cannot be read, or do not show which axis the samples are.
     """
-    raw, findings = read(settings.data), Findings()
-    clinical = _name_columns(raw, settings.data, Findings())
-    axes = _orient(raw, clinical, settings.data, findings)
+    raw, findings = read(data), Findings()
+    clinical = _name_columns(raw, data, Findings())
+    axes = _orient(raw, clinical, data, findings)
     if axes is None:
         findings.refuse()
     names = gene_names.current_symbols(axes.labels, raw.gene_table)

@@ -7,26 +7,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from .consortium import Served, serving
 from .troubles import SESSION, Road, clear_away
 
-FIRST_HALF = {"test_kills", "test_links", "test_refusals", "test_what_remains"}
-"""Modules for one worker, the last of which looks at what the others left; the rest
-take as long. Each half has its own consortium."""
+FIRST_HALF = (
+    "test_kills",
+    "test_links",
+    "test_refusals",
+    "test_upgrade",
+    "test_what_remains",
+)
+"""Modules that take as long as all others. The last looks at what the rest left."""
 
 
-@pytest.hookimpl(tryfirst=True)
+class Halves(LoadScopeScheduling):
+    """Gives each of two workers a half; pytest 9 knows no groups (pytest-xdist 3.8)."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "first" if Path(nodeid.split("::")[0]).stem in FIRST_HALF else "second"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Halves:
+    return Halves(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divide the modules in two, last in each what shares the session's consortium.
-
-    Its processes cost the others time.
-    """
+    """Put last what shares the session's consortium, whose processes cost time."""
     items.sort(key=lambda item: "served" in getattr(item, "fixturenames", ()))
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            half = "first" if item.path.stem in FIRST_HALF else "second"
-            item.add_marker(pytest.mark.xdist_group(half))
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +58,4 @@ def served(tmp_path_factory: pytest.TempPathFactory, road: Road) -> Iterator[Ser
     """Provision, start and approve once for all tests of a session."""
     with serving(tmp_path_factory.mktemp("consortium"), road) as made:
         yield made
+        made.replays()

@@ -31,7 +31,7 @@ class Cohort:
     """Patient of each sample as its file spells it, length N; a patient may own
     several samples."""
     genes: tuple[str, ...]
-    """HGNC symbols of the columns, sorted, length G."""
+    """HGNC symbols of the columns, length G, or a study's names of these genes."""
     expression: NDArray[np.float32]
     """Shape (N, G), on the study's canonical scale; NaN where not measured."""
     clinical: pd.DataFrame

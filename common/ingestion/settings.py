@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedgex.common.data.scales import Scale
+from fedgex.common.data.scales import DeclaredScale
 from fedgex.common.settings import Settings
 
 
@@ -42,8 +42,8 @@ class DataSettings(Settings):
     """CSV or TSV (also .gz), Parquet, or AnnData (.h5ad)."""
     clinical: Path | None = None
     """CSV or TSV (also .gz) or Parquet. Without it, `obs` of an .h5ad is read."""
-    scale: Scale
-    """Scale of the expression values; never guessed."""
+    scale: DeclaredScale
+    """Scale of the expression values, by name or as log2(x+0.001); never guessed."""
     orientation: Literal["auto", "samples-by-genes", "genes-by-samples"] = "auto"
     """What the rows are; `auto` looks at the labels."""
     hgnc_table: Path | None = None

@@ -191,3 +191,29 @@ def test_only_the_first_ten_genes_are_named(tmp_path: Path) -> None:
 
     assert found.startswith("25 genes (FLAT00, ")
     assert "FLAT09 and 15 more)" in found
+
+
+def test_a_matrix_of_xena_is_read_by_what_was_added(tmp_path: Path) -> None:
+    tpm = np.exp2(expression().astype(float)) - 1
+    tpm.iloc[:, 0] = 0.0
+    declared = "log2(tpm+0.001)"
+
+    cohort, _ = load(tmp_path, np.log2(tpm + 0.001).round(4), scale=declared)
+
+    np.testing.assert_allclose(
+        np.exp2(cohort.expression) - 1, tpm[list(cohort.genes)], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_zeros_on_a_floor_show_what_was_added(tmp_path: Path) -> None:
+    sheet = expression().astype(float)
+    sheet.iloc[:5, 0] = -9.9658
+
+    finding = reported(tmp_path, sheet)["FX-DATA-032"]
+
+    assert "log2(x+0.001)" in finding.action
+
+
+def test_a_logarithm_without_what_was_added_is_refused() -> None:
+    with pytest.raises(ValueError, match="what was added before the logarithm"):
+        DataSettings.model_validate({"expression": "e.csv", "scale": "log2"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fedgex.common.codes import Code
@@ -40,6 +41,11 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.RAGGED_ROWS: ("rows with more or fewer cells than the header", "{n_columns} cells in every row, as in the header", "Give the column of labels a name (in R: col.names = NA), and quote cells that hold the delimiter."),
     Code.DECIMAL_COMMA: ("numbers with a decimal comma", "decimal points", "Export with decimal points (1.5, not 1,5)."),
     Code.THOUSANDS_SEPARATORS: ("numbers with thousands separators", "digits and a decimal point", "Export without separators (1234, not 1,234)."),
+    Code.FORMAT_RECOGNISED: ("recognised: {kinds}", "any format that is read", "Nothing, unless this is wrong."),
+    Code.HEADER_IS_VALUES: ("a first line that is a gene and numbers, no header", "a header with a label for each sample", "Put the samples together, one column each, under a header."),
+    Code.PROBES_MAPPED: ("{probes} probes, of {genes} genes by the platform's table; {several} genes have several, of which the one with the greatest mean is used", "probes of one gene each", "Nothing; probes of no gene, or of several, are left out."),
+    Code.PLATFORM_UNUSABLE: ("no column of probes (ID), or none of symbols", "GEO's table of a platform, with columns such as ID and Gene Symbol", "Download the platform's annotation (GPL..., .annot.gz or full table), and name it as data.platform_table."),
+    Code.LAYER_MISSING: ('no layer "{layer}"', "one of the layers in the file: {layers}", "Correct data.layer."),
     Code.GENE_TABLE_UNUSABLE: ("not a readable gene table", "HGNC's complete set, tab-separated, with its header", "Download it again, or remove {hgnc_table}."),
 
     Code.ORIENTATION_RECOGNISED: ("{axis} are samples and {other} are genes, {reason}", "either orientation", "Set {orientation} if this is wrong."),
@@ -74,6 +80,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.NO_GENES: ("no gene is left", "HGNC symbols or Ensembl gene ids", "Check the labels of the genes."),
     Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a newer {hgnc_table}, or correct the names (spreadsheets turn SEPT2 into a date)."),
     Code.LABELS_NOT_GENES: ("{known} of {total} labels of genes that name a known human gene; the others look like {kind}", "HGNC symbols or Ensembl gene ids for half of them or more", "Correct the orientation if the labels are patients; else rename the genes. data.unknown_genes = \"keep\" takes other names, and lets them leave."),
+    Code.GENES_AS_DATES: ("{count} labels of genes that a spreadsheet made into dates, left out; likely genes: {likely}", "symbols", "Write the symbols again where the table is made, and import them as text."),
     Code.GENES_AMBIGUOUS: ("{genes} that several genes were called, left out", "names of one gene each", "Use current symbols or Ensembl gene ids for these."),
     Code.GENES_UPDATED: ("{genes} renamed to current symbols", "retired symbols are fine", "Nothing."),
     Code.GENES_REPEATED: ("{genes} with several columns, of which one is kept: the one under the current symbol, or one of equal ones", "one column a gene", "Nothing, unless another column is the right one."),
@@ -191,3 +198,10 @@ class Findings:
         A cause is hidden, because it may quote a row of a file.
         """
         raise DataError(self.found) from None
+
+
+def refuse(code: Code, path: Path, **fields: Any) -> NoReturn:
+    """Refuse a file by one finding; see `Findings.add`."""
+    findings = Findings()
+    findings.add(code, path.name, **fields)
+    findings.refuse()

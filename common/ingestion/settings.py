@@ -39,7 +39,11 @@ class DataSettings(Settings):
     """The hospital's files, and what the numbers in them mean."""
 
     expression: Path
-    """CSV or TSV (also .gz), Parquet, or AnnData (.h5ad)."""
+    """Text (CSV, TSV, GCT, GEO series matrix), Parquet, Feather, Excel, or AnnData."""
+    layer: str | None = None
+    """Layer of an .h5ad file in place of X, or `raw` for `raw.X`."""
+    platform_table: Path | None = None
+    """GEO's table of an array's platform, which has the symbols of its probes."""
     clinical: Path | None = None
     """CSV or TSV (also .gz) or Parquet. Without it, `obs` of an .h5ad is read."""
     scale: DeclaredScale

@@ -143,7 +143,12 @@ KINDS = {
     "mouse symbols": ["Trp53", "Egfr", "Kras", "Myc", "Actb", "Vim"],
     "Illumina probes": [f"ILMN_16517{i}" for i in range(6)],
     "Entrez ids": ["7157", "1956", "3845", "4609", "60", "7431"],
-    "SYMBOL|ENTREZ": ["TP53|7157", "EGFR|1956", "KRAS|3845", "MYC|4609", "A|1", "B|2"],
+    "RefSeq transcripts": [f"NM_00054{i}.6" for i in range(6)],
+    "Affymetrix probes": [f"20174{i}_s_at" for i in range(6)],
+    "Agilent probes": [f"A_23_P10000{i}" for i in range(6)],
+    "methylation probes": [f"cg0000002{i}" for i in range(6)],
+    "microRNAs": [f"hsa-miR-{i}-5p" for i in range(6)],
+    "symbols in lower case": ["tp53", "egfr", "kras", "myc", "actb", "vim"],
     "labels of no known kind": [f"P{i:03d}" for i in range(6)],
 }
 

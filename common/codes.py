@@ -36,9 +36,9 @@ class Code(StrEnum):
     # fmt: off
     # files
     FILE_MISSING = "FX-DATA-001", "error", "A file that `site.toml` names is not there", "Correct the path; relative paths start at the folder of `site.toml`"
-    FILE_UNREADABLE = "FX-DATA-002", "error", "A file is damaged, not UTF-8, or of another format", 'Export as CSV or TSV (also `.gz`) in UTF-8, Parquet or, for expression, `.h5ad`; "Unicode text" of spreadsheets is UTF-16'
+    FILE_UNREADABLE = "FX-DATA-002", "error", "A file is damaged, not UTF-8, or of another format", 'Export as CSV or TSV (also `.gz`) in UTF-8, Parquet, Feather, `.xlsx` or, for expression, `.h5ad`; the message names a format that was recognised'
     FILE_EMPTY = "FX-DATA-003", "error", "A file holds no row, no value column, or nothing", "Export it again"
-    WRONG_DELIMITER = "FX-DATA-004", "error", "The header is divided by another delimiter than the ending says", "Commas in `.csv`, tabs in `.tsv`; spreadsheets in some countries write semicolons"
+    WRONG_DELIMITER = "FX-DATA-004", "error", "The header is divided by spaces, or no delimiter divides header and rows alike", "Commas in `.csv`, tabs in `.tsv`"
     RAGGED_ROWS = "FX-DATA-005", "error", "Rows have more or fewer cells than the header", "Name the column of labels (in R: `col.names = NA`); quote cells that hold the delimiter"
     DECIMAL_COMMA = "FX-DATA-006", "error", "Numbers have a decimal comma", "Export with decimal points"
     GENE_TABLE_UNUSABLE = "FX-DATA-007", "error", "The gene table cannot be read", "Download HGNC's complete set again, or remove `data.hgnc_table`"

@@ -64,7 +64,10 @@ def _frame(
 ) -> pd.DataFrame:
     """Read the index of a table, and the columns that can be read; None is all."""
     if isinstance(group, h5py.Dataset):  # anndata before 0.7
-        frame = pd.DataFrame.from_records(_element(path, group))
+        cells = pd.DataFrame.from_records(_element(path, group))
+        frame = cells.map(
+            lambda cell: cell.decode() if isinstance(cell, bytes) else cell
+        )
         return frame.set_index(frame.columns[0])
     index = _element(path, group[group.attrs["_index"]])
     frame, lost = pd.DataFrame(index=pd.Index(index).astype(str)), []

@@ -35,14 +35,14 @@ class Advice:
 # fmt: off
 TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.FILE_MISSING: ("no such file", "a file", "{missing_file}"),
-    Code.FILE_UNREADABLE: ("damaged text, or text that is not UTF-8", "UTF-8 text as .csv, .tsv, .csv.gz or .tsv.gz; .parquet; or, for expression, .h5ad", "Export the file again in one of these formats."),
+    Code.FILE_UNREADABLE: ("damaged text, or text that is not UTF-8", "text as .csv or .tsv in UTF-8, packed or not; .parquet, .feather or .xlsx; or, for expression, .h5ad", "Export the file again in one of these formats."),
     Code.FILE_EMPTY: ("nothing to read", "a header and one or more rows", "Export the file again."),
     Code.WRONG_DELIMITER: ("a header divided by {name}", "{delimiter} in a file of this ending", "Export with that delimiter and decimal points, or use the ending .tsv for tabs and .csv for commas."),
     Code.RAGGED_ROWS: ("rows with more or fewer cells than the header", "{n_columns} cells in every row, as in the header", "Give the column of labels a name (in R: col.names = NA), and quote cells that hold the delimiter."),
     Code.DECIMAL_COMMA: ("numbers with a decimal comma", "decimal points", "Export with decimal points (1.5, not 1,5)."),
     Code.THOUSANDS_SEPARATORS: ("numbers with thousands separators", "digits and a decimal point", "Export without separators (1234, not 1,234)."),
     Code.FORMAT_RECOGNISED: ("recognised: {kinds}", "any format that is read", "Nothing, unless this is wrong."),
-    Code.HEADER_IS_VALUES: ("a first line that is a gene and numbers, no header", "a header with a label for each sample", "Put the samples together, one column each, under a header."),
+    Code.HEADER_IS_VALUES: ("a first line that is a gene and numbers, no header", "a header with a label for each sample", "Put the samples together, one column each, under a header that does not begin with #."),
     Code.PROBES_MAPPED: ("{probes} probes, of {genes} genes by the platform's table; {several} genes have several, of which the one with the greatest mean is used", "probes of one gene each", "Nothing; probes of no gene, or of several, are left out."),
     Code.PLATFORM_UNUSABLE: ("no column of probes (ID), or none of symbols", "GEO's table of a platform, with columns such as ID and Gene Symbol", "Download the platform's annotation (GPL..., .annot.gz or full table), and name it as data.platform_table."),
     Code.LAYER_MISSING: ('no layer "{layer}"', "one of the layers in the file: {layers}", "Correct data.layer."),

@@ -271,6 +271,18 @@ def test_a_part_of_a_newer_anndata_that_is_needed_is_refused_as_that(
     assert "a newer anndata than the one installed" in refusal(tmp_path / "e.h5ad")
 
 
+def test_anndata_from_before_0_7_is_read(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "e.h5ad", "w") as file:
+        file["X"] = matrix().T.to_numpy()
+        for name, labels in (("obs", SAMPLES), ("var", GENES)):
+            rows = [(label.encode(),) for label in labels]
+            file[name] = np.array(rows, dtype=[("index", "S8")])
+
+    frame, _ = found(tmp_path / "e.h5ad")
+
+    same(frame)
+
+
 def layered(path: Path) -> None:
     made = anndata.AnnData(matrix().T, layers={"half": matrix().T / 2})
     made.write_h5ad(path)

@@ -143,6 +143,9 @@ _LN_BASE = {"log2": math.log(2), "ln": 1.0, "log10": math.log(10)}
 _ROUNDING = 1e-4
 """Exported decimals may fall this far below the floor of a scale."""
 
+_ONE_DECIMAL = 0.05
+"""The same where the floor itself has many decimals, such as -9.96578."""
+
 
 def is_convertible(source: Scale, target: Scale) -> bool:
     """Return whether a formula leads from one scale to the other."""
@@ -203,7 +206,11 @@ def floor(scale: Scale) -> float:
 
 def below_floor(values: NDArray[np.floating], scale: Scale) -> NDArray[np.bool_]:
     """Return which values are below the floor by more than rounding."""
-    return values < floor(scale) - _ROUNDING
+    return values < floor(scale) - _slack(scale)
+
+
+def _slack(scale: Scale) -> float:
+    return _ROUNDING if round(floor(scale), 1) == floor(scale) else _ONE_DECIMAL
 
 
 def misfit(values: NDArray[np.floating], scale: Scale) -> str | None:
@@ -251,7 +258,7 @@ def formula_of(values: NDArray[np.floating]) -> tuple[Scale, ...]:
         return ()
     least = finite.min()
     scale = Scale(f"log2(x+{np.exp2(least):.0e})")
-    on_it = np.abs(finite - floor(scale)) < _ROUNDING
+    on_it = finite == least
     return (scale,) if on_it.sum() > 1 and misfit(values, scale) is None else ()
 
 

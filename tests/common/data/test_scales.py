@@ -10,6 +10,7 @@ from fedgex.common.data.scales import (
     Scale,
     convert,
     counts_per_million,
+    formula_of,
     is_convertible,
     is_faint,
     misfit,
@@ -243,3 +244,16 @@ def test_values_below_what_was_added_do_not_fit() -> None:
 
     assert misfit(np.array([[-9.9658, 3.0]]), scale) is None  # four decimals
     assert misfit(np.array([[-11.0, 3.0]]), scale) == "some values are below -9.96578"
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 3, 6])
+def test_a_rounded_floor_fits_whatever_the_decimals(decimals: int) -> None:
+    scale = Scale("log2(x+0.001)")
+    x = np.array([[0.0, 0.0, 5.0], [0.0, 2.0, 7.0]])
+
+    values = convert(x, Scale.LINEAR, scale).astype(float).round(decimals)
+
+    assert misfit(values, scale) is None
+    assert formula_of(values) == (scale,)
+    zeros = convert(values, scale, Scale.LINEAR)[x == 0]
+    np.testing.assert_allclose(zeros, 0, atol=1e-6)

@@ -66,7 +66,7 @@ class Code(StrEnum):
     SEVERAL_SAMPLES = "FX-DATA-028", "warning", "Patients have several samples, of which one is used: a tumour's before normal tissue, then the one with most genes, then the first", "Leave in the file the sample that should be used"
     NORMAL_TISSUE = "FX-DATA-082", "warning", "Labels are barcodes of normal tissue (TCGA sample types 10 to 19)", "Remove these samples unless the study is about normal tissue"
     ONE_PERSON = "FX-DATA-083", "warning", "Labels are of one person: barcodes with the same patient, or names that pandas numbered (`P001.1`)", "Add a clinical table that names the patient of each sample"
-    ANNOTATION = "FX-DATA-084", "note", "Columns among the samples, or among the genes, are annotation (Entrez id, length, patient) and are left out", "Nothing"
+    ANNOTATION = "FX-DATA-084", "note", "Labels among the samples, or among the genes, are annotation (Entrez id, length, patient) or sums of reads (`N_unmapped`, `__no_feature`), and are left out", "Nothing"
     RESULT_OF_ONE_SAMPLE = "FX-DATA-085", "error", "All columns are those of one sample's quantification, or of a test's result", "Put the samples together: one column each, TPM or the like"
     PATIENT_CONTRADICTORY = "FX-DATA-029", "warning", "Rows of one patient differ in time, event or sex", "Correct the rows"
 

@@ -32,6 +32,13 @@ def read_h5ad(
     """
     with h5py.File(path, "r") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # repeated names become findings
+        if not {"obs", "var"} <= set(file):
+            refuse(
+                Code.FILE_UNREADABLE,
+                path,
+                found="an HDF5 file that is no AnnData (loom, 10x or another)",
+                action="Write it with anndata as .h5ad.",
+            )
         layers = [*file.get("layers", ()), *([RAW] if "raw/X" in file else [])]
         place = {None: "X", RAW: "raw/X"}.get(layer, f"layers/{layer}")
         if place not in file:

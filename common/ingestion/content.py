@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,10 +80,14 @@ class Content:
     def open(self) -> Any:
         """Open the text, unpacked; of a workbook as CSV."""
         if self.kind == "workbook":
-            return io.BytesIO(_as_csv(self.path))
+            return io.BytesIO(self._sheet)
         if self.packing == "zip":
             return zipfile.ZipFile(self.path).open(self.member)
         return pa.input_stream(str(self.path), compression=self.packing)
+
+    @cached_property
+    def _sheet(self) -> bytes:
+        return _as_csv(self.path)  # seconds, and opened several times
 
     def recognised(self) -> Iterator[str]:
         """Yield what the name does not say of the packing."""

@@ -22,6 +22,7 @@ from fedgex.common.ingestion.labels import (
     ANNOTATION,
     KINDS,
     MEASURES,
+    SUMMARIES,
     SURE,
     damaged,
     kind_of,
@@ -169,7 +170,7 @@ def orient(
 
 
 def drop_annotation(sheet: Sheet, data: DataSettings, findings: Findings) -> Sheet:
-    """Leave out columns that annotate genes, or patients, in place of measuring.
+    """Leave out labels that annotate genes or patients, or sum up reads of no gene.
 
     Raises
     ------
@@ -185,7 +186,10 @@ def drop_annotation(sheet: Sheet, data: DataSettings, findings: Findings) -> She
     other = np.array([n in ANNOTATION for n in names], dtype=bool)
     given = data.columns.model_dump()
     clinical = {*given, *filter(None, given.values())}
-    among = np.array([label in clinical for label in sheet.labels], dtype=bool)
+    among = np.array(
+        [label in clinical or label.lower() in SUMMARIES for label in sheet.labels],
+        dtype=bool,
+    )
     for axis, mask, labels in (
         ("samples", other, sheet.samples),
         ("genes", among, sheet.labels),

@@ -63,7 +63,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.SEVERAL_SAMPLES: ("{n:patient} with several samples; of each one is used, and {unused:sample} not: a tumour before normal tissue, then most genes, then the first", "one sample a patient, or the right one first", "Leave in the file the sample that should be used."),
     Code.NORMAL_TISSUE: ("{n:sample} whose barcode says normal tissue (sample type 10 to 19)", "tumours", "Remove these samples, unless the study is about normal tissue."),
     Code.ONE_PERSON: ("{n:label} of a person who has another one ({how})", "one label a person, or a clinical table that names the patient of each sample", "Add a clinical table with columns patient and sample; else each counts as one patient."),
-    Code.ANNOTATION: ("columns that are no {axis}, left out: {names}", "{axis} only", "Nothing."),
+    Code.ANNOTATION: ("labels that are no {axis}, left out: {names}", "{axis} only", "Nothing."),
     Code.RESULT_OF_ONE_SAMPLE: ("only columns of one sample's quantification, or of a test's result: {names}", "one column, or one row, a sample", "Put the samples of all patients into one file, with one measure each (TPM or the like)."),
     Code.PATIENT_CONTRADICTORY: ("{n:patient} whose rows differ in {columns}", "the same follow-up and sex in all rows of a patient", "Correct the rows."),
     Code.ID_AMBIGUOUS: ("{n:identifier} that are the same as another but for case, quotes, spaces, leading zeros, decimals or invisible characters", "one spelling for each patient and each sample", "If they are one, write them alike; if they are several, let their letters or digits differ."),

@@ -32,6 +32,12 @@ MEASURES = frozenset((
 ))
 """Columns of one sample's quantification (RSEM, kallisto, Salmon, GDC), in any case."""
 
+SUMMARIES = frozenset((
+    "__alignment_not_unique", "__ambiguous", "__no_feature", "__not_aligned",
+    "__too_low_aqual", "n_ambiguous", "n_multimapping", "n_nofeature", "n_unmapped",
+))
+"""Rows in which HTSeq and STAR sum up reads of no gene, in lower case."""
+
 SYMBOLS = frozenset((
     "description", "gene_name", "gene_symbol", "genesymbol", "hgnc_symbol",
     "hugo_symbol", "symbol",

@@ -206,6 +206,17 @@ def test_a_file_without_header_is_refused_as_that(
     assert refusal(tmp_path / "e.txt").startswith("FX-DATA-013")
 
 
+def test_sums_of_reads_are_no_genes(tmp_path: Path) -> None:
+    counted = matrix()
+    counted.loc["N_unmapped"] = counted.loc["__no_feature"] = 9.0
+    counted.to_csv(tmp_path / "e.csv")
+
+    frame, _ = found(tmp_path / "e.csv")
+
+    same(frame)
+    assert len(frame) == 6
+
+
 def test_numbers_may_name_samples(tmp_path: Path) -> None:
     numbered = matrix().set_axis([str(i) for i in range(12)], axis=1)
     numbered.to_csv(tmp_path / "e.csv")
@@ -281,6 +292,13 @@ def test_anndata_from_before_0_7_is_read(tmp_path: Path) -> None:
     frame, _ = found(tmp_path / "e.h5ad")
 
     same(frame)
+
+
+def test_hdf5_that_is_no_anndata_is_refused_as_that(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "e.loom", "w") as file:
+        file["matrix"] = matrix().to_numpy()
+
+    assert "no AnnData" in refusal(tmp_path / "e.loom")
 
 
 def layered(path: Path) -> None:

@@ -146,6 +146,24 @@ def test_a_clinical_table_is_text_whatever_its_format(
     assert raw.clinical.table["event"].tolist() == ["1", "0"]
 
 
+def test_a_clinical_table_may_be_a_workbook(tmp_path: Path) -> None:
+    expression, clinical = tmp_path / "e.csv", tmp_path / "c.xlsx"
+    expression.write_text(CSV)
+    frame = pd.DataFrame(
+        {"patient": ["007", "008"], "event": [1, 0], "age": [1.5, None]}
+    )
+    frame.assign(seen=pd.Timestamp("2024-03-01")).to_excel(clinical, index=False)
+
+    raw = read(site(expression=expression, clinical=clinical))
+
+    assert raw.clinical is not None
+    assert raw.clinical.table.fillna("").to_numpy().tolist() == [
+        ["007", "1", "1.5", "2024-03-01"],
+        ["008", "0", "", "2024-03-01"],
+    ]
+    assert ["an Excel workbook" in note.found for note in raw.notes] == [True]
+
+
 def annotated(X: Any, **obs: list[Any]) -> anndata.AnnData:
     return anndata.AnnData(
         X=X,

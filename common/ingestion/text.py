@@ -148,11 +148,8 @@ def _look(content: Content, lines: Any, seen: list[str]) -> _Layout:
             "Its numbers are in the series' supplementary files." if empty else None
         )
         refuse(Code.FILE_EMPTY, content.path, found=empty, action=action)
-    cells = {d: next(csv.reader([first], delimiter=d), []) for d in DELIMITERS}
-    more = {
-        d: len(next(csv.reader(rows, delimiter=d), [])) - len(cells[d])
-        for d in DELIMITERS
-    }
+    cells = {d: _divided([first], d) for d in DELIMITERS}
+    more = {d: len(_divided(rows, d)) - len(cells[d]) for d in DELIMITERS}
     fits = [d for d in DELIMITERS if len(cells[d]) > 1 and more[d] in (0, 1)]
     usual = DELIMITER_OF.get(content.ending, ",")
     if usual in fits:
@@ -167,11 +164,19 @@ def _look(content: Content, lines: Any, seen: list[str]) -> _Layout:
     header = cells[delimiter]
     if delimiter in fits and more[delimiter]:
         # R names no column of labels; others end each row in a delimiter.
-        open_end = next(csv.reader(rows, delimiter=delimiter))[-1] == ""
+        open_end = _divided(rows, delimiter)[-1] == ""
         header = [*header, ""] if open_end else ["", *header]
         if not open_end:
             seen.append("a header one field short, as R writes it")
     return _Layout(header, delimiter, **layout)
+
+
+def _divided(lines: list[str], delimiter: str) -> list[str]:
+    """Return the cells of the first row; none if a cell is longer than csv reads."""
+    try:
+        return next(csv.reader(lines, delimiter=delimiter), [])
+    except csv.Error:
+        return []
 
 
 def _pass_over(lines: Iterable[str], seen: list[str]) -> tuple[str, dict[str, int]]:

@@ -20,8 +20,10 @@ import pytest
 from scipy import sparse
 
 from fedgex.common.codes import Code
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import DataError
 from fedgex.common.ingestion.cohort import read_cohort
+from fedgex.common.ingestion.readers import read
 from fedgex.common.ingestion.settings import DataSettings
 
 from .matrices import GENES, SAMPLES, found, matrix, refusal, same
@@ -215,6 +217,18 @@ def test_blank_lines_and_blank_rows_are_no_genes(tmp_path: Path) -> None:
 
     same(frame)
     assert len(frame) == 6
+
+
+@pytest.mark.parametrize("sep", [",", ";"])
+def test_a_header_of_many_genes_is_no_single_field(tmp_path: Path, sep: str) -> None:
+    genes = [f"GENE{i:05d}" for i in range(20_000)]
+    wide = pd.DataFrame(8.5, SAMPLES, genes)
+    wide.to_csv(tmp_path / "e.csv", sep=sep, index_label="sample")
+
+    raw = read(DataSettings(expression=tmp_path / "e.csv", scale=Scale.LOG2P1))
+
+    assert raw.expression.columns == tuple(genes)
+    assert raw.expression.rows == tuple(SAMPLES)
 
 
 # ---- other formats, named and refused ----

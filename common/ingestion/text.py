@@ -262,26 +262,24 @@ def _with_points(table: Any, seen: list[str]) -> Any:
 
     1,234 only may be thousands: some other number must have other digits.
     """
-    with_comma = [
-        place
-        for place, column in enumerate(table.columns)
+    columns = list(table.columns)
+    commas = {
+        place: pc.utf8_trim_whitespace(column)
+        for place, column in enumerate(columns)
         if pc.any(pc.match_substring(column, ",")).as_py()
-    ]
-    columns = {
-        place: pc.utf8_trim_whitespace(table.column(place)) for place in with_comma
     }
-    decimal = any(
-        _any_full(column, DECIMAL_COMMA, but=THOUSANDS) for column in columns.values()
-    )
-    if not decimal or any(_any_full(each, _DECIMAL_POINT) for each in table.columns):
+    if not any(
+        _any_full(each, DECIMAL_COMMA, but=THOUSANDS) for each in commas.values()
+    ):
+        return table
+    if any(_any_full(each, _DECIMAL_POINT) for each in columns[1:]):  # 0 has labels
         return table
     seen.append("decimal commas")
-    for place, column in columns.items():
+    for place, column in commas.items():
         number = pc.match_substring_regex(column, f"^{DECIMAL_COMMA}$")
         points = pc.replace_substring(column, ",", ".")
-        name, written = table.column_names[place], pc.if_else(number, points, column)
-        table = table.set_column(place, name, written)
-    return table
+        columns[place] = pc.if_else(number, points, column)
+    return pa.Table.from_arrays(columns, names=table.column_names)
 
 
 def _any_full(column: Any, pattern: str, but: str = "^$") -> bool:

@@ -49,7 +49,7 @@ test: install
 
 ## test-federation  failures between hospitals, with real processes, and two of chaos
 test-federation: install
-	FEDGEX_CHAOS=$${FEDGEX_CHAOS:-2} $(BIN)/pytest -rs -m 'deployment or chaos'
+	FEDGEX_CHAOS=$${FEDGEX_CHAOS:-2} $(BIN)/pytest -rs --numprocesses 2 tests/processes
 
 ## test-bench  that the quick bench runs; some five minutes
 test-bench: install

@@ -157,6 +157,7 @@ class Code(StrEnum):
     FEW_VOCABULARY_GENES = "FX-PREDICT-002", "warning", "Fewer than 10 % of the vocabulary's genes are measured", "Trust the predictions little"
     SAMPLES_WITHOUT_GENES = "FX-PREDICT-003", "warning", "Samples without any gene of the vocabulary; nothing is predicted for them", "Nothing, or export their values"
     GENE_COLUMNS_DIFFER = "FX-PREDICT-004", "error", "Columns repeat a label and differ", "Keep the right one, or label them apart"
+    GENES_NOT_LEARNT = "FX-PREDICT-006", "warning", "Genes of which no hospital had a value when the model was trained; they are not restored, and measured values of them are not used", "Nothing"
     FOREIGN_SCALE = "FX-PREDICT-005", "warning", "With 100 genes or more, their means are less than .83 or more than 1.20 times those that the model was trained on", "Check the scale that is named; natural logarithms called `log2p1` give .69"
     CANCER_TYPES_MISSING = "FX-PREDICT-010", "error", "No sample has a cancer type of the study", "Add `cancer_type` in the study's spelling, or give `--cancer-type`"
     SOME_CANCER_TYPES_MISSING = "FX-PREDICT-011", "warning", "Some samples have none; no risk is predicted for them", "The same"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -192,6 +192,27 @@ def standardisation(moments: Mapping[str, GeneMoments]) -> Standardisation:
     return Standardisation.published(pool(moments[name] for name in sorted(moments)))
 
 
+def refuse_unknown(
+    study: Study, vocabulary: Vocabulary, scale: Standardisation
+) -> None:
+    """Refuse to train if too few of the study's genes are known of any site.
+
+    Raises
+    ------
+    ConfigError
+        If more than `vocabulary.max_unknown_share` of them are not.
+    """
+    unknown = list(compress(vocabulary.genes, ~scale.known))
+    most = study.vocabulary.max_unknown_share
+    if len(unknown) > most * len(vocabulary):
+        raise ConfigError(
+            f"no site has values of {len(unknown)} of the study's {len(vocabulary)} "
+            f"genes ({_named(unknown)}); expected {most:.0%} at most "
+            "(vocabulary.max_unknown_share). Compare the names with the hospitals' "
+            "files, and leave these genes out of the study."
+        )
+
+
 def public_standardisation(public: Cohort, vocabulary: Vocabulary) -> Standardisation:
     """Return mean and SD of each gene over the public patients.
 
@@ -203,15 +224,20 @@ def public_standardisation(public: Cohort, vocabulary: Vocabulary) -> Standardis
     moments = gene_moments(public, vocabulary, 1)
     enough = moments.count >= MIN_PUBLIC_PATIENTS
     if lacking := list(compress(vocabulary.genes, ~enough)):
-        n_others = len(lacking) - MAX_GENES_NAMED
-        others = f" and {n_others} others" if n_others > 0 else ""
         raise ConfigError(
             f"the public cohort has fewer than {MIN_PUBLIC_PATIENTS} patients with a "
             f"value of {len(lacking)} of the study's {len(vocabulary)} genes "
-            f"({', '.join(lacking[:MAX_GENES_NAMED])}{others}); expected every gene. "
+            f"({_named(lacking)}); expected every gene. "
             "Leave these genes out of the study, or take another public cohort."
         )
     return Standardisation(mean=moments.mean, sd=moments.sd)
+
+
+def _named(genes: Sequence[str]) -> str:
+    """Return the first genes by name, and the number of the others."""
+    n_others = len(genes) - MAX_GENES_NAMED
+    others = f" and {n_others} others" if n_others > 0 else ""
+    return ", ".join(genes[:MAX_GENES_NAMED]) + others
 
 
 def initial_model(
@@ -221,7 +247,7 @@ def initial_model(
     *,
     groups: Mapping[str, CrossProducts] | None = None,
     public: Cohort | None = None,
-    trained_on: Mapping[str, Any] | None = None,
+    contributors: Mapping[str, int | None] | None = None,
 ) -> Checkpoint:
     """Return the model before the first round.
 
@@ -233,8 +259,8 @@ def initial_model(
     public
         The server's public cohort; the backbone is pretrained on it if the study says
         so.
-    trained_on
-        Sites and number of patients, for the model card.
+    contributors
+        Sites of whose patients `scale` and `groups` are, with the number of these.
     """
     state_dict = tasks.initial(study, len(vocabulary))
     if groups is not None:
@@ -242,15 +268,15 @@ def initial_model(
     if public is not None and study.public.epochs:
         patients = to_patients(public, vocabulary, scale)
         state_dict = fit_public(study, PRETRAINING, patients, state_dict)
-    return Checkpoint(
+    model = Checkpoint(
         study=study,
         vocabulary=vocabulary,
         standardisation=scale,
         phase=next(iter(study.phases)),
         round=0,
         parameters=state_dict,
-        trained_on=trained_on or {},
     )
+    return model.with_contributors(contributors or {})
 
 
 # ---- each round ----

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedgex.common.data.cross_products import OTHERS
 from fedgex.common.data.scales import Scale
-from fedgex.common.settings import Name, Noise, Norm, Rate, Settings, retired
+from fedgex.common.settings import Name, Noise, Norm, Rate, Settings, added, retired
 
 PRETRAINING, CLASSIFICATION, SURVIVAL = "pretraining", "classification", "survival"
 """Names of the phases, which are the tasks that a site permits."""
@@ -42,10 +42,7 @@ ROBUST = {
         "and as many largest",
         "Yin et al. 2018, arXiv 1803.01498",
     ),
-    "median": (
-        "for each number: median over sites",
-        "Yin et al. 2018, arXiv 1803.01498",
-    ),
+    "median": ("for each number: median over sites", "Yin et al. 2018, as above"),
 }
 """Aggregation rules that need every update by itself, and know no weights."""
 
@@ -77,6 +74,9 @@ class VocabularyRule(Settings):
     """A site measures a gene if at least this share of its samples has a value."""
     genes: tuple[Symbol, ...] = ()
     """Fixed genes of the study, in any order; empty: agreed among the sites."""
+    max_unknown_share: float = added(0.2, ge=0, le=1)
+    """Share of these genes of which no site needs to have a value; beyond, the run does
+    not begin. The model restores none of them."""
 
     @model_validator(mode="after")
     def _distinct_genes(self) -> Self:

@@ -3,7 +3,8 @@
 The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
 
 - `run-started`: study, study_hash, sites, plan (phase and rounds of each),
-  resumed_from, epsilon (as in `round`)
+  resumed_from, epsilon (as in `round`), unknown_genes (of which no site has a value),
+  genes_of_one_site (that one measures, and no other)
 - `not-answered`: site, state, reason (before the first round)
 - `asked-again`: site, group, state, reason (why, each time that it changes)
 - `duplicate`: site, group (a second answer, dropped)

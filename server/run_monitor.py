@@ -26,7 +26,7 @@ from fedgex.server import journal
 POLL_S = 0.5
 TREND_ROUNDS = 24
 """Rounds in the trend of the hold-out error."""
-SITES_SHOWN = 12
+GENES_SHOWN, SITES_SHOWN = 5, 12
 """Most hospitals on the display; those absent from the last round come first."""
 NO_PRIVACY = "none"
 """Epsilon of a run without differential privacy."""
@@ -46,6 +46,8 @@ class RunState:
     """Event of each finished round, by phase and number."""
     sites: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Latest state and reason of each hospital."""
+    unknown_genes: tuple[str, ...] = ()
+    """Genes of which no hospital has a value; the model restores none of them."""
     epsilon: dict[str, float] | None = None
     """Epsilon spent so far, by guarantee; None without any."""
     ending: dict[str, Any] | None = None
@@ -59,6 +61,7 @@ class RunState:
                 self.study, self.epsilon = event["study"], event.get("epsilon")
                 self.plan = {p["phase"]: p["rounds"] for p in event["plan"]}
                 self.started = _time(event)
+                self.unknown_genes = tuple(event.get("unknown_genes", ()))
                 for name in event["sites"]:
                     self.sites.setdefault(name, ("ready", ""))
             case "phase-started":
@@ -222,6 +225,9 @@ def display(
     bars = "" if ascii_only else f"  {_bars(trend)}"
     rows.add_row("hold-out MSE", f"{restoration}{bars}  half missing")
     rows.add_row("epsilon", epsilon(state.epsilon))
+    if unknown := state.unknown_genes:
+        some = ", ".join(unknown[:GENES_SHOWN]) + ", ..." * (len(unknown) > GENES_SHOWN)
+        rows.add_row("unknown genes", Text(f"{len(unknown)}, not restored: {some}"))
     parts: list[RenderableType] = [rows, Text(""), *_hospitals(state)]
     if state.ending:
         parts.append(_ending(state.ending))

@@ -106,6 +106,7 @@ def begin(
                 logger.warning(off, name, ratio)
                 del moments[name]
             names, scale = sorted(moments), federation.standardisation(moments)
+            federation.refuse_unknown(study, genes, scale)
         if study.linear_rank:
             patients_of = {
                 name: to_patients(sites[name], genes)
@@ -126,10 +127,7 @@ def begin(
         scale,
         groups=groups,
         public=public,
-        trained_on={
-            "sites": names,
-            "patients": sum(sites[name].n_patients for name in names),
-        },
+        contributors={name: sites[name].n_patients for name in names},
     )
 
 

@@ -108,8 +108,9 @@ def review(
         That of the values, as for `impute`.
     """
     findings = Findings()
-    index, n_vocabulary = checkpoint.vocabulary.index, len(checkpoint.vocabulary)
-    inside = [name in index for name in frame.columns]
+    unknown, n_vocabulary = checkpoint.unknown_genes, len(checkpoint.vocabulary)
+    known = checkpoint.vocabulary.index.keys() - set(unknown)
+    inside = [name in known for name in frame.columns]
     measured = frame.loc[:, inside].notna().to_numpy()
     n_repeated = int(frame.columns.duplicated().sum())
     n_genes = int(measured.any(axis=0).sum())
@@ -125,6 +126,10 @@ def review(
         return tuple(findings.found)
     if n_genes < FEW_GENES * n_vocabulary:
         findings.add(Code.FEW_VOCABULARY_GENES, "genes", **sizes, share=FEW_GENES)
+    if unknown:
+        some = ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10)
+        code, n_unknown = Code.GENES_NOT_LEARNT, len(unknown)
+        findings.add(code, "model", n_unknown=n_unknown, genes=some)
     if n_empty:
         code, total = Code.SAMPLES_WITHOUT_GENES, len(frame)
         findings.add(code, "samples", count=n_empty, total=total)

@@ -159,8 +159,12 @@ class PairMoments:
         )
 
     def standardised(self, scale: Standardisation) -> CrossProducts:
-        """Return the cross-products of (values - mean) / sd."""
-        mean, sd = scale.mean, scale.sd
+        """Return the cross-products of (values - mean) / sd.
+
+        Those of genes that are not known stay as they are, see `standardised`.
+        """
+        mean = np.where(scale.known, scale.mean, 0.0)
+        sd = np.where(scale.known, scale.sd, 1.0)
         once = self.pair_totals * mean  # of the column's gene
         about = self.products - once - once.T
         about += self.pair_counts * np.outer(mean, mean)
@@ -218,10 +222,11 @@ def standardised(
     groups: Mapping[str, PairMoments], min_cell_count: int, scale: Standardisation
 ) -> dict[str, CrossProducts]:
     """Return what may leave of each group's sums, see `by_type`."""
-    known = known_pairs([s.pair_counts for s in groups.values()], min_cell_count)
+    may_leave = known_pairs([s.pair_counts for s in groups.values()], min_cell_count)
+    known = np.outer(scale.known, scale.known)
     return {
-        name: sums.standardised(scale).where(pairs)
-        for (name, sums), pairs in zip(groups.items(), known, strict=True)
+        name: sums.standardised(scale).where(pairs & known)
+        for (name, sums), pairs in zip(groups.items(), may_leave, strict=True)
     }
 
 
@@ -250,7 +255,8 @@ def by_type(
     min_cell_count
         Fewest patients in a group, and behind a sum.
     scale
-        By which the sums are standardised; None: the values are.
+        By which the sums are standardised, and whose genes are known; None: the values
+        are standardised.
     """
     group = groups_of(cancer_type, types, min_cell_count)
     sums = {

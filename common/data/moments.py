@@ -145,19 +145,26 @@ class GeneMoments:
 class Standardisation:
     """Mean and SD of each gene over the federation, the same at every site.
 
-    Centring each site by itself would remove the differences between their cancers.
+    Centring each site by itself would remove the differences between their cancers. A
+    gene of which no site has a value is NaN in both: whatever is standardised by it, or
+    restored from it, is NaN too, which is how a value that is not known is written.
     """
 
     mean: NDArray[np.float64]
-    """Shape (V,), on the study's canonical scale."""
+    """Shape (V,), on the study's canonical scale; NaN where not known."""
     sd: NDArray[np.float64]
-    """Shape (V,), above 0."""
+    """Shape (V,), above 0; NaN where not known."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be divided by."""
         refuse_other_genes(len(self.mean), len(self.sd))
-        refuse_non_finite("mean", self.mean)
-        refuse_non_finite("sd", self.sd)
+        if (np.isnan(self.mean) != np.isnan(self.sd)).any():
+            raise UpdateError(
+                "mean and sd are NaN for other genes; expected the same: those of "
+                "which no site has a value."
+            )
+        refuse_non_finite("mean", self.mean[self.known])
+        refuse_non_finite("sd", self.sd[self.known])
         if (self.sd <= 0).any():
             raise UpdateError(
                 f"sd of {(self.sd <= 0).sum()} genes is 0 or less; expected above 0."
@@ -171,18 +178,25 @@ class Standardisation:
         and that of N - 1 of them give the values of one, but for the rounding. It is
         far below the standard error of either.
         """
-        sd, patients = moments.sd, np.maximum(moments.count, 1)
+        patients = np.where(moments.count > 0, moments.count, np.nan)
         share = np.clip(STEP_OF_ONE / patients, STEP, LARGEST_STEP)
-        step = np.exp2(np.floor(np.log2(share * sd)))  # exact in float64
+        step = np.exp2(np.floor(np.log2(share * moments.sd)))  # exact in float64
         return cls(
-            mean=np.rint(moments.mean / step) * step, sd=np.rint(sd / step) * step
+            mean=np.rint(moments.mean / step) * step,
+            sd=np.rint(moments.sd / step) * step,
         )
 
     @property
+    def known(self) -> NDArray[np.bool_]:
+        """Genes of which some site has values, shape (V,)."""
+        return ~np.isnan(self.mean)
+
+    @property
     def is_of_expression(self) -> bool:
-        """Whether all means and SDs could be those of genes, see LEAST_SD."""
-        least, largest = self.sd.min(initial=1.0), self.sd.max(initial=1.0)
-        extreme = np.abs(self.mean).max(initial=0.0)
+        """Whether all known means and SDs could be those of genes, see LEAST_SD."""
+        mean, sd = self.mean[self.known], self.sd[self.known]
+        least, largest = sd.min(initial=1.0), sd.max(initial=1.0)
+        extreme = np.abs(mean).max(initial=0.0)
         return bool(least >= LEAST_SD and max(largest, extreme) <= LARGEST)
 
     @classmethod
@@ -191,7 +205,10 @@ class Standardisation:
         return cls(mean=np.zeros(n_genes), sd=np.ones(n_genes))
 
     def apply(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        """Return (values - mean) / sd, shape (N, V); NaN stays NaN."""
+        """Return (values - mean) / sd, shape (N, V); NaN stays NaN.
+
+        Genes that are not known become NaN: no model has learnt of them.
+        """
         return ((values - self.mean) / self.sd).astype(np.float32)
 
     def undo(self, standardised: NDArray[np.floating[Any]]) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ The format stands in docs/checkpoint.md. A checkpoint is a folder:
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,9 +64,39 @@ class Checkpoint:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """What was measured in the last round, as in the journal."""
     trained_on: Mapping[str, Any] = field(default_factory=dict)
-    """Sites and number of patients, for the model card."""
+    """Sites that contributed to the model, and their number of patients (None if a site
+    withholds it), for the model card; see `with_contributors`."""
     receipt: str | None = None
     """JSON text of the signed receipt in the checkpoint's folder."""
+
+    def __post_init__(self) -> None:
+        """Refuse statistics of other genes than the vocabulary's."""
+        n_genes, n_known = len(self.vocabulary), len(self.standardisation.mean)
+        if n_genes != n_known:
+            raise CheckpointError(
+                f"a model of {n_genes} genes has mean and SD of {n_known}; expected "
+                "one list of genes."
+            )
+
+    @property
+    def unknown_genes(self) -> tuple[str, ...]:
+        """Genes of the vocabulary of which no site had a value."""
+        known = self.standardisation.known
+        return tuple(compress(self.vocabulary.genes, ~known))
+
+    def with_contributors(self, patients: Mapping[str, int | None]) -> Checkpoint:
+        """Return the model with more sites, and their patients, on its card.
+
+        A site counts once, with the number that it reported when it first contributed.
+        """
+        so_far = {"sites": [], "patients": 0, **self.trained_on}
+        new = {n: count for n, count in patients.items() if n not in so_far["sites"]}
+        counts = [so_far["patients"], *new.values()]
+        trained_on = {
+            "sites": sorted([*so_far["sites"], *new]),
+            "patients": None if None in counts else sum(counts),
+        }
+        return dataclasses.replace(self, trained_on=trained_on)
 
     @property
     def card(self) -> dict[str, Any]:
@@ -78,6 +110,7 @@ class Checkpoint:
             "round": self.round,
             "scale": self.study.scale.value,
             "trained_on": dict(self.trained_on),
+            "unknown_genes": list(self.unknown_genes),
         }
 
 

@@ -6,13 +6,13 @@ complete graph; no networking. n participants, threshold t, P numbers in a vecto
     1  advertise   each sends two public keys: for a channel, and for masks
     2  share       each gives every other t-of-n shares of its mask key and of its seed
     3  mask        each sends x + mask(seed) + sum over others of +-mask(pair), mod 2^32
-    4  confirm     each tells every other whose vectors it was told that the server has
-    5  unmask      once t of them were told the same, each sends shares: of the seed of
-                   whoever's vector is there, of the mask key of whoever's is not
+    4  confirm     each sends every other a MAC of the server's list of vectors
+    5  unmask      if t of them were given one list, each sends shares: of the seed of
+                   a participant whose vector is there, else of its mask key
 
 Where we differ from figure 4: step 4 confirms the senders of step 2 as well, and with
 MACs under the channels' keys instead of signatures; the list of participants and keys
-is in the context of every key, so that sites told different lists share nothing; and
+is in the context of every key, so that sites given different lists share nothing; and
 shares that do not fit are found, by the public key and a commitment to the seed. Who
 signs the public keys of step 1 is for the caller, and so is not to reveal twice.
 
@@ -93,7 +93,7 @@ class PrivateKeys:
     channel: bytes
     mask: bytes
     seed: bytes
-    """Of the mask that is the site's alone."""
+    """Of the mask that the site shares with no other."""
 
     @classmethod
     def new(cls) -> PrivateKeys:
@@ -105,7 +105,7 @@ class PrivateKeys:
         )
 
     def public(self, measured: NDArray[np.bool_]) -> PublicKeys:
-        """Return the public halves, beside the genes that are measured."""
+        """Return the public halves, and the genes that are measured."""
         return PublicKeys(
             channel=_public(self.channel),
             mask=_public(self.mask),
@@ -152,15 +152,15 @@ class Group:
 
     @cached_property
     def binding(self) -> bytes:
-        """SHA-256 of context, names and keys: equal only for who was told the same."""
-        told = {
+        """SHA-256 of context, names and keys: equal where the same were given."""
+        given = {
             "context": asdict(self.context),
             "keys": {
                 name: {part: value.hex() for part, value in asdict(keys).items()}
                 for name, keys in self.keys.items()
             },
         }
-        return hashlib.sha256(canonical_json(told).encode()).digest()
+        return hashlib.sha256(canonical_json(given).encode()).digest()
 
     def place(self, name: str) -> int:
         """Return the point at which a participant's shares are evaluated, from 1."""
@@ -196,7 +196,7 @@ def measured(keys: PublicKeys, n_genes: int) -> NDArray[np.bool_]:
     Raises
     ------
     TrustError
-        If it told of another number of genes.
+        If its list is of another number of genes.
     """
     packed = np.frombuffer(keys.measured, dtype=np.uint8)
     if len(packed) != -(-n_genes // 8):
@@ -208,7 +208,7 @@ def measured(keys: PublicKeys, n_genes: int) -> NDArray[np.bool_]:
 
 
 def commitment(group: Group, name: str, seed: bytes) -> bytes:
-    """Return what tells a right seed from a wrong one, and nothing else of it."""
+    """Return what a seed can be compared with, and what reveals nothing else of it."""
     return _derive(seed, "commitment", group.binding, name)
 
 
@@ -247,7 +247,7 @@ def share_out(group: Group, own: PrivateKeys) -> dict[str, Shares]:
 
 
 def seal(group: Group, own: PrivateKeys, sender: str, to: str, shares: Shares) -> bytes:
-    """Encrypt shares for another participant, who alone can open them."""
+    """Encrypt shares for another participant; no one else can open them."""
     key = _channel(group, own, sender, to, "shares")
     nonce = secrets.token_bytes(12)
     return nonce + AESGCM(key).encrypt(nonce, shares.to_bytes(), _told(sender, to))
@@ -267,7 +267,7 @@ def unseal(group: Group, own: PrivateKeys, sender: str, to: str, box: bytes) -> 
     except (InvalidTag, ValueError) as error:
         raise TrustError(
             f"the shares from {sender} cannot be opened: they were changed, or made "
-            "for another exchange, or that site was told other keys than this one."
+            "for another exchange, or that site was given other keys than this one."
         ) from error
     return Shares.from_bytes(content)
 
@@ -343,10 +343,10 @@ def confirm(
     sharers: Collection[str],
     survivors: Collection[str],
 ) -> bytes:
-    """Return what tells another participant which lists this one was given."""
+    """Return the MAC of the lists that this participant was given, for another one."""
     key = _channel(group, own, sender, to, "lists")
-    told = json.dumps([sender, to, sorted(sharers), sorted(survivors)])
-    return hmac.digest(key, told.encode(), "sha256")
+    given = json.dumps([sender, to, sorted(sharers), sorted(survivors)])
+    return hmac.digest(key, given.encode(), "sha256")
 
 
 def require_confirmed(
@@ -369,12 +369,12 @@ def require_confirmed(
             raise TrustError(f"{sender} is not among the other survivors.")
         # What the sender computed for us: the channel's two ends have one key.
         key = _channel(group, own, name, sender, "lists")
-        told = json.dumps([sender, name, sorted(sharers), sorted(survivors)])
-        expected = hmac.digest(key, told.encode(), "sha256")
+        given = json.dumps([sender, name, sorted(sharers), sorted(survivors)])
+        expected = hmac.digest(key, given.encode(), "sha256")
         if not hmac.compare_digest(tag, expected):
             raise TrustError(
                 f"{sender} did not confirm the lists that this site was given; the "
-                "coordinator told sites different things, or one of them lies."
+                "coordinator gave sites different lists, or one of them lies."
             )
     if len(tags) + 1 < group.threshold:
         raise TrustError(
@@ -407,8 +407,8 @@ def _agreed(private: bytes, public: bytes) -> bytes:
 
 def _derive(secret: bytes, purpose: str, binding: bytes, *names: str) -> bytes:
     """Return 32 bytes for one purpose, independent of those for any other."""
-    told = json.dumps([purpose, binding.hex(), *names]).encode()
-    info = b"fedgex secure aggregation 1\n" + told
+    purposes = json.dumps([purpose, binding.hex(), *names]).encode()
+    info = b"fedgex secure aggregation 1\n" + purposes
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(secret)
 
 

@@ -81,7 +81,7 @@ def to_vector(
     change
         Named arrays; the vector holds them in order of name.
     clip
-        Euclidean norm to which the whole is scaled down.
+        Euclidean norm to which the vector is scaled down.
     kept
         Genes whose rows are not set to zero, shape (V,); None keeps all.
 

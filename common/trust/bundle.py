@@ -262,7 +262,7 @@ def _release(folder: Path, authority: x509.Certificate) -> Release:
     """Return what the coordinator signed.
 
     Nothing above it holds the digest of this one file, so nothing may be left in it
-    that can be written in two ways: text, base64 and certificate are compared whole.
+    that can be written in two ways: bytes of text, base64 and certificate are compared.
     """
     signed = _signed(folder, RELEASE)
     release = Release.from_json(signed.content, RELEASE)
@@ -323,7 +323,7 @@ def _receipts(
     contract: Contract,
     authority: x509.Certificate,
 ) -> list[Receipt]:
-    """Return the receipts of the whole run, verified."""
+    """Return the receipts of all rounds, verified."""
     rounds = [
         (phase, number)
         for phase, training in contract.study.phases.items()

@@ -184,6 +184,8 @@ def status(run: Path) -> dict[str, Any]:
         "study": begun[-1]["study"] if begun else None,
         "state": ends[-1]["event"].removeprefix("run-") if ends else "not started",
         "reason": ends[-1].get("reason") if ends else None,
+        "unknown_genes": begun[-1].get("unknown_genes", []) if begun else [],
+        "genes_of_one_site": begun[-1].get("genes_of_one_site", []) if begun else [],
         "last_round": None,
         "absent": {},
     }

@@ -22,7 +22,7 @@ class Expiry:
 
     @property
     def days_left(self) -> int:
-        """Whole days; negative once it has expired."""
+        """Full days; negative once it has expired."""
         return (self.expires - pki.now()).days
 
     def __str__(self) -> str:

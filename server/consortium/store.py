@@ -249,7 +249,7 @@ class Consortium:
     def renew(self) -> None:
         """Issue new certificates of server and coordinator over the keys they have.
 
-        Nobody's kit changes: hospitals trust the authority. The list of revoked
+        No kit changes: hospitals trust the authority. The list of revoked
         certificates is signed anew as well.
 
         Raises

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 from flwr.app import RecordDict
+from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from fedgex.common import federation, keys
@@ -129,33 +130,37 @@ class Initialization:
             If the public cohort lacks genes of the study.
         """
         study, public, groups = self.study, self.public_cohort, None
-        panels = {name: site.genes for name, site in self.present.items()}
-        vocabulary = federation.agree_vocabulary(study, panels, public)
+        names: list[str] = []
         if public is not None and study.public.statistics:
+            vocabulary = self._vocabulary(public)
             scale = federation.public_standardisation(public, vocabulary)
             if study.linear_rank:
                 patients = to_patients(public, vocabulary)
                 least = federation.MIN_PUBLIC_PATIENTS
                 groups = federation.cross_products(study, patients, least, scale)
         else:
-            scale = self._standardisation(vocabulary)
+            vocabulary, scale, names = self._statistics()
+            federation.refuse_unknown(study, vocabulary, scale)
             if study.cross_products:
                 groups = self._cross_products(vocabulary, scale)
         if groups is not None:
             path = self.settings.run_dir / "covariance.safetensors"
             write_atomic(path, save({"covariance": pool(groups.values()).covariance()}))
-        counts = [site.num_patients for site in self.present.values()]
         return federation.initial_model(
             study,
             vocabulary,
             scale,
             groups=groups,
             public=public,
-            trained_on={
-                "sites": list(self.present),
-                "patients": None if None in counts else sum(n or 0 for n in counts),
+            contributors={
+                name: self.present[name].num_patients if name in self.present else None
+                for name in names
             },
         )
+
+    def _vocabulary(self, public: Cohort | None = None) -> Vocabulary:
+        panels = {name: site.genes for name, site in self.present.items()}
+        return federation.agree_vocabulary(self.study, panels, public)
 
     # ---- the sites ----
 
@@ -176,16 +181,16 @@ class Initialization:
 
     # ---- statistics ----
 
-    def _standardisation(self, vocabulary: Vocabulary) -> Standardisation:
-        """Pool the moments, once per run.
+    def _statistics(self) -> tuple[Vocabulary, Standardisation, list[str]]:
+        """Pool the moments, once per run; return also the sites that sent them.
 
         Cached: requests contain these values, and sites cache replies by the digest of
         the request.
         """
         path = self._kept("start.safetensors")
         if path.exists():
-            kept = load_file(path)
-            return Standardisation(mean=kept["mean"], sd=kept["sd"])
+            return self._read_start(path)
+        vocabulary = self._vocabulary()
 
         def read(site: str, content: RecordDict) -> GeneMoments:
             moments = StatisticsReply.from_records(content).moments
@@ -199,11 +204,30 @@ class Initialization:
         foreign = federation.foreign_sites(self.study, moments)
         write_atomic(self._kept("foreign-scales.json"), json.dumps(foreign).encode())
         self._leave_out(foreign)
-        scale = federation.standardisation(
-            {name: each for name, each in moments.items() if name not in foreign}
-        )
-        write_atomic(path, save({"mean": scale.mean, "sd": scale.sd}))
-        return scale
+        moments = {n: each for n, each in moments.items() if n not in foreign}
+        scale, names = federation.standardisation(moments), sorted(moments)
+        about = {"vocabulary": vocabulary.genes, "sites": names}
+        text = {key: json.dumps(value) for key, value in about.items()}
+        write_atomic(path, save({"mean": scale.mean, "sd": scale.sd}, text))
+        return vocabulary, scale, names
+
+    def _read_start(self, path: Path) -> tuple[Vocabulary, Standardisation, list[str]]:
+        """Read what `_statistics` kept; 0.1.0 kept no names of genes and sites."""
+        with safe_open(path, framework="numpy") as file:
+            scale = Standardisation(
+                mean=file.get_tensor("mean"), sd=file.get_tensor("sd")
+            )
+            about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+        vocabulary = self._vocabulary()
+        if "vocabulary" in about:
+            vocabulary = Vocabulary(tuple(about["vocabulary"]))
+        elif len(vocabulary) != len(scale.mean):
+            raise FederationError(
+                f"the run began with {len(scale.mean)} genes, and the sites that are "
+                f"present now agree on {len(vocabulary)}. Begin a new run, or resume "
+                "with the sites of before."
+            )
+        return vocabulary, scale, about.get("sites", list(self.present))
 
     def _leave_out(self, foreign: Mapping[str, float]) -> None:
         """Exclude sites on a foreign scale, given each one's ratio to the others."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgex.common import federation, keys
+from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import FederationError, UpdateError
 from fedgex.common.federation import Update
 from fedgex.common.messages.codec import boundary
@@ -56,6 +58,17 @@ class Site:
     """Mask of the vocabulary genes that it measures, shape (V,)."""
     n_patients: int | None
     """None if the site withholds it."""
+
+
+def genes_of_one_site(vocabulary: Vocabulary, sites: Sequence[Site]) -> list[str]:
+    """Return the genes that one of several sites measures, and no other.
+
+    What the model knows of them, their mean and SD too, is of that site's patients.
+    """
+    if len(sites) < 2:
+        return []
+    measuring = np.sum([site.measured for site in sites], axis=0)
+    return list(compress(vocabulary.genes, measuring == 1))
 
 
 @dataclass(frozen=True, kw_only=True)

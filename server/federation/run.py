@@ -129,6 +129,8 @@ class _Run:
             study=self.study.name,
             study_hash=self.study.hash,
             sites=[site.name for site in sites],
+            unknown_genes=list(last.unknown_genes),
+            genes_of_one_site=rounds.genes_of_one_site(last.vocabulary, sites),
             plan=[
                 {"phase": phase, "rounds": training.rounds}
                 for phase, training in self.study.phases.items()
@@ -211,6 +213,9 @@ class _Run:
                 )
 
         outcome, new = self._finite(outcome, next_model, request.group)
+        new = new.with_contributors(
+            {s.name: s.n_patients for s in sites if outcome.sites[s.name].contributed}
+        )
         shutil.rmtree(self.spool, ignore_errors=True)
         failpoints.reach("server.combined")
         receipt = receipts.make(

@@ -269,6 +269,30 @@ class Served:
         for name in self.consortium.sites:
             audit_log.verify(self.consortium.site_state(name) / "audit.jsonl")
 
+    def replays(self) -> dict[str, int]:
+        """Return how many replies each site sent again, from its log.
+
+        Raises
+        ------
+        AssertionError
+            If one trained a round again after its reply was stored.
+        """
+        found = {}
+        for name in self.consortium.sites:
+            lines = audit_log.read(self.consortium.site_state(name) / "audit.jsonl")
+            stored: set[tuple[str, str, int]] = set()
+            found[name] = 0
+            for line in lines:
+                if line.get("type") != "train" or line["event"] == "refused":
+                    continue
+                about = (line["run"], line["phase"], line["round"])
+                if line["event"] == "asked":
+                    assert about not in stored, (name, about)
+                if line["event"] == "replayed":
+                    stored.add(about)
+                    found[name] += 1
+        return found
+
     # ---- processes ----
 
     def kill(self, *names: str) -> None:

@@ -6,10 +6,11 @@ Collected last: its name sorts after those of the files that disturb.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from fedgex.common.trust import audit_log
+from fedgex.common.system import failpoints
 from fedgex.simulations import rehearsal
 
 pytestmark = pytest.mark.deployment
@@ -27,19 +28,12 @@ def test_the_disturbed_run_ends_in_the_simulators_model(served):
     assert set(counted.values()) == {1}
 
 
-def test_no_site_trained_a_round_twice_after_a_reply_was_stored(served):
-    """Whatever was answered once is replayed; only what left no reply is computed."""
-    replayed = 0
-    for name in served.consortium.sites:
-        lines = audit_log.read(served.consortium.site_state(name) / "audit.jsonl")
-        stored: set[tuple[str, str, int]] = set()
-        for line in lines:
-            if line.get("type") != "train" or line["event"] == "refused":
-                continue
-            about = (line["run"], line["phase"], line["round"])
-            if line["event"] == "asked":
-                assert about not in stored
-            if line["event"] == "replayed":
-                stored.add(about)
-                replayed += 1
-    assert replayed
+def test_a_site_that_is_asked_again_replays_what_it_stored(served, tmp_path: Path):
+    """That none trained a round twice is looked at when the session ends."""
+    point = f"server.combined:1:{tmp_path}"  # every site's reply is stored by then
+    served.restart({"server": {failpoints.VARIABLE: point}})
+    with served.apart("asked-again"):
+        served.until_round(2)
+        assert (tmp_path / "killed").exists(), "the point was not reached"
+        served.compare("asked-again")
+    assert all(served.replays().values())

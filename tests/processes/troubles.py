@@ -238,9 +238,8 @@ class Road:
     """
 
     namespace: str
-    here: str = "198.18.0.1"
-    """This machine's address on it; both are set apart for tests of networks."""
-    beyond: str = "198.18.0.2"
+    number: int = 0
+    """Of several roads on this machine; each has addresses of its own."""
     up: int = -1
     """The namespace's device; what is read of it goes to the server."""
     down: int = -1
@@ -255,6 +254,16 @@ class Road:
     _thread: threading.Thread | None = None
 
     @property
+    def here(self) -> str:
+        """This machine's address on it; both are set apart for tests of networks."""
+        return f"198.18.{self.number}.1"
+
+    @property
+    def beyond(self) -> str:
+        """The address at the other end."""
+        return f"198.18.{self.number}.2"
+
+    @property
     def prefix(self) -> list[str]:
         """Words before a command that is to run at the other end."""
         return ["nsenter", f"--net=/run/netns/{self.namespace}"]
@@ -267,7 +276,7 @@ class Road:
         OSError
             If this machine does not permit it; the error says what.
         """
-        if taken := _ip("route", "show", "to", "root", "198.18.0.0/15"):
+        if taken := _ip("route", "show", "to", "root", f"198.18.{self.number}.0/24"):
             raise OSError(f"its addresses are in use: {taken}")
         _ip("netns", "add", self.namespace)
         near, far = f"{self.namespace}-s", f"{self.namespace}-h"

@@ -419,9 +419,9 @@ def test_a_key_that_is_replaced_for_one_site_is_found(coordinator: Coordinator) 
         name: coordinator.share(name, lie if name == "east" else None)
         for name in NAMES[:3]
     }
-    with pytest.raises(ExchangeError, match="told other keys than this one"):
+    with pytest.raises(ExchangeError, match="given other keys than this one"):
         coordinator.train("north", NAMES[:3])
-    with pytest.raises(ExchangeError, match="told other keys than this one"):
+    with pytest.raises(ExchangeError, match="given other keys than this one"):
         coordinator.train("east", NAMES[:3])
 
 

@@ -333,4 +333,5 @@ def test_the_card_says_use_origin_and_hashes():
         "round": 4,
         "scale": "log2p1",
         "trained_on": {"sites": ["h1", "h2"], "patients": 40},
+        "unknown_genes": [],
     }

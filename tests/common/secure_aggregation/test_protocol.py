@@ -413,7 +413,7 @@ def test_sites_that_were_told_other_keys_share_nothing() -> None:
     lied_to = Group(CONTEXT, keys | {"site-2": forged})
     sent = sites.dealt["site-0"]["site-1"]
     box = protocol.seal(lied_to, sites.own["site-0"], "site-0", "site-1", sent)
-    with pytest.raises(TrustError, match="told other keys"):
+    with pytest.raises(TrustError, match="given other keys"):
         protocol.unseal(sites.group, sites.own["site-1"], "site-0", "site-1", box)
 
 

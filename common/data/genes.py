@@ -6,7 +6,7 @@ N samples, L labels in the file, G genes kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -31,21 +31,6 @@ PACKAGED = "hgnc.tsv.xz"
 
 KNOWN_SHARE = 0.5
 """Labels of a gene axis of which a smaller share is known are no names of genes."""
-
-KINDS = {
-    "Ensembl transcripts": r"ENST\d{11}(\.\d+)?",
-    "Ensembl ids of another species": r"ENS[A-Z]{3,4}[GT]\d{11}(\.\d+)?",
-    "RefSeq transcripts": r"[NX][MR]_\d+(\.\d+)?",
-    "Illumina probes": r"ILMN_\d+",
-    "Affymetrix probes": r"\d+(_[a-z])?_at",
-    "methylation probes": r"c[gh]\d{8}",
-    "microRNAs": r"hsa-(mir|miR|let)-\S+",
-    "SYMBOL|ENTREZ": r"\S+\|\d+",
-    "UniProt names": r"[A-Z0-9]+_HUMAN",
-    "Entrez ids": r"\d+",
-    "mouse symbols": r"[A-Z][a-z]+[a-z0-9]*",
-}
-"""Kinds of labels that are no human genes' names, by pattern; the first that fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,15 +247,6 @@ def count_genes(labels: Iterable[str], table: GeneTable | None) -> int:
     """Return how many labels surely name genes, by the given or the packaged table."""
     tables = [GeneTable.packaged(), *([] if table is None else [table])]
     return sum(any(each.knows(label) for each in tables) for label in labels)
-
-
-def kind_of(labels: Collection[str]) -> str:
-    """Return what most labels are, by their pattern: one of `KINDS`, or labels."""
-    for kind, pattern in KINDS.items():
-        fits = re.compile(pattern).fullmatch
-        if 2 * sum(bool(fits(label)) for label in labels) > len(labels):
-            return kind
-    return "labels of no known kind"
 
 
 def _owners(

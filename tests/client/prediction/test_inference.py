@@ -388,7 +388,9 @@ def test_numbers_on_the_scale_that_is_named_are_no_warning() -> None:
 def test_few_genes_or_a_scale_that_is_no_logarithm_tell_nothing() -> None:
     few, frame = wide(90)
     linear, many = wide()
-    linear = replace(linear, study=linear.study.model_copy(update={"scale": "linear"}))
+    linear = replace(
+        linear, study=linear.study.model_copy(update={"scale": Scale.LINEAR})
+    )
 
     assert review(few, frame * np.log10(2)) == ()
     assert review(linear, many * np.log10(2)) == ()

@@ -312,6 +312,13 @@ class _Run:
 
         return outcome, aggregate
 
+    def _unlike_from(self, new: Checkpoint) -> float | None:
+        """Return the run's threshold of unlikeness; the factor model is fixed."""
+        if self.holdout is None or "unlike_from" in new.metrics:
+            known: float | None = new.metrics.get("unlike_from")
+            return known
+        return evaluation.unlike_from(self.study, dict(new.parameters), self.holdout)
+
     def _commit(
         self,
         new: Checkpoint,
@@ -333,6 +340,7 @@ class _Run:
             "judged_loss": _mean(outcome.sites, "pre_training_loss"),
             "sites": {name: each.to_json() for name, each in outcome.sites.items()},
             "holdout": holdout,
+            "unlike_from": self._unlike_from(new),
             "epsilon": central_noise.spent(self.study, new.phase, new.round),
             "bytes_up": outcome.bytes_up,
             "bytes_down": outcome.bytes_down,

@@ -319,6 +319,13 @@ class _Run:
 
         return outcome, aggregate
 
+    def _unlike_from(self, new: Checkpoint) -> float | None:
+        """Return the run's threshold of unlikeness; the factor model is fixed."""
+        if self.holdout is None or "unlike_from" in new.metrics:
+            known: float | None = new.metrics.get("unlike_from")
+            return known
+        return evaluation.unlike_from(self.study, dict(new.parameters), self.holdout)
+
     def _commit(
         self,
         new: Checkpoint,
@@ -329,11 +336,13 @@ class _Run:
         """Evaluate the new model, and store it with its receipt."""
         holdout: dict[str, Any] = {}
         unjudged: dict[str, str] = {}
+        unlike_from: float | None = None
         if self.holdout is not None:
             try:
                 holdout = evaluation.evaluate_round(
                     self.study, new.phase, dict(new.parameters), self.holdout
                 )
+                unlike_from = self._unlike_from(new)
             except Exception as error:  # what hospitals trained is not lost for it
                 logger.exception("%s %d is not judged", new.phase, new.round)
                 unjudged["holdout_reason"] = f"{type(error).__name__}: {error}"
@@ -346,6 +355,7 @@ class _Run:
             "sites": {name: each.to_json() for name, each in outcome.sites.items()},
             "holdout": holdout,
             **unjudged,
+            "unlike_from": unlike_from,
             "epsilon": central_noise.spent(self.study, new.phase, new.round),
             "bytes_up": outcome.bytes_up,
             "bytes_down": outcome.bytes_down,

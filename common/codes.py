@@ -36,12 +36,17 @@ class Code(StrEnum):
     # fmt: off
     # files
     FILE_MISSING = "FX-DATA-001", "error", "A file that `site.toml` names is not there", "Correct the path; relative paths start at the folder of `site.toml`"
-    FILE_UNREADABLE = "FX-DATA-002", "error", "A file is damaged, not UTF-8, or of another format", 'Export as CSV or TSV (also `.gz`) in UTF-8, Parquet or, for expression, `.h5ad`; "Unicode text" of spreadsheets is UTF-16'
+    FILE_UNREADABLE = "FX-DATA-002", "error", "A file is damaged, not UTF-8, or of another format", 'Export as CSV or TSV (also `.gz`) in UTF-8, Parquet, Feather, `.xlsx` or, for expression, `.h5ad`; the message names a format that was recognised'
     FILE_EMPTY = "FX-DATA-003", "error", "A file holds no row, no value column, or nothing", "Export it again"
-    WRONG_DELIMITER = "FX-DATA-004", "error", "The header is divided by another delimiter than the ending says", "Commas in `.csv`, tabs in `.tsv`; spreadsheets in some countries write semicolons"
+    WRONG_DELIMITER = "FX-DATA-004", "error", "The header is divided by spaces, or no delimiter divides header and rows alike", "Commas in `.csv`, tabs in `.tsv`"
     RAGGED_ROWS = "FX-DATA-005", "error", "Rows have more or fewer cells than the header", "Name the column of labels (in R: `col.names = NA`); quote cells that hold the delimiter"
     DECIMAL_COMMA = "FX-DATA-006", "error", "Numbers have a decimal comma", "Export with decimal points"
     GENE_TABLE_UNUSABLE = "FX-DATA-007", "error", "The gene table cannot be read", "Download HGNC's complete set again, or remove `data.hgnc_table`"
+    FORMAT_RECOGNISED = "FX-DATA-009", "note", "What was recognised in a file beyond the plain format of its ending: a GEO series matrix, semicolons, decimal commas, another encoding, a packing", "Nothing, unless it is wrong"
+    HEADER_IS_VALUES = "FX-DATA-013", "error", "The first line is no header: a gene and numbers, as HTSeq and STAR write", "Put the samples together under a header that names them"
+    PROBES_MAPPED = "FX-DATA-014", "note", "Probes became genes by `data.platform_table`; of several probes of a gene the one with the greatest mean is used", "Nothing"
+    PLATFORM_UNUSABLE = "FX-DATA-016", "error", "The platform table lacks a column of probes or of symbols, or lists few of the file's probes", "Name GEO's table of the series' own platform (GPL...)"
+    LAYER_MISSING = "FX-DATA-086", "error", "The AnnData file lacks the layer that `data.layer` names", "Name one of those that the message lists"
     THOUSANDS_SEPARATORS = "FX-DATA-008", "error", "Numbers have thousands separators", "Export without them (1234, not 1,234)"
 
     # orientation
@@ -61,7 +66,7 @@ class Code(StrEnum):
     SEVERAL_SAMPLES = "FX-DATA-028", "warning", "Patients have several samples, of which one is used: a tumour's before normal tissue, then the one with most genes, then the first", "Leave in the file the sample that should be used"
     NORMAL_TISSUE = "FX-DATA-082", "warning", "Labels are barcodes of normal tissue (TCGA sample types 10 to 19)", "Remove these samples unless the study is about normal tissue"
     ONE_PERSON = "FX-DATA-083", "warning", "Labels are of one person: barcodes with the same patient, or names that pandas numbered (`P001.1`)", "Add a clinical table that names the patient of each sample"
-    ANNOTATION = "FX-DATA-084", "note", "Columns among the samples, or among the genes, are annotation (Entrez id, length, patient) and are left out", "Nothing"
+    ANNOTATION = "FX-DATA-084", "note", "Labels among the samples, or among the genes, are annotation (Entrez id, length, patient) or sums of reads (`N_unmapped`, `__no_feature`), and are left out", "Nothing"
     RESULT_OF_ONE_SAMPLE = "FX-DATA-085", "error", "All columns are those of one sample's quantification, or of a test's result", "Put the samples together: one column each, TPM or the like"
     PATIENT_CONTRADICTORY = "FX-DATA-029", "warning", "Rows of one patient differ in time, event or sex", "Correct the rows"
 
@@ -78,6 +83,7 @@ class Code(StrEnum):
     # genes
     NO_GENES = "FX-DATA-040", "error", "No gene is left", "Use HGNC symbols or Ensembl gene ids"
     GENES_UNMAPPED = "FX-DATA-041", "warning", "Labels name no known gene and are left out", "Name a (newer) `data.hgnc_table`; mend names that a spreadsheet made into dates"
+    GENES_AS_DATES = "FX-DATA-015", "warning", "Labels of genes are dates: a spreadsheet changed SEPT2 or MARCH1; they are left out, and the likely genes named", "Write the symbols again; the current ones, SEPTIN2 and MARCHF1, survive spreadsheets"
     GENES_AMBIGUOUS = "FX-DATA-042", "warning", "Names that several genes had are left out", "Use current symbols or Ensembl ids for them"
     GENES_UPDATED = "FX-DATA-043", "note", "Retired symbols and aliases were renamed", "Nothing"
     GENES_REPEATED = "FX-DATA-044", "warning", "A gene has several columns, of which one is kept: the one under the current symbol, or one of equal ones", "Nothing, unless another column is the right one"
@@ -153,6 +159,8 @@ class Code(StrEnum):
     GENE_COLUMNS_DIFFER = "FX-PREDICT-004", "error", "Columns repeat a label and differ", "Keep the right one, or label them apart"
     GENES_NOT_LEARNT = "FX-PREDICT-006", "warning", "Genes of which no hospital had a value when the model was trained; they are not restored, and measured values of them are not used", "Nothing"
     FOREIGN_SCALE = "FX-PREDICT-005", "warning", "With 100 genes or more, their means are less than .83 or more than 1.20 times those that the model was trained on", "Check the scale that is named; natural logarithms called `log2p1` give .69"
+    UNLIKE_TRAINING = "FX-PREDICT-008", "warning", "Samples further from the patients of the training than 99 % of the hold-out: another tissue, cancer, platform or scale, or no sample", "Use no prediction for them; [what unlike means](predict.md#samples-unlike-the-training)"
+    LIKENESS_UNKNOWN = "FX-PREDICT-009", "warning", "The model has no threshold of unlikeness: made by an earlier fedgex, without hold-out, or without factor model", "Make sure by yourself that the samples are of the model's cancers"
     CANCER_TYPES_MISSING = "FX-PREDICT-010", "error", "No sample has a cancer type of the study", "Add `cancer_type` in the study's spelling, or give `--cancer-type`"
     SOME_CANCER_TYPES_MISSING = "FX-PREDICT-011", "warning", "Some samples have none; no risk is predicted for them", "The same"
     COVARIATES_MISSING = "FX-PREDICT-012", "warning", "The study uses age and sex, and samples lack one; taken as 60 years and female", "Add the columns"

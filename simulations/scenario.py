@@ -15,7 +15,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from fedgex.common import parsing
-from fedgex.common.data.scales import Scale
+from fedgex.common.data.scales import DeclaredScale
 from fedgex.common.errors import ConfigError
 from fedgex.common.settings import Settings
 from fedgex.common.study import Study
@@ -47,7 +47,7 @@ class Data(Settings):
 
     expression: str = Field(min_length=1)
     """File, or glob of several: samples in rows, genes in columns."""
-    scale: Scale
+    scale: DeclaredScale
     """Scale of the expression values."""
     patient_from_sample: int | None = Field(default=None, ge=1)
     """A sample's patient is this many leading characters of the sample's identifier;

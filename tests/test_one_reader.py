@@ -43,7 +43,12 @@ PLACES: dict[str, set[str]] = {
         "server/consortium/members.py",
         "server/service/flower.py",  # what members took
     },
-    "zipfile.ZipFile": {"common/trust/archive.py"},
+    "zipfile.ZipFile": {
+        "common/trust/archive.py",
+        "common/ingestion/content.py",  # a hospital's own file
+    },
+    "openpyxl.load_workbook": {"common/ingestion/content.py"},
+    "h5py.File": {"common/ingestion/annotated.py"},
     "safe_open": {
         "client/ledger/released_sums.py",  # what this hospital wrote
         "server/federation/strategy.py",
@@ -64,9 +69,9 @@ PLACES: dict[str, set[str]] = {
     "pd.read_parquet": set(),
     "pq.ParquetFile": {"common/data/cohort.py"},
     "pa.parquet.ParquetFile": {"common/ingestion/tables.py"},
-    "pa.csv.read_csv": {"common/ingestion/tables.py"},
-    "anndata.read_h5ad": {"common/ingestion/readers.py"},
-    "gzip.open": {"common/ingestion/tables.py"},
+    "pa.feather.read_table": {"common/ingestion/tables.py"},
+    "pa.csv.read_csv": {"common/ingestion/text.py"},
+    "anndata.read_h5ad": set(),
     "RecordDictProto.FromString": {"common/transport/flower.py"},
 }
 """Calls that parse, and the only modules that make them; all catch `Exception`, or

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgex.client.cli.options import Authority, Model, load, refusing
-from fedgex.common.data.scales import Scale
+from fedgex.common.data.scales import Scale, scale_of
 from fedgex.common.errors import ConfigError, DataError, FedgexError, Finding
 
 if TYPE_CHECKING:
@@ -55,6 +55,13 @@ def _has_format(path: Path) -> Path:
     return path
 
 
+def _scale(text: str) -> Scale:
+    try:
+        return scale_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     """The options that all commands share."""
@@ -77,7 +84,10 @@ class _Options:
     scale: Annotated[
         Scale | None,
         typer.Option(
-            help="Scale of the input; default: that of --site, or the study's."
+            parser=_scale,
+            metavar="NAME|FORMULA",
+            help="Scale of the input, such as log2p1, linear or log2(x+0.001); "
+            "default: that of --site, or the study's.",
         ),
     ] = None
     orientation: Annotated[
@@ -344,7 +354,7 @@ def _prepared(
     cancer_type
         Of all samples; None: that in the clinical table.
     """
-    from fedgex.client.prediction import files, review
+    from fedgex.client.prediction import files, inference, review
     from fedgex.common.models import checkpoint as checkpoints
     from fedgex.common.study import SURVIVAL
 
@@ -377,6 +387,8 @@ def _prepared(
         if cancer_type is not None:
             clinical = clinical.assign(cancer_type=cancer_type)
         found = review.review(model, samples.expression)
+        if not any(finding.severity == "error" for finding in found):
+            found += inference.review_likeness(model, samples.expression)
         if phase == SURVIVAL:
             found += review.review_clinical(model.study, clinical)
         if any(finding.severity == "error" for finding in found):

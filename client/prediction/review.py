@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedgex.common.codes import Code
 from fedgex.common.data.moments import foreign_scale
-from fedgex.common.data.scales import LOGARITHMIC, Scale, convert
+from fedgex.common.data.scales import Scale, convert
 from fedgex.common.errors import CheckpointError, ConfigError, Finding
 from fedgex.common.ingestion.findings import Findings
 from fedgex.common.models.checkpoint import Checkpoint
@@ -172,7 +172,7 @@ def _foreign_scale(
 ) -> float | None:
     """Apply `moments.foreign_scale` to a frame of genes of the vocabulary."""
     canonical = checkpoint.study.scale
-    if canonical not in LOGARITHMIC:
+    if canonical.logarithm is None:
         return None
     values = convert(frame.to_numpy(), scale or canonical, canonical)
     places = [checkpoint.vocabulary.index[name] for name in frame.columns]

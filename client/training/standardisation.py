@@ -14,7 +14,6 @@ import numpy as np
 from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.data.moments import GeneMoments, foreign_scale
-from fedgex.common.data.scales import LOGARITHMIC
 from fedgex.common.errors import DataError, FedgexError
 from fedgex.common.messages.requests import CrossProductsRequest
 from fedgex.common.system.files import exclusive_lock, explained, write_atomic
@@ -51,7 +50,7 @@ def accept(
         If it is not the first of the run.
     """
     scale = request.standardisation
-    if request.study.scale in LOGARITHMIC:
+    if request.study.scale.logarithm is not None:
         mean = np.where(own.count > 0, own.mean, np.nan)
         _refuse_foreign(foreign_scale(mean, scale.mean), settings)
     if request.run is None:

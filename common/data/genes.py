@@ -32,21 +32,6 @@ PACKAGED = "hgnc.tsv.xz"
 KNOWN_SHARE = 0.5
 """Labels of a gene axis of which a smaller share is known are no names of genes."""
 
-KINDS = {
-    "Ensembl transcripts": r"ENST\d{11}(\.\d+)?",
-    "Ensembl ids of another species": r"ENS[A-Z]{3,4}[GT]\d{11}(\.\d+)?",
-    "RefSeq transcripts": r"[NX][MR]_\d+(\.\d+)?",
-    "Illumina probes": r"ILMN_\d+",
-    "Affymetrix probes": r"\d+(_[a-z])?_at",
-    "methylation probes": r"c[gh]\d{8}",
-    "microRNAs": r"hsa-(mir|miR|let)-\S+",
-    "SYMBOL|ENTREZ": r"\S+\|\d+",
-    "UniProt names": r"[A-Z0-9]+_HUMAN",
-    "Entrez ids": r"\d+",
-    "mouse symbols": r"[A-Z][a-z]+[a-z0-9]*",
-}
-"""Kinds of labels that are no human genes' names, by pattern; the first that fits."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class GeneTable:
@@ -168,6 +153,49 @@ class GeneColumns:
     """Genes that had several columns, none of which could be preferred: left out."""
 
 
+def retired_symbols(genes: Iterable[str]) -> dict[str, str]:
+    """Return the current symbol of each gene that has a retired one.
+
+    By the packaged table; a symbol that several genes once had stays.
+    """
+    table = GeneTable.packaged()
+    owners = {
+        gene: table.by_previous[gene]
+        for gene in genes
+        if gene not in table.symbols and gene in table.by_previous
+    }
+    return {gene: next(iter(own)) for gene, own in owners.items() if len(own) == 1}
+
+
+def spelt_as(genes: Sequence[str], wanted: Collection[str]) -> tuple[str, ...]:
+    """Return genes of a file, those of a study as the study spells them.
+
+    A study may hold symbols that were retired since, and a file those that a newer
+    study no longer does. A gene that is in the file under the study's name stays.
+
+    Parameters
+    ----------
+    genes
+        Symbols of the file's columns, each once.
+    wanted
+        Symbols of the study; none: all genes stay as they are.
+    """
+    missing, others = sorted({*wanted} - {*genes}), {*genes} - {*wanted}
+    if not missing:
+        return tuple(genes)
+    current = retired_symbols([*missing, *others])
+    by_current = {
+        current.get(gene, gene): gene
+        for gene in sorted(others, key=lambda gene: (gene not in current, gene))
+    }  # of several columns the one that bears the current symbol
+    spelt = {
+        by_current[symbol]: gene
+        for gene in missing
+        if (symbol := current.get(gene, gene)) in by_current
+    }
+    return tuple(spelt.get(gene, gene) for gene in genes)
+
+
 def one_column_each(
     labels: Sequence[str],
     symbols: Sequence[str | None],
@@ -219,15 +247,6 @@ def count_genes(labels: Iterable[str], table: GeneTable | None) -> int:
     """Return how many labels surely name genes, by the given or the packaged table."""
     tables = [GeneTable.packaged(), *([] if table is None else [table])]
     return sum(any(each.knows(label) for each in tables) for label in labels)
-
-
-def kind_of(labels: Collection[str]) -> str:
-    """Return what most labels are, by their pattern: one of `KINDS`, or labels."""
-    for kind, pattern in KINDS.items():
-        fits = re.compile(pattern).fullmatch
-        if 2 * sum(bool(fits(label)) for label in labels) > len(labels):
-            return kind
-    return "labels of no known kind"
 
 
 def _owners(

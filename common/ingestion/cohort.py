@@ -144,6 +144,7 @@ def check(
     DataError
         If anything stands in the way; carries all findings, also the milder ones.
     """
+    findings.found.extend(raw.notes)
     clinical = _name_columns(raw, data, findings)
     if clinical is not None:
         clinicals.check_ids(clinical, findings)

@@ -18,31 +18,21 @@ from fedgex.common.data import genes as gene_names
 from fedgex.common.data.genes import GeneTable
 from fedgex.common.data.patients import ambiguous, patient_key
 from fedgex.common.ingestion.findings import Findings
+from fedgex.common.ingestion.labels import (
+    ANNOTATION,
+    KINDS,
+    MEASURES,
+    SUMMARIES,
+    SURE,
+    damaged,
+    kind_of,
+)
 from fedgex.common.ingestion.readers import RawExpression
 from fedgex.common.ingestion.settings import DataSettings
 from fedgex.common.ingestion.tables import to_numbers
 
-# fmt: off
-ANNOTATION = frozenset((
-    "basemean", "biotype", "chr", "chrom", "chromosome", "cytoband", "description",
-    "effective_length", "end", "ensembl_gene_id", "ensembl_id", "entrez", "entrezid",
-    "entrez_gene_id", "gene", "gene_biotype", "gene_id", "gene_name", "gene_symbol",
-    "gene_type", "geneid", "hgnc_id", "hugo_symbol", "length", "lfcse",
-    "log2foldchange", "name", "padj", "pvalue", "start", "stat", "strand", "symbol",
-    "target_id", "transcript_id", "transcript_id(s)",
-))
-"""Columns that annotate genes or test them, in any case."""
-
-MEASURES = frozenset((
-    "count", "counts", "eff_length", "est_counts", "expected_count", "fpkm",
-    "fpkm_unstranded", "fpkm_uq_unstranded", "isopct", "numreads",
-    "posterior_mean_count", "rpkm", "stranded_first", "stranded_second", "tpm",
-    "tpm_unstranded", "unstranded",
-))
-"""Columns of one sample's quantification (RSEM, kallisto, Salmon, GDC), in any case."""
-# fmt: on
-
 _BARCODE = re.compile(r"(TCGA-\w{2}-\w{4})(?:-(\d{2})[A-Z]?(?:-.*)?)?", re.IGNORECASE)
+_BY_GENES = "by the names of genes"
 _NUMBERED = re.compile(r"(.+)\.\d+")
 
 
@@ -144,6 +134,13 @@ def orient(
         Keys of the identifiers in the clinical table.
     """
     evidence = _evidence(table.rows, table.columns, ids, gene_table)
+    if data.unknown_genes == "refuse" and (
+        evidence is None or evidence[1] == _BY_GENES
+    ):
+        for labels in (table.rows, table.columns):
+            if kind_of(labels) in SURE:
+                _refuse_labels(labels, 0, table.file, findings)
+                return None
     if table.rows_are_samples:
         by_rows, reason = True, "by the AnnData convention"
     elif data.orientation != "auto":
@@ -173,7 +170,7 @@ def orient(
 
 
 def drop_annotation(sheet: Sheet, data: DataSettings, findings: Findings) -> Sheet:
-    """Leave out columns that annotate genes, or patients, in place of measuring.
+    """Leave out labels that annotate genes or patients, or sum up reads of no gene.
 
     Raises
     ------
@@ -189,7 +186,10 @@ def drop_annotation(sheet: Sheet, data: DataSettings, findings: Findings) -> She
     other = np.array([n in ANNOTATION for n in names], dtype=bool)
     given = data.columns.model_dump()
     clinical = {*given, *filter(None, given.values())}
-    among = np.array([label in clinical for label in sheet.labels], dtype=bool)
+    among = np.array(
+        [label in clinical or label.lower() in SUMMARIES for label in sheet.labels],
+        dtype=bool,
+    )
     for axis, mask, labels in (
         ("samples", other, sheet.samples),
         ("genes", among, sheet.labels),
@@ -277,9 +277,26 @@ def check_labels(
     known, total = gene_names.count_genes(sheet.labels, table), len(sheet.labels)
     if data.unknown_genes == "keep" or known >= gene_names.KNOWN_SHARE * total:
         return True
-    kind, where = gene_names.kind_of(sheet.labels), sheet.file
-    findings.add(Code.LABELS_NOT_GENES, where, known=known, total=total, kind=kind)
+    _refuse_labels(sheet.labels, known, sheet.file, findings)
     return False
+
+
+def _refuse_labels(
+    labels: Sequence[str], known: int, file: str, findings: Findings
+) -> None:
+    """Report labels that name no genes: what they are, and what to do."""
+    kind = kind_of(labels)
+    action = None if kind is None else KINDS[kind][1]
+    if kind is not None and kind not in SURE:
+        action = f"Correct {{orientation}} if the labels are patients; else: {action}"
+    findings.add(
+        Code.LABELS_NOT_GENES,
+        file,
+        known=known,
+        total=len(labels),
+        kind=kind or "labels of no known kind",
+        action=action,
+    )
 
 
 def known_genes(
@@ -298,10 +315,15 @@ def one_column_per_gene(
     """Rename labels to current symbols and keep one column of each."""
     names = gene_names.current_symbols(sheet.labels, table)
     chosen = gene_names.one_column_each(sheet.labels, names.symbols, sheet.values)
+    dates = {label: gene for label in names.unmapped if (gene := damaged(label))}
+    if dates:
+        likely = ", ".join(sorted(set(dates.values()))) if sheet.may_name else "genes"
+        findings.add(Code.GENES_AS_DATES, sheet.file, count=len(dates), likely=likely)
+    unmapped = tuple(label for label in names.unmapped if label not in dates)
     known = "Nothing if they do not matter; a newer {hgnc_table} may know them."
     actions = {Code.GENES_UNMAPPED: known} if table is not None else {}
     for code, genes in (
-        (Code.GENES_UNMAPPED, names.unmapped),
+        (Code.GENES_UNMAPPED, unmapped),
         (Code.GENES_AMBIGUOUS, names.ambiguous),
         (Code.GENES_UPDATED, names.updated),
         (Code.GENES_REPEATED, chosen.repeated),
@@ -360,5 +382,5 @@ def _evidence(
         return in_rows > in_columns, "by the identifiers in the clinical table"
     in_rows, in_columns = (gene_names.count_genes(x, table) for x in (rows, columns))
     if in_rows != in_columns:
-        return in_columns > in_rows, "by the names of genes"
+        return in_columns > in_rows, _BY_GENES
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fedgex.common.codes import Code
@@ -34,12 +35,17 @@ class Advice:
 # fmt: off
 TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.FILE_MISSING: ("no such file", "a file", "{missing_file}"),
-    Code.FILE_UNREADABLE: ("damaged text, or text that is not UTF-8", "UTF-8 text as .csv, .tsv, .csv.gz or .tsv.gz; .parquet; or, for expression, .h5ad", "Export the file again in one of these formats."),
+    Code.FILE_UNREADABLE: ("damaged text, or text that is not UTF-8", "text as .csv or .tsv in UTF-8, packed or not; .parquet, .feather or .xlsx; or, for expression, .h5ad", "Export the file again in one of these formats."),
     Code.FILE_EMPTY: ("nothing to read", "a header and one or more rows", "Export the file again."),
     Code.WRONG_DELIMITER: ("a header divided by {name}", "{delimiter} in a file of this ending", "Export with that delimiter and decimal points, or use the ending .tsv for tabs and .csv for commas."),
     Code.RAGGED_ROWS: ("rows with more or fewer cells than the header", "{n_columns} cells in every row, as in the header", "Give the column of labels a name (in R: col.names = NA), and quote cells that hold the delimiter."),
     Code.DECIMAL_COMMA: ("numbers with a decimal comma", "decimal points", "Export with decimal points (1.5, not 1,5)."),
     Code.THOUSANDS_SEPARATORS: ("numbers with thousands separators", "digits and a decimal point", "Export without separators (1234, not 1,234)."),
+    Code.FORMAT_RECOGNISED: ("recognised: {kinds}", "any format that is read", "Nothing, unless this is wrong."),
+    Code.HEADER_IS_VALUES: ("a first line that is a gene and numbers, no header", "a header with a label for each sample", "Put the samples together, one column each, under a header that does not begin with #."),
+    Code.PROBES_MAPPED: ("{probes} probes, of {genes} genes by the platform's table; {several} genes have several, of which the one with the greatest mean is used", "probes of one gene each", "Nothing; probes of no gene, or of several, are left out."),
+    Code.PLATFORM_UNUSABLE: ("no column of probes (ID), or none of symbols", "GEO's table of a platform, with columns such as ID and Gene Symbol", "Download the platform's annotation (GPL..., .annot.gz or full table), and name it as data.platform_table."),
+    Code.LAYER_MISSING: ('no layer "{layer}"', "one of the layers in the file: {layers}", "Correct data.layer."),
     Code.GENE_TABLE_UNUSABLE: ("not a readable gene table", "HGNC's complete set, tab-separated, with its header", "Download it again, or remove {hgnc_table}."),
 
     Code.ORIENTATION_RECOGNISED: ("{axis} are samples and {other} are genes, {reason}", "either orientation", "Set {orientation} if this is wrong."),
@@ -57,7 +63,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.SEVERAL_SAMPLES: ("{n:patient} with several samples; of each one is used, and {unused:sample} not: a tumour before normal tissue, then most genes, then the first", "one sample a patient, or the right one first", "Leave in the file the sample that should be used."),
     Code.NORMAL_TISSUE: ("{n:sample} whose barcode says normal tissue (sample type 10 to 19)", "tumours", "Remove these samples, unless the study is about normal tissue."),
     Code.ONE_PERSON: ("{n:label} of a person who has another one ({how})", "one label a person, or a clinical table that names the patient of each sample", "Add a clinical table with columns patient and sample; else each counts as one patient."),
-    Code.ANNOTATION: ("columns that are no {axis}, left out: {names}", "{axis} only", "Nothing."),
+    Code.ANNOTATION: ("labels that are no {axis}, left out: {names}", "{axis} only", "Nothing."),
     Code.RESULT_OF_ONE_SAMPLE: ("only columns of one sample's quantification, or of a test's result: {names}", "one column, or one row, a sample", "Put the samples of all patients into one file, with one measure each (TPM or the like)."),
     Code.PATIENT_CONTRADICTORY: ("{n:patient} whose rows differ in {columns}", "the same follow-up and sex in all rows of a patient", "Correct the rows."),
     Code.ID_AMBIGUOUS: ("{n:identifier} that are the same as another but for case, quotes, spaces, leading zeros, decimals or invisible characters", "one spelling for each patient and each sample", "If they are one, write them alike; if they are several, let their letters or digits differ."),
@@ -74,6 +80,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.NO_GENES: ("no gene is left", "HGNC symbols or Ensembl gene ids", "Check the labels of the genes."),
     Code.GENES_UNMAPPED: ("{genes} that have no known symbol, left out", "HGNC symbols or Ensembl gene ids", "Name a newer {hgnc_table}, or correct the names (spreadsheets turn SEPT2 into a date)."),
     Code.LABELS_NOT_GENES: ("{known} of {total} labels of genes that name a known human gene; the others look like {kind}", "HGNC symbols or Ensembl gene ids for half of them or more", "Correct the orientation if the labels are patients; else rename the genes. data.unknown_genes = \"keep\" takes other names, and lets them leave."),
+    Code.GENES_AS_DATES: ("{count} labels of genes that a spreadsheet made into dates, left out; likely genes: {likely}", "symbols", "Write the symbols again where the table is made, and import them as text."),
     Code.GENES_AMBIGUOUS: ("{genes} that several genes were called, left out", "names of one gene each", "Use current symbols or Ensembl gene ids for these."),
     Code.GENES_UPDATED: ("{genes} renamed to current symbols", "retired symbols are fine", "Nothing."),
     Code.GENES_REPEATED: ("{genes} with several columns, of which one is kept: the one under the current symbol, or one of equal ones", "one column a gene", "Nothing, unless another column is the right one."),
@@ -109,6 +116,8 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.GENES_NOT_LEARNT: ("{n_unknown} of the study's genes ({genes}), of which no hospital had a value", "genes that some hospital measures", "Nothing; they stay empty where they are not measured, and are not used where they are."),
     Code.GENE_COLUMNS_DIFFER: ("{count} columns repeat the label of another and differ from it", "one column a gene", "Keep the right one, or label them apart."),
     Code.FOREIGN_SCALE: ("the means of the genes are {ratio:.2f} times those that the model was trained on", "about 1, whatever the cancer, on the {study} scale", "Check the scale that is named; natural logarithms called log2p1 give 0.69. Do not use the predictions before."),
+    Code.UNLIKE_TRAINING: ("{count} of {total} samples unlike the patients that the model was trained on", "tumours of the model's cancers, measured like them", "Use no prediction for them; check tissue, platform and scale."),
+    Code.LIKENESS_UNKNOWN: ("unknown how like the training {total} samples are", "a model with a threshold of unlikeness, from its hold-out", "Make sure that they are tumours of the model's cancers: a prediction is made for any."),
     Code.CANCER_TYPES_MISSING: ("{count} of {total} samples without a cancer type of the study, for which no risk is predicted", "one of {types}", "Add a clinical column cancer_type, spelt like this, or name the type of all samples with --cancer-type."),
     Code.SOME_CANCER_TYPES_MISSING: ("{count} of {total} samples without a cancer type of the study, for which no risk is predicted", "one of {types}", "Add a clinical column cancer_type, spelt like this, or name the type of all samples with --cancer-type."),
     Code.COVARIATES_MISSING: ("{count} of {total} samples without age or sex, taken as 60 years and female", "both, because the study uses them", "Add clinical columns age (years) and sex."),
@@ -192,3 +201,10 @@ class Findings:
         A cause is hidden, because it may quote a row of a file.
         """
         raise DataError(self.found) from None
+
+
+def refuse(code: Code, path: Path, **fields: Any) -> NoReturn:
+    """Refuse a file by one finding; see `Findings.add`."""
+    findings = Findings()
+    findings.add(code, path.name, **fields)
+    findings.refuse()

@@ -69,6 +69,7 @@ def check_scale(sheet: Sheet, scale: Scale, findings: Findings) -> bool:
             findings.add(Code.SCALE_FAINT, sheet.file, n_genes=n, declared=scale)
         return False
     negative = scales.below_floor(finite, scale)
+    fitting = [*sorted(scales.recognise(finite)), *scales.formula_of(finite)]
     findings.add(
         Code.NEGATIVE_EXPRESSION if negative.any() else Code.SCALE_IMPOSSIBLE,
         sheet.file,
@@ -77,7 +78,7 @@ def check_scale(sheet: Sheet, scale: Scale, findings: Findings) -> bool:
         genes=sheet.genes_where(negative),
         declared=scale,
         reason=reason,
-        fitting=", ".join(sorted(scales.recognise(finite))) or "none that we know",
+        fitting=", ".join(fitting) or "none that we know",
     )
     return True
 

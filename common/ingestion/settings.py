@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedgex.common.data.scales import Scale
+from fedgex.common.data.scales import DeclaredScale
 from fedgex.common.settings import Settings
 
 
@@ -39,11 +39,15 @@ class DataSettings(Settings):
     """The hospital's files, and what the numbers in them mean."""
 
     expression: Path
-    """CSV or TSV (also .gz), Parquet, or AnnData (.h5ad)."""
+    """Text (CSV, TSV, GCT, GEO series matrix), Parquet, Feather, Excel, or AnnData."""
+    layer: str | None = None
+    """Layer of an .h5ad file in place of X, or `raw` for `raw.X`."""
+    platform_table: Path | None = None
+    """GEO's table of an array's platform, which has the symbols of its probes."""
     clinical: Path | None = None
     """CSV or TSV (also .gz) or Parquet. Without it, `obs` of an .h5ad is read."""
-    scale: Scale
-    """Scale of the expression values; never guessed."""
+    scale: DeclaredScale
+    """Scale of the expression values, by name or as log2(x+0.001); never guessed."""
     orientation: Literal["auto", "samples-by-genes", "genes-by-samples"] = "auto"
     """What the rows are; `auto` looks at the labels."""
     hgnc_table: Path | None = None

@@ -1,4 +1,4 @@
-"""Delimited text and Parquet as Arrow tables, and their cells as numbers.
+"""Text, Parquet, Feather and workbooks as Arrow tables, and their cells as numbers.
 
 Cells stay text until a column is known to hold numbers, so identifiers keep leading
 zeros. Errors never quote a row.
@@ -6,24 +6,21 @@ zeros. Errors never quote a row.
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
+import pyarrow.feather
 import pyarrow.parquet
 from numpy.typing import NDArray
 
 from fedgex.common.codes import Code
-from fedgex.common.ingestion.findings import Findings
+from fedgex.common.ingestion.content import Content, look
+from fedgex.common.ingestion.findings import refuse
+from fedgex.common.ingestion.text import DECIMAL_COMMA, THOUSANDS, read_text
 
 MISSING = (
     *("", "NA", "N/A", "na", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"),
@@ -33,42 +30,30 @@ MISSING = (
 )
 """Cells that count as missing: those of R, pandas, spreadsheets, GDC and TCGA."""
 
-_DECIMAL_COMMA = r"[-+]?\d+,\d+([eE][-+]?\d+)?"
-_THOUSANDS = r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?"
 
-COMPRESSED = (".gz", ".bz2", ".zst")
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
-"""First bytes of compressed files: what a file is called counts for nothing."""
-_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-"""Byte order marks, which spreadsheets write."""
+def read_table(path: Path, seen: list[str] | None = None) -> Any:
+    """Read text, Parquet, Feather or a workbook into an Arrow table.
 
-DELIMITER_OF = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".txt": "\t"}
-"""Delimiter of a text file by its ending."""
+    Cells of text stay strings; names of columns may repeat.
 
-LINES_BEFORE_HEADER = 1000
-"""Most lines of comments before the header."""
-
-_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-
-
-def read_table(path: Path) -> Any:
-    """Read a CSV, TSV or Parquet file into an Arrow table.
-
-    Cells of text files stay strings; names of columns may repeat.
+    Parameters
+    ----------
+    seen
+        Gets what was recognised beyond the plain format of the file's ending.
 
     Raises
     ------
     DataError
         If the file is damaged, empty, ragged or of another format.
     """
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        return _read_parquet(path)
-    for packed in COMPRESSED:
-        name = name.removesuffix(packed)
-    if (suffix := Path(name).suffix) in DELIMITER_OF:
-        return _read_text(path, DELIMITER_OF[suffix])
-    refuse(Code.FILE_UNREADABLE, path, found="a file of another format")
+    seen = [] if seen is None else seen
+    content = look(path)
+    seen.extend(content.recognised())
+    if content.kind in ("parquet", "feather"):
+        return _read_arrow(content)
+    if content.kind == "hdf5":
+        refuse(Code.FILE_UNREADABLE, path, found="an HDF5 file, no table")
+    return read_text(content, seen)
 
 
 def labels_first(table: Any) -> Any:
@@ -138,123 +123,24 @@ def parse(text: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_], Code | Non
     stray = cells.notna().to_numpy() & np.isnan(values)
     with_comma = cells[stray][cells[stray].str.contains(",", regex=False)]
     commas = None
-    if len(with_comma) and with_comma.str.fullmatch(_THOUSANDS).all():
+    if len(with_comma) and with_comma.str.fullmatch(THOUSANDS).all():
         commas = Code.THOUSANDS_SEPARATORS
-    elif with_comma.str.fullmatch(_DECIMAL_COMMA).any():
+    elif with_comma.str.fullmatch(DECIMAL_COMMA).any():
         commas = Code.DECIMAL_COMMA
     return values, stray, commas
 
 
-def refuse(code: Code, path: Path, **fields: Any) -> NoReturn:
-    """Refuse a file by one finding; see `Findings.add`."""
-    findings = Findings()
-    findings.add(code, path.name, **fields)
-    findings.refuse()
-
-
-@dataclass(frozen=True)
-class _Text:
-    """How a text file is packed and where its header is."""
-
-    compression: str | None
-    encoding: str
-    header: list[str]
-    before: int
-    """Lines before the header: blank, comments, or GCT's sizes."""
-
-    def open(self, path: Path) -> Any:
-        return pa.input_stream(str(path), compression=self.compression)
-
-
-def _read_text(path: Path, delimiter: str) -> Any:
-    text = _look(path, delimiter)
-    positions = [str(i) for i in range(len(text.header))]
-    ragged: list[int] = []
-
-    def skip(row: Any) -> str:
-        ragged.append(row.actual_columns)
-        return "skip"
-
+def _read_arrow(content: Content) -> Any:
+    path = content.path
     try:
-        table = pa.csv.read_csv(
-            text.open(path),
-            # One row of 60 000 genes must fit into a block.
-            read_options=pa.csv.ReadOptions(
-                skip_rows=text.before + 1,
-                column_names=positions,
-                block_size=1 << 26,
-                use_threads=False,  # with threads, processes were seen to abort
-                encoding=text.encoding,
-            ),
-            parse_options=pa.csv.ParseOptions(
-                delimiter=delimiter, invalid_row_handler=skip
-            ),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(positions, pa.string())
-            ),
-        )
-    except (OSError, UnicodeDecodeError, pa.ArrowInvalid):
-        refuse(Code.FILE_UNREADABLE, path)
-    if ragged:
-        refuse(Code.RAGGED_ROWS, path, n_columns=len(text.header))
-    return table.rename_columns(text.header)
-
-
-def _look(path: Path, delimiter: str) -> _Text:
-    """Find packing, encoding and header of a text file, and check its delimiter.
-
-    Lines before the header are passed over: blank ones, comments, and those of GCT.
-    """
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        packed = (name for magic, name in _MAGIC.items() if start.startswith(magic))
-        compression = next(packed, None)
-        with pa.input_stream(str(path), compression=compression) as stream:
-            encoding = _MARKS.get(stream.read(2), "utf-8-sig")
-        with (
-            pa.input_stream(str(path), compression=compression) as stream,
-            io.TextIOWrapper(stream, encoding=encoding, newline="") as lines,
-        ):
-            before, first = _pass_over(lines)
-            rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
-            header, second = next(rows, []), next(rows, None)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, pa.ArrowInvalid):
-        refuse(Code.FILE_UNREADABLE, path)
-    if not header or second is None:
-        refuse(Code.FILE_EMPTY, path)
-    in_words = len(header) == 1 and len(header[0].split()) == len(second[0].split()) > 2
-    for other, name in _DELIMITERS.items():
-        if sum(cell.count(other) for cell in header) >= len(header):
-            refuse(
-                Code.WRONG_DELIMITER, path, name=name, delimiter=_DELIMITERS[delimiter]
-            )
-    if in_words:
-        refuse(
-            Code.WRONG_DELIMITER, path, name="spaces", delimiter=_DELIMITERS[delimiter]
-        )
-    return _Text(compression, encoding, header, before)
-
-
-def _pass_over(lines: Iterable[str]) -> tuple[int, str]:
-    """Return the number of lines before the header, and the header."""
-    sizes = -1  # the second line of GCT, version 1.2: numbers of rows and columns
-    for number, line in enumerate(itertools.islice(lines, LINES_BEFORE_HEADER)):
-        text = line.strip()
-        if number == 0 and text == "#1.2":
-            sizes = 1
-        passed = not text or text.startswith("#") or text.lower().startswith("sep=")
-        if not passed and number != sizes:
-            return number, line
-    return 0, ""
-
-
-def _read_parquet(path: Path) -> Any:
-    try:
-        table = pa.parquet.ParquetFile(path).read(use_threads=False)
+        if content.kind == "parquet":
+            table = pa.parquet.ParquetFile(path).read(use_threads=False)
+        else:
+            table = pa.feather.read_table(path, use_threads=False, memory_map=False)
         table.validate(full=True)  # text that is UTF-8
     except (OSError, pa.ArrowException):
-        refuse(Code.FILE_UNREADABLE, path, found="a damaged file, or no Parquet")
+        found = f"a damaged file, or no {content.kind.capitalize()}"
+        refuse(Code.FILE_UNREADABLE, path, found=found)
     if not all(map(_is_number_or_text, table.schema.types)):
         found = "columns that hold neither numbers nor text"
         refuse(Code.FILE_UNREADABLE, path, found=found)

@@ -63,10 +63,10 @@ def _h5ad(path: Path) -> None:
     made.write_h5ad(path)
 
 
-def h5ad_with_an_unknown_encoding_in_uns(path: Path) -> None:
+def h5ad_with_unknown_values(path: Path) -> None:
     _h5ad(path)
     with h5py.File(path, "a") as file:
-        file["uns/tool"].attrs["encoding-type"] = "of-the-next-century"
+        file["X"].attrs["encoding-type"] = "of-the-next-century"
 
 
 def h5ad_cut_off(path: Path) -> None:
@@ -82,7 +82,7 @@ def h5ad_cut_off(path: Path) -> None:
         (".parquet", parquet_with_torn_metadata),
         (".parquet", parquet_with_metadata_of_other_bytes),
         (".parquet", parquet_with_text_that_is_no_utf8),
-        (".h5ad", h5ad_with_an_unknown_encoding_in_uns),
+        (".h5ad", h5ad_with_unknown_values),
         (".h5ad", h5ad_cut_off),
     ],
 )

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import sqlite3
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,24 @@ def loaded(**data: Any) -> object:
     )
 
 
+def zipped(sheet: pd.DataFrame, file: io.BytesIO) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("e.csv", sheet.to_csv(index=False))
+
+
+BINARY: dict[str, Callable[[pd.DataFrame, io.BytesIO], object]] = {
+    ".parquet": pd.DataFrame.to_parquet,
+    ".feather": pd.DataFrame.to_feather,
+    ".xlsx": lambda sheet, file: sheet.to_excel(file, index=False),
+    ".csv.zip": zipped,
+}
+
+
 def written(suffix: str) -> bytes:
     """Return the small hospital's expression in a format."""
     sheet, file = cases.expression(), io.BytesIO()
-    if suffix == ".parquet":
-        sheet.astype(float).to_parquet(file)
+    if suffix in BINARY:
+        BINARY[suffix](sheet.astype(float).reset_index(), file)
         return file.getvalue()
     text = sheet.to_csv(sep="\t" if "tsv" in suffix else ",").encode()
     return gzip.compress(text, mtime=0) if suffix.endswith(".gz") else text
@@ -56,7 +70,10 @@ def written(suffix: str) -> bytes:
 
 @pytest.mark.parametrize(
     ("suffix", "examples"),
-    [(".csv", 150), (".tsv", 50), (".csv.gz", 150), (".parquet", 150)],
+    [
+        *((".csv", 150), (".tsv", 50), (".csv.gz", 150), (".parquet", 150)),
+        *((".feather", 100), (".xlsx", 20), (".csv.zip", 50)),
+    ],
 )
 def test_expression(suffix: str, examples: int, tmp_path: Path) -> None:
     path, table = tmp_path / f"e{suffix}", tmp_path / "c.csv"

@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import deployment, federation, privacy, secure_aggregation, training
+from . import deployment, federation, ingestion, privacy, secure_aggregation, training
 from .rows import FULL, QUICK, Row
 
 
@@ -64,6 +64,7 @@ def measure(progress: Console, *, quick: bool) -> Iterator[Row]:
         "memory of the aggregation": partial(federation.aggregation_memory, sizes),
         "cost of genes": partial(training.cost_of_genes, sizes),
         "cost of patient-level privacy": partial(privacy.cost_of_privacy, sizes),
+        "check of a hospital's data": partial(ingestion.check_data, sizes),
         "secure aggregation": partial(secure_aggregation.measure, quick=quick),
     }
     for title, part in parts.items():

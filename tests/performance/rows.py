@@ -72,6 +72,8 @@ class Sizes:
     update_genes: int
     steps: tuple[tuple[int, int], ...]
     """Genes and batch size of each training step; the first is the reference."""
+    matrix: tuple[int, int]
+    """Genes and samples of the expression file that is checked."""
     private_batch: int = 32
     """Patients of a private step."""
     workers: int = 2
@@ -89,6 +91,7 @@ FULL = Sizes(
     update_preset="base",
     update_genes=2000,
     steps=((698, 32), (3556, 32), (20000, 4)),
+    matrix=(20_000, 1_000),
 )
 QUICK = Sizes(
     repeats=2,
@@ -101,6 +104,7 @@ QUICK = Sizes(
     update_preset="tiny",
     update_genes=5000,
     steps=((500, 8), (2000, 4)),
+    matrix=(1_000, 100),
 )
 
 

@@ -50,7 +50,7 @@ def test_a_quick_benchmark_prints_positive_finite_ratios_as_json():
 
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert len(found) == 15
+    assert len(found) == 17
     for row in found:
         assert set(row) == {"name", "value", "goal", "met", "detail"}
         assert math.isfinite(row["value"]), row

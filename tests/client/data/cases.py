@@ -169,7 +169,8 @@ CASES: dict[str, Case | Any] = {
     "FX-DATA-033": spread(10.0),
     "FX-DATA-034": wide(3.0),
     "FX-DATA-035": spread(1.0, scale=S.LOG2P1, target=S.RELATIVE),
-    "FX-DATA-041": (expression().rename(columns={"VIM": "2-Sep"}), None, {}),
+    "FX-DATA-041": (expression().rename(columns={"VIM": "8675309"}), None, {}),
+    "FX-DATA-015": (expression().rename(columns={"VIM": "2-Sep"}), None, {}),
     "FX-DATA-049": (expression().add_prefix("X"), clinical(), {}),
     "FX-DATA-042": with_hgnc,
     "FX-DATA-043": with_hgnc,
@@ -227,7 +228,7 @@ CASES: dict[str, Case | Any] = {
     ),
 }
 ELSEWHERE = {f"FX-DATA-0{i}" for i in (28, 29, 36, 37, 40, 50, 51, 74)}
-IN_SOURCES = {f"FX-DATA-00{i}" for i in (1, 2, 3, 4, 5, 7)}
+IN_SOURCES = {f"FX-DATA-{i:03d}" for i in (1, 2, 3, 4, 5, 7, 9, 13, 14, 16, 86)}
 
 
 def reported_at_all(*args: Any, **kwargs: Any) -> tuple[Finding, ...]:

@@ -143,7 +143,12 @@ KINDS = {
     "mouse symbols": ["Trp53", "Egfr", "Kras", "Myc", "Actb", "Vim"],
     "Illumina probes": [f"ILMN_16517{i}" for i in range(6)],
     "Entrez ids": ["7157", "1956", "3845", "4609", "60", "7431"],
-    "SYMBOL|ENTREZ": ["TP53|7157", "EGFR|1956", "KRAS|3845", "MYC|4609", "A|1", "B|2"],
+    "RefSeq transcripts": [f"NM_00054{i}.6" for i in range(6)],
+    "Affymetrix probes": [f"20174{i}_s_at" for i in range(6)],
+    "Agilent probes": [f"A_23_P10000{i}" for i in range(6)],
+    "methylation probes": [f"cg0000002{i}" for i in range(6)],
+    "microRNAs": [f"hsa-miR-{i}-5p" for i in range(6)],
+    "symbols in lower case": ["tp53", "egfr", "kras", "myc", "actb", "vim"],
     "labels of no known kind": [f"P{i:03d}" for i in range(6)],
 }
 
@@ -191,3 +196,29 @@ def test_only_the_first_ten_genes_are_named(tmp_path: Path) -> None:
 
     assert found.startswith("25 genes (FLAT00, ")
     assert "FLAT09 and 15 more)" in found
+
+
+def test_a_matrix_of_xena_is_read_by_what_was_added(tmp_path: Path) -> None:
+    tpm = np.exp2(expression().astype(float)) - 1
+    tpm.iloc[:, 0] = 0.0
+    declared = "log2(tpm+0.001)"
+
+    cohort, _ = load(tmp_path, np.log2(tpm + 0.001).round(4), scale=declared)
+
+    np.testing.assert_allclose(
+        np.exp2(cohort.expression) - 1, tpm[list(cohort.genes)], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_zeros_on_a_floor_show_what_was_added(tmp_path: Path) -> None:
+    sheet = expression().astype(float)
+    sheet.iloc[:5, 0] = -9.9658
+
+    finding = reported(tmp_path, sheet)["FX-DATA-032"]
+
+    assert "log2(x+0.001)" in finding.action
+
+
+def test_a_logarithm_without_what_was_added_is_refused() -> None:
+    with pytest.raises(ValueError, match="what was added before the logarithm"):
+        DataSettings.model_validate({"expression": "e.csv", "scale": "log2"})

@@ -146,6 +146,24 @@ def test_a_clinical_table_is_text_whatever_its_format(
     assert raw.clinical.table["event"].tolist() == ["1", "0"]
 
 
+def test_a_clinical_table_may_be_a_workbook(tmp_path: Path) -> None:
+    expression, clinical = tmp_path / "e.csv", tmp_path / "c.xlsx"
+    expression.write_text(CSV)
+    frame = pd.DataFrame(
+        {"patient": ["007", "008"], "event": [1, 0], "age": [1.5, None]}
+    )
+    frame.assign(seen=pd.Timestamp("2024-03-01")).to_excel(clinical, index=False)
+
+    raw = read(site(expression=expression, clinical=clinical))
+
+    assert raw.clinical is not None
+    assert raw.clinical.table.fillna("").to_numpy().tolist() == [
+        ["007", "1", "1.5", "2024-03-01"],
+        ["008", "0", "", "2024-03-01"],
+    ]
+    assert ["an Excel workbook" in note.found for note in raw.notes] == [True]
+
+
 def annotated(X: Any, **obs: list[Any]) -> anndata.AnnData:
     return anndata.AnnData(
         X=X,
@@ -199,12 +217,11 @@ def test_a_clinical_file_goes_before_obs(tmp_path: Path) -> None:
         ("e.csv", b"", Code.FILE_EMPTY),
         ("e.csv", b"id,TP53\n", Code.FILE_EMPTY),
         ("e.csv", b"id\nP1\n", Code.FILE_EMPTY),
-        ("e.csv", b"id;TP53;MYC\nP1;1,5;2\n", Code.WRONG_DELIMITER),
-        ("e.csv", b"id\tTP53\tMYC\nP1\t1\t2\n", Code.WRONG_DELIMITER),
-        ("e.tsv", b"id,TP53,MYC\nP1,1,2\n", Code.WRONG_DELIMITER),
-        ("e.csv", b"TP53,MYC\nP1,1,2\nP2,1,2\n", Code.RAGGED_ROWS),
+        ("e.csv", b"id TP53 MYC\nP1 1 2\n", Code.WRONG_DELIMITER),
+        ("e.csv", b"id;TP53;MYC\nP1;1\n", Code.WRONG_DELIMITER),
+        ("e.csv", b"TP53,MYC\nP1,1,2\nP2,1\n", Code.RAGGED_ROWS),
         ("e.csv", b"id,TP53\nP1,1,5\nP2,2\n", Code.RAGGED_ROWS),
-        ("e.csv", "id,TP53\nJosé,1\n".encode("latin-1"), Code.FILE_UNREADABLE),
+        ("e.csv", "id,TP53\nŁukasz,1\n".encode("cp1250"), Code.FILE_UNREADABLE),
         (
             "e.csv.gz",
             gzip.compress(CSV.encode() * 999, mtime=0)[:60],
@@ -241,7 +258,7 @@ def test_all_files_are_reported_at_once(tmp_path: Path) -> None:
 
 def test_a_refusal_does_not_carry_the_row_that_caused_it(tmp_path: Path) -> None:
     path = tmp_path / "e.csv"
-    path.write_bytes("id,TP53\nJosé-4711,1\n".encode("latin-1"))
+    path.write_bytes("id,TP53\nŁukasz-4711,1\n".encode("cp1250"))
 
     with pytest.raises(DataError) as refusal:
         read(site(expression=path))

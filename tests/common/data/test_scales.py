@@ -10,10 +10,12 @@ from fedgex.common.data.scales import (
     Scale,
     convert,
     counts_per_million,
+    formula_of,
     is_convertible,
     is_faint,
     misfit,
     recognise,
+    scale_of,
 )
 from fedgex.common.errors import ConfigError
 
@@ -169,3 +171,89 @@ def test_logarithms_to_base_ten_declared_as_base_two_look_faint() -> None:
     assert is_faint(values, Scale.LOG2P1)
     assert not is_faint(values, Scale.LOG10P1)
     assert not is_faint(values[:, :50], Scale.LOG2P1)
+
+
+# ---- what portals add before the logarithm ----
+
+FORMULAS = {  # x = 0, 1 and 3
+    "log2(x+0.001)": [-9.9657842847, 0.0014419741, 1.5854433821],
+    "log2(tpm + 0.001)": [-9.9657842847, 0.0014419741, 1.5854433821],
+    "ln(x+0.5)": [-0.6931471806, 0.4054651081, 1.2527629685],
+    "log10(x + 0.1)": [-1.0, 0.0413926852, 0.4913616938],
+    "log2(x)": [-np.inf, 0.0, 1.5849625007],
+}
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_a_formula_is_a_scale_of_its_own(formula: str) -> None:
+    scale = Scale(formula)
+
+    there = convert([0.0, 1.0, 3.0], Scale.LINEAR, scale)
+    back = convert(FORMULAS[formula], scale, Scale.LOG2P1)
+
+    np.testing.assert_allclose(there, FORMULAS[formula], atol=1e-6)
+    np.testing.assert_allclose(back, [0.0, 1.0, 2.0], atol=1e-6)
+    assert misfit(np.array([FORMULAS[formula][1:]]), scale) is None
+
+
+@pytest.mark.parametrize(
+    ("formula", "member"),
+    [
+        ("log2(x+1)", Scale.LOG2P1),
+        ("log2(norm_count+1)", Scale.LOG2P1),
+        ("log2(x + 0.25)", Scale.LOG2P025),
+        ("ln(x+1.0)", Scale.LN1P),
+        ("LOG10(TPM+1)", Scale.LOG10P1),
+    ],
+)
+def test_a_formula_that_has_a_name_is_that_member(formula: str, member: Scale) -> None:
+    assert Scale(formula) is member
+
+
+def test_two_spellings_of_a_formula_are_one_scale() -> None:
+    one, other = Scale("log2(x+0.001)"), Scale("log2( TPM + 1e-3 )")
+
+    assert one == other
+    assert one.value == str(other) == "log2(x+0.001)"
+    assert is_convertible(one, other)
+    np.testing.assert_array_equal(convert([-9.5], one, other), np.float32([-9.5]))
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "words"),
+    [
+        ("log2", "what was added"),
+        ("log(x+1)", "what was added"),
+        ("log2(x-1)", "what was added"),
+        ("log2(x+1000)", "at most 100"),
+        ("log2(y+1)", "what was added"),
+        ("log2(x+nan)", "what was added"),
+        ("log2(count+1)", "raw counts"),
+        ("log2(expected_count+1)", "raw counts"),
+    ],
+)
+def test_nonsense_is_refused_with_what_is_accepted(nonsense: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        scale_of(nonsense)
+    with pytest.raises(ValueError, match="Scale"):
+        Scale(nonsense)
+
+
+def test_values_below_what_was_added_do_not_fit() -> None:
+    scale = Scale("log2(x+0.001)")
+
+    assert misfit(np.array([[-9.9658, 3.0]]), scale) is None  # four decimals
+    assert misfit(np.array([[-11.0, 3.0]]), scale) == "some values are below -9.96578"
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 3, 6])
+def test_a_rounded_floor_fits_whatever_the_decimals(decimals: int) -> None:
+    scale = Scale("log2(x+0.001)")
+    x = np.array([[0.0, 0.0, 5.0], [0.0, 2.0, 7.0]])
+
+    values = convert(x, Scale.LINEAR, scale).astype(float).round(decimals)
+
+    assert misfit(values, scale) is None
+    assert formula_of(values) == (scale,)
+    zeros = convert(values, scale, Scale.LINEAR)[x == 0]
+    np.testing.assert_allclose(zeros, 0, atol=1e-6)

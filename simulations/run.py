@@ -9,14 +9,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from fedgex.client.settings import SiteSettings
@@ -28,7 +26,6 @@ from fedgex.common.models import checkpoint
 from fedgex.common.privacy.summary import protections
 from fedgex.common.study import Study
 from fedgex.server import run_monitor
-from fedgex.server.evaluation import mse_only
 from fedgex.server.federation import public_cohort
 from fedgex.server.journal import read
 from fedgex.server.settings import ServerSettings
@@ -36,6 +33,7 @@ from fedgex.simulations import engine
 from fedgex.simulations.baselines import comparisons
 from fedgex.simulations.baselines.comparisons import Federation
 from fedgex.simulations.data.split import HOLDOUT, PUBLIC, Split, split
+from fedgex.simulations.reporting import measured
 from fedgex.simulations.reporting.report import summary, write_report
 from fedgex.simulations.resumable import cached
 from fedgex.simulations.scenario import Scenario
@@ -62,7 +60,6 @@ def run(scenario: Scenario, data_dir: Path, out: Path, console: Console) -> list
     FederationError
         If the federation stopped; its output is in `out/engine.log`.
     """
-    started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     _claim(scenario, out)
     parts = split(scenario, data_dir, out)
@@ -72,7 +69,7 @@ def run(scenario: Scenario, data_dir: Path, out: Path, console: Console) -> list
         checked(out / apart, scenario.study)
     federate(scenario, parts, out, console)
     federation = _open(parts, out)
-    report = _report(scenario, parts, federation, out, console, started)
+    report = _report(scenario, parts, federation, out, console)
     write_report(report, out)
     return summary(report)
 
@@ -215,7 +212,6 @@ def _report(
     federation: Federation,
     out: Path,
     console: Console,
-    started: float,
 ) -> dict[str, Any]:
     """Compute every comparison that is not there yet, and gather the report."""
     kinds = {kind for kind, on in scenario.reference.model_dump().items() if on}
@@ -236,21 +232,25 @@ def _report(
     events = read(out / "run" / "journal.jsonl")
     return {
         "schema": 1,
-        "study": _study_facts(scenario, parts, federation, started),
-        "rounds": [_round_facts(e) for e in events if e["event"] == "round"],
+        "study": _study_facts(scenario, parts, federation, events),
+        "rounds": measured.rounds(events),
         "imputation": judged["imputation"] | computed["imputation"],
         "imputation_per_gene": _per_gene(federation, judged["per_gene"]),
         "survival": survival,
         "kaplan_meier": curves,
         "classification": computed["classification"],
-        "cost": _cost(events, workers),
+        "cost": measured.cost(events, workers),
     }
 
 
 def _study_facts(
-    scenario: Scenario, parts: Split, federation: Federation, started: float
+    scenario: Scenario,
+    parts: Split,
+    federation: Federation,
+    events: Sequence[measured.Event],
 ) -> dict[str, Any]:
     final, study = federation.final, federation.study
+    losses = measured.site_losses(events)
     backbone = [v for k, v in final.parameters.items() if k.startswith("backbone.")]
     return {
         "name": study.name,
@@ -265,6 +265,7 @@ def _study_facts(
                 "name": name,
                 "patients": len(rows),
                 "genes": int(rows.measured.any(dim=0).sum()),
+                "train_loss": losses.get(name),
             }
             for name, rows in sorted(federation.sites.items())
         ],
@@ -281,24 +282,8 @@ def _study_facts(
         "protections": protections(study),
         "versions": {name: version(name) for name in VERSIONS},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seconds": time.monotonic() - started,
+        "seconds": measured.seconds(events),
         "notes": list(parts.notes),
-    }
-
-
-def _round_facts(event: Mapping[str, Any]) -> dict[str, Any]:
-    states = [site["state"] for site in event["sites"].values()]
-    pretraining = event["phase"] == "pretraining" and event["holdout"]
-    return {
-        "phase": event["phase"],
-        "round": event["round"],
-        "train_loss": event["train_loss"],
-        "judged_loss": event["judged_loss"],
-        "holdout_mse": mse_only(event["holdout"]) if pretraining else None,
-        "seconds": event["seconds"],
-        "epsilon": event["epsilon"],
-        "sites_contributed": states.count("contributed"),
-        "sites_total": len(states),
     }
 
 
@@ -315,27 +300,3 @@ def _per_gene(
         "gaussian_mse": gaussian["mse"],
         "model_r": model["pearson"],
     }
-
-
-def _cost(events: list[dict[str, Any]], workers: int) -> dict[str, Any]:
-    """Return what pretraining cost, over its rounds after the first.
-
-    The overhead of a round is its time less that of training, were the sites' own
-    seconds spread evenly over the workers. Rounds in which a site withholds its seconds
-    or patients do not count.
-    """
-    every = [event for event in events if event["event"] == "round"]
-    sizes = {key: sum(e[key] for e in every) for key in ("bytes_up", "bytes_down")}
-    peaks = [e["peak_rss_mb"] for e in events if e["event"] == "run-finished"]
-    cost: dict[str, Any] = {**sizes, "peak_rss_mb": peaks[-1]}
-    timed = []
-    for event in [e for e in every if e["phase"] == "pretraining" and e["seconds"]][1:]:
-        there = [s for s in event["sites"].values() if s["state"] == "contributed"]
-        own = [(s["seconds"], s["num_examples"]) for s in there]
-        if not any(None in numbers for numbers in own):
-            timed.append((*map(sum, zip(*own, strict=True)), event["seconds_sites"]))
-    if timed:
-        seconds, examples, walls = np.array(timed).T
-        cost["samples_per_s"] = float(examples.sum() / walls.sum())
-        cost["round_overhead_s"] = float((walls - seconds / workers).mean())
-    return cost

@@ -40,7 +40,7 @@ class Site(_Part):
     genes: int
     """Genes of the vocabulary that the hospital measured."""
     train_loss: float | None = None
-    """Loss of the last round that it took part in."""
+    """Loss of the last round of pretraining that it contributed to."""
 
 
 class Apart(_Part):
@@ -76,7 +76,7 @@ class StudyFacts(_Part):
     versions: dict[str, str]
     command: str
     seconds: float
-    """Wall-clock time of the complete run."""
+    """Time of training, over every start of the run, without pauses."""
     protections: list[str]
     """Protections of patients and hospitals, a sentence each."""
     notes: list[str]
@@ -98,7 +98,8 @@ class Round(_Part):
     """Mean loss at the sites, judged without learning."""
     holdout_mse: Errors | None
     """Restoration error on the hold-out; null where the round was not judged."""
-    seconds: float
+    seconds: float | None
+    """None where the server stopped before it was written."""
     sites_contributed: int
     sites_total: int
 

@@ -113,6 +113,9 @@ def test_a_killed_engine_is_told_of_and_the_same_command_finishes_in_the_same_bi
     assert set(report) <= REPORT_KEYS
     assert {"schema", "study", "rounds", "imputation", "cost"} <= set(report)
     assert report["study"]["hash"] == finished.final.study.hash
+    assert all(site["train_loss"] is not None for site in report["study"]["sites"])
+    seconds = sum(r["seconds"] for r in report["rounds"] if r["seconds"] is not None)
+    assert report["study"]["seconds"] >= seconds > 0
     assert set(report["imputation"]) >= {"model", "mean", "knn", "ppca", "gaussian"}
     assert (out / "report.html").is_file()
     model = checkpoint.find(out) / "model.safetensors"

@@ -45,6 +45,12 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.HEADER_IS_VALUES: ("a first line that is a gene and numbers, no header", "a header with a label for each sample", "Put the samples together, one column each, under a header that does not begin with #."),
     Code.PROBES_MAPPED: ("{probes} probes, of {genes} genes by the platform's table; {several} genes have several, of which the one with the greatest mean is used", "probes of one gene each", "Nothing; probes of no gene, or of several, are left out."),
     Code.PLATFORM_UNUSABLE: ("no column of probes (ID), or none of symbols", "GEO's table of a platform, with columns such as ID and Gene Symbol", "Download the platform's annotation (GPL..., .annot.gz or full table), and name it as data.platform_table."),
+    Code.SAMPLE_FILES_MISSING: ("files that are not in the folder (first that of line {line})", "each file of the sheet in data.expression, or in a folder of it", "Correct the sheet, or complete the folder."),
+    Code.SAMPLE_FILES_DIFFER: ("files of several {how}", "one format, and one list of genes", "Leave in the folder, or in a sample sheet, the files of one tool with one annotation."),
+    Code.VALUE_COLUMN_UNFIT: ("{column} the {scale} scale in files of {name}", "{listed}", "Set data.value_column and data.scale together."),
+    Code.SAMPLE_FILES_OF_TRANSCRIPTS: ("transcripts, in files of {name}", "genes", "Sum transcripts up to genes: tximport in R, --geneMap of Salmon (quant.genes.sf), or RSEM's .genes.results."),
+    Code.SAMPLE_SHEET_UNUSABLE: ("no column of files, or none of samples", "columns such as file and sample, or File Name and Sample ID, filled in each row, each fitting one file", "Correct the sheet; write paths from the folder where names repeat."),
+    Code.NO_SAMPLE_FILES: ("no file of a known format", "files of {names}", "Name the folder with the files that the tool wrote, as it wrote them."),
     Code.LAYER_MISSING: ('no layer "{layer}"', "one of the layers in the file: {layers}", "Correct data.layer."),
     Code.GENE_TABLE_UNUSABLE: ("not a readable gene table", "HGNC's complete set, tab-separated, with its header", "Download it again, or remove {hgnc_table}."),
 

@@ -255,8 +255,8 @@ def _together(
     if others:
         how = f"lists of genes: file {others[0]} of the folder, and file 1"
         findings.add(Code.SAMPLE_FILES_DIFFER, folder.name, how=how)
-    whole = chosen[0][0].format is HTSEQ and scale != Scale.COUNTS
-    if whole and all(map(_is_whole, columns)):
+    fractions = chosen[0][0].format is HTSEQ and scale != Scale.COUNTS
+    if fractions and all(map(_is_whole, columns)):
         findings.add(
             Code.VALUE_COLUMN_UNFIT,
             folder.name,

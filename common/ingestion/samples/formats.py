@@ -76,7 +76,7 @@ NAMES = "STAR counts of the GDC, STAR, HTSeq, featureCounts, RSEM, Salmon and ka
 
 _TRANSCRIPT = re.compile(r"(ENST\d{11}|[NX][MR]_\d+)")
 _NUMBER = re.compile(r"-?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
-_START = 1 << 16
+_START = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SampleFile:
 
 def recognise(path: Path) -> SampleFile | None:
     """Recognise a file by its first two rows; None if it is of no known format."""
-    first, second = _first_rows(path)
+    first, second = first_rows(path)
     for known in _WITH_HEADER:
         if tuple(first[: len(known.columns)]) == known.columns:
             transcripts = known is RSEM_TRANSCRIPTS or bool(
@@ -110,7 +110,7 @@ def recognise(path: Path) -> SampleFile | None:
     return None
 
 
-def _first_rows(path: Path) -> tuple[list[str], list[str]]:
+def first_rows(path: Path) -> tuple[list[str], list[str]]:
     """Return the cells of the first two rows that are no comments."""
     try:
         with look(path).open() as stream:

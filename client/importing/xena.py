@@ -87,9 +87,7 @@ def _is_of_xena(
     """Return whether more than a matrix, as others have too, speaks for Xena."""
     named = any(re.fullmatch(name, p.name) for name in _DATA_SETS for p in matrices)
     first = {headers[path][0].lower() for path in matrices}
-    return (
-        bool(survival) or named or bool(first - {"gene", "id", "hugo_symbol"})
-    )
+    return bool(survival) or named or bool(first - {"gene", "id", "hugo_symbol"})
 
 
 def _scale(matrix: Path) -> Scale | None:

@@ -106,7 +106,7 @@ def read_folder(
     seen.append(
         f"files of one sample each, {known.name}"
         + (f', column "{column}"' if column else "")
-        + (", rounded to whole reads" if _rounded(known, scale) else "")
+        + (", rounded to integers" if _rounded(known, scale) else "")
         + (", labels from the sample sheet" if table else ", labels from their names")
     )
     return matrix
@@ -256,14 +256,14 @@ def _together(
         how = f"lists of genes: file {others[0]} of the folder, and file 1"
         findings.add(Code.SAMPLE_FILES_DIFFER, folder.name, how=how)
     fractions = chosen[0][0].format is HTSEQ and scale != Scale.COUNTS
-    if fractions and all(map(_is_whole, columns)):
+    if fractions and all(map(_are_integers, columns)):
         findings.add(
             Code.VALUE_COLUMN_UNFIT,
             folder.name,
             name=HTSEQ.name,
             column="no column on",
             scale=scale,
-            listed="whole numbers, which are counts",
+            listed="integers, which are counts",
         )
     findings.refuse_errors()
     return Matrix(genes, tuple(samples), by_position(columns))
@@ -315,7 +315,7 @@ def _rounding(cells: Any, known: Format, scale: Scale) -> Any:
     return pa.array(np.rint(numbers) if _rounded(known, scale) else numbers)
 
 
-def _is_whole(cells: Any) -> bool:
+def _are_integers(cells: Any) -> bool:
     values, _, _ = to_numbers(by_position([cells]))
     return bool((values == np.rint(values)).all())
 

@@ -165,6 +165,8 @@ class Code(StrEnum):
     GENE_COLUMNS_DIFFER = "FX-PREDICT-004", "error", "Columns repeat a label and differ", "Keep the right one, or label them apart"
     GENES_NOT_LEARNT = "FX-PREDICT-006", "warning", "Genes of which no hospital had a value when the model was trained; they are not restored, and measured values of them are not used", "Nothing"
     FOREIGN_SCALE = "FX-PREDICT-005", "warning", "With 100 genes or more, their means are less than .83 or more than 1.20 times those that the model was trained on", "Check the scale that is named; natural logarithms called `log2p1` give .69"
+    UNLIKE_TRAINING = "FX-PREDICT-008", "warning", "Samples further from the patients of the training than 99 % of the hold-out: another tissue, cancer, platform or scale, or no sample", "Use no prediction for them; [what unlike means](predict.md#samples-unlike-the-training)"
+    LIKENESS_UNKNOWN = "FX-PREDICT-009", "warning", "The model has no threshold of unlikeness: made by an earlier fedgex, without hold-out, or without factor model", "Make sure by yourself that the samples are of the model's cancers"
     CANCER_TYPES_MISSING = "FX-PREDICT-010", "error", "No sample has a cancer type of the study", "Add `cancer_type` in the study's spelling, or give `--cancer-type`"
     SOME_CANCER_TYPES_MISSING = "FX-PREDICT-011", "warning", "Some samples have none; no risk is predicted for them", "The same"
     COVARIATES_MISSING = "FX-PREDICT-012", "warning", "The study uses age and sex, and samples lack one; taken as 60 years and female", "Add the columns"

@@ -32,7 +32,7 @@ from fedgex.common.data.moments import (
     foreign_scales,
     pool,
 )
-from fedgex.common.data.vocabulary import Vocabulary, agree
+from fedgex.common.data.vocabulary import Vocabulary, agree, least_count
 from fedgex.common.errors import ConfigError, UpdateError
 from fedgex.common.models import losses, tasks, training
 from fedgex.common.models.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ def observed_genes(
         Fewest samples, and least share of the samples, with a value of the gene.
     """
     counts = (~np.isnan(cohort.expression)).sum(axis=0)
-    enough = counts >= max(min_count, min_share * len(cohort.patients))
+    enough = counts >= max(min_count, least_count(min_share, len(cohort.patients)))
     return tuple(compress(cohort.genes, enough))
 
 

@@ -38,7 +38,7 @@ MEANS = {
 model, in the symbols of docs/rounds.md, and the paper."""
 ROBUST = {
     "trimmed-mean": (
-        "for each number: mean over sites without the floor(`trim_share` · S) smallest "
+        "for each number: mean over sites without the ceil(`trim_share` · S) smallest "
         "and as many largest",
         "Yin et al. 2018, arXiv 1803.01498",
     ),

@@ -28,6 +28,7 @@ from fedgex.common.models import masking, predict, tasks
 from fedgex.common.models.masking import Pattern
 from fedgex.common.models.restoration import ModelImputer, embed
 from fedgex.common.models.tasks import Parameters
+from fedgex.common.models.uncertainty import unlikeness
 from fedgex.common.seeds import generator
 from fedgex.common.study import (
     CLASSIFICATION,
@@ -39,6 +40,10 @@ from fedgex.common.study import (
 Scores = dict[str, dict[str, RestorationScore]]
 """Scores by pattern and key (the rate as "0.1", or the number of measured genes)."""
 PPCA_RANK = 128
+LIKE = 0.99
+"""Share of the hold-out's patients who count as like those of the training."""
+LEAST_REFERENCE = 30
+"""Fewest patients of the hold-out from which the threshold is taken."""
 MIN_EVENTS = 5
 """Fewest deaths for which a C-index is estimated."""
 
@@ -129,6 +134,30 @@ def evaluate_round(
             "accuracy": evaluate_classes(study, state_dict, patients, everything)[0]
         }
     return evaluate_survival(study, state_dict, patients)
+
+
+def unlike_from(
+    study: Study, state_dict: Parameters, patients: Patients
+) -> float | None:
+    """Return the unlikeness that one in a hundred patients exceeds by chance.
+
+    The (.99 (N + 1))-th smallest of the hold-out's, or the largest; see
+    `uncertainty.unlikeness`.
+
+    Returns
+    -------
+    float or None
+        None without a factor model, or with fewer than `LEAST_REFERENCE` patients.
+    """
+    linear = tasks.load_backbone(
+        study, patients.values.shape[1], state_dict
+    ).encoder.linear
+    some = patients.values[patients.measured.any(dim=1)]
+    if linear is None or len(some) < LEAST_REFERENCE:
+        return None
+    place = min(math.ceil(LIKE * (len(some) + 1)), len(some))
+    found: float = unlikeness(linear, some).kthvalue(place).values.item()
+    return found
 
 
 def model_imputer(study: Study, state_dict: Parameters, n_genes: int) -> ModelImputer:

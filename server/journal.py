@@ -13,11 +13,12 @@ The server writes these events, each with `time` (UTC, ISO 8601) and `event`:
 - `phase-started`: phase, rounds
 - `round`: phase, round, rounds, seconds, train_loss, judged_loss, sites (name → state,
   reason, num_examples, num_loss_terms, train_loss, judged_loss, seconds; null for what
-  the site withholds), holdout (empty without a hold-out),
+  the site withholds), holdout (empty without a hold-out;
+  holdout_reason says why a judgement could not be made),
   bytes_up, bytes_down, seconds_sites, epsilon (spent so far: "patient", as planned for
   a site that missed no round, and "site"; null without differential privacy)
 - `phase-finished`: phase
-- `run-finished`: checkpoint, peak_rss_mb
+- `run-finished`: checkpoint, peak_rss_mb, holdout_reason (as in `round`)
 - `run-failed`: reason
 
 A line without a newline was cut off by a crash: readers drop it, and the next writer

@@ -395,7 +395,7 @@ def prepare(
     sites = sorted(by_size[:n_sites])
     for apart in parts.apart:
         checked(folder / "split" / apart, scenario.study)
-    cohort = load_cohort(folder / "split" / HOLDOUT / "checked")
+    cohort = load_cohort(folder / "split" / HOLDOUT / "checked", scenario.study.scale)
     values = json.loads(scenario.study.to_json())
     for section, keys in changes.items():
         values[section] = values[section] | keys if isinstance(keys, Mapping) else keys

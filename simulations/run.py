@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from fedgex.client.settings import SiteSettings
-from fedgex.common.data.cohort import Cohort, load_cohort, save_cohort
+from fedgex.common.data.cohort import MANIFEST, Cohort, load_cohort, save_cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.errors import CheckpointError, ConfigError, FederationError
 from fedgex.common.ingestion.cohort import read_cohort as check_cohort
@@ -80,8 +80,8 @@ def run(scenario: Scenario, data_dir: Path, out: Path, console: Console) -> list
 def checked(folder: Path, study: Study) -> Path:
     """Check patients that no site has, and return where the server finds them."""
     done = folder / "checked"
-    if not (done / "clinical.parquet").exists():
-        save_cohort(_checked(folder, study), done)
+    if not (done / MANIFEST).exists():
+        save_cohort(_checked(folder, study), done, study.scale)
     return done
 
 
@@ -199,11 +199,13 @@ def _open(parts: Split, out: Path) -> Federation:
             for name in parts.sites
             if name in final.trained_on["sites"]
         },
-        holdout=patients(load_cohort(out / HOLDOUT / "checked")),
+        holdout=patients(load_cohort(out / HOLDOUT / "checked", final.study.scale)),
         start=checkpoint.load(min(checkpoints.glob("00000-*"))).parameters
         if public
         else None,
-        public=patients(load_cohort(out / PUBLIC / "checked")) if public else None,
+        public=patients(load_cohort(out / PUBLIC / "checked", final.study.scale))
+        if public
+        else None,
     )
 
 

@@ -28,7 +28,7 @@ from fedgex.common.arrays import Arrays
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.data.moments import Standardisation
-from fedgex.common.data.vocabulary import Vocabulary
+from fedgex.common.data.vocabulary import Vocabulary, least_count
 from fedgex.common.errors import DataError, UpdateError
 from fedgex.common.federation import Update
 from fedgex.common.models import factor_model, tasks
@@ -252,7 +252,7 @@ def _measured(study: Study, patients: Patients, least: int) -> NDArray[np.bool_]
     counts = patients.measured.sum(dim=0).numpy()
     if study.privacy.patient is not None:
         return np.asarray(counts > 0)
-    share = study.vocabulary.min_patient_share * len(patients)
+    share = least_count(study.vocabulary.min_patient_share, len(patients))
     return np.asarray(counts >= max(least, share))
 
 

@@ -354,7 +354,7 @@ def _prepared(
     cancer_type
         Of all samples; None: that in the clinical table.
     """
-    from fedgex.client.prediction import files, review
+    from fedgex.client.prediction import files, inference, review
     from fedgex.common.models import checkpoint as checkpoints
     from fedgex.common.study import SURVIVAL
 
@@ -387,6 +387,8 @@ def _prepared(
         if cancer_type is not None:
             clinical = clinical.assign(cancer_type=cancer_type)
         found = review.review(model, samples.expression)
+        if not any(finding.severity == "error" for finding in found):
+            found += inference.review_likeness(model, samples.expression)
         if phase == SURVIVAL:
             found += review.review_clinical(model.study, clinical)
         if any(finding.severity == "error" for finding in found):

@@ -15,6 +15,7 @@ from fedgex.client.prediction import review
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import Patients, to_patients
+from fedgex.common.data.genes import spelt_as
 from fedgex.common.data.patients import patient_key
 from fedgex.common.errors import ConfigError
 from fedgex.common.ingestion.cohort import check
@@ -92,7 +93,9 @@ def _groups(
 
     def checked(raw: RawCohort, data: DataSettings, min_cell_count: int) -> Cohort:
         scale, phases = model.study.scale, tuple(model.study.phases)
-        return check(raw, data, scale, phases, Findings(min_cell_count)).cohort
+        cohort = check(raw, data, scale, phases, Findings(min_cell_count)).cohort
+        genes = spelt_as(cohort.genes, model.vocabulary.genes)
+        return dataclasses.replace(cohort, genes=genes)
 
     raw, least = read(settings.data), settings.policy.minimum_cohort
     inside = checked(raw, settings.data, least)

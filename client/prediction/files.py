@@ -155,11 +155,16 @@ def read_samples(
     # Predictions stay here, so a single sample is welcome and counts are reported.
     findings = Findings(1, ADVICE)
     checked = check(raw, data, model.study.scale, (), findings)
-    cohort = checked.cohort
+    spelt = gene_names.spelt_as(tuple(checked.columns), model.vocabulary.genes)
+    names = dict(zip(checked.columns, spelt, strict=True))
+    columns_of = {names[gene]: column for gene, column in checked.columns.items()}
+    checked, cohort = replace(checked, columns=columns_of), checked.cohort
     index = list(cohort.patients)
     kinds = raw.expression.cells.schema.types
     return Samples(
-        expression=pd.DataFrame(cohort.expression, index, list(cohort.genes)),
+        expression=pd.DataFrame(
+            cohort.expression, index, [names[gene] for gene in cohort.genes]
+        ),
         clinical=cohort.clinical.set_axis(index, axis=0),
         findings=tuple(findings.found),
         checked=checked,

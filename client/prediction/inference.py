@@ -22,17 +22,21 @@ from fedgex.client.prediction.review import (
     review_clinical,
     wanted_genes,
 )
+from fedgex.common.codes import Code
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.data.scales import Scale, convert, floor
+from fedgex.common.errors import Finding
 from fedgex.common.ingestion.findings import Findings
 from fedgex.common.models import predict, tasks
 from fedgex.common.models.checkpoint import Checkpoint
 from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.restoration import ModelImputer, embed_all
-from fedgex.common.models.uncertainty import restore_with_uncertainty
+from fedgex.common.models.uncertainty import restore_with_uncertainty, unlikeness
 from fedgex.common.study import CLASSIFICATION, PRETRAINING, SURVIVAL
 
+NONE = "none of these"
+"""Answer for a sample that is unlike the patients of the training."""
 BATCH_SIZE = 16
 """Samples restored at a time; each may need the full vocabulary."""
 
@@ -291,8 +295,10 @@ def classify(
     Returns
     -------
     DataFrame
-        `most_probable`, then `probability_{class}` for each class; None and NaN for a
-        sample with no measured gene of the vocabulary.
+        `most_probable`: a class, or `NONE` where the sample is unlike the training
+        patients; `unlike_training`: yes, no or unknown; `unlikeness`; then
+        `probability_{class}` for each class. None and NaN for a sample with no
+        measured gene of the vocabulary.
 
     Raises
     ------
@@ -312,8 +318,61 @@ def classify(
     table = _over_all(frame.index, seen, probabilities, names)
     best = np.full(len(frame), None, dtype=object)
     best[seen.numpy()] = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
-    table.insert(0, "most_probable", best)
-    return table
+    found = likeness(checkpoint, frame, scale=scale)
+    best[(found["unlike_training"] == "yes").to_numpy()] = NONE
+    return pd.concat(
+        [pd.Series(best, frame.index, name="most_probable"), found, table], axis=1
+    )
+
+
+def likeness(
+    checkpoint: Checkpoint, frame: pd.DataFrame, *, scale: Scale | None = None
+) -> pd.DataFrame:
+    """Return how far each sample lies from the patients of the training.
+
+    Parameters
+    ----------
+    checkpoint, frame, scale
+        As for `impute`.
+
+    Returns
+    -------
+    DataFrame
+        `unlike_training`: "yes" where `unlikeness` (see `uncertainty.unlikeness`)
+        exceeds the checkpoint's `unlike_from`, else "no"; "unknown" where the model
+        has no factor model or no threshold. None and NaN for a sample with no measured
+        gene of the vocabulary.
+
+    Raises
+    ------
+    CheckpointError, ConfigError, DataError
+        As for `impute`.
+    """
+    study, n_genes = checkpoint.study, len(checkpoint.vocabulary)
+    linear = tasks.load_backbone(study, n_genes, checkpoint.parameters).encoder.linear
+    patients = _patients(checkpoint, frame, scale)
+    seen = patients.measured.any(dim=1).numpy()
+    score = np.full(len(frame), np.nan, dtype=np.float32)
+    if linear is not None:
+        score = unlikeness(linear, patients.values).numpy()
+    answer = np.full(len(frame), "unknown", dtype=object)
+    if linear is not None and checkpoint.unlike_from is not None:
+        answer = np.where(score > checkpoint.unlike_from, "yes", "no").astype(object)
+    answer[~seen] = None
+    columns = {"unlike_training": answer, "unlikeness": score}
+    return pd.DataFrame(columns, index=frame.index)
+
+
+def review_likeness(checkpoint: Checkpoint, frame: pd.DataFrame) -> tuple[Finding, ...]:
+    """Return how many samples are unlike the patients of the training, or unknown."""
+    found = likeness(checkpoint, frame)["unlike_training"]
+    findings = Findings()
+    total = int(found.notna().sum())
+    if count := int((found == "yes").sum()):
+        findings.add(Code.UNLIKE_TRAINING, "samples", count=count, total=total)
+    if (found == "unknown").any():
+        findings.add(Code.LIKENESS_UNKNOWN, "model", total=total)
+    return tuple(findings.found)
 
 
 def _backbone(checkpoint: Checkpoint) -> GexBert:

@@ -7,6 +7,7 @@ number that the policy does not permit is None in the reply and listed as withhe
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedgex.common import federation, keys
 from fedgex.common.codes import Code
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.dataset import to_patients
+from fedgex.common.data.genes import spelt_as
 from fedgex.common.data.scales import Scale
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError, DataError
@@ -84,7 +86,8 @@ def introduce(request: PrepareRequest, settings: SiteSettings) -> PrepareReply:
         reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, cohort.genes, reported, run)
     else:
-        assayed, asked = assay(settings.data), set(study.vocabulary.genes)
+        asked = set(study.vocabulary.genes)
+        assayed = spelt_as(assay(settings.data), asked)
         reported = tuple(g for g in assayed if not asked or g in asked)
         reported = known_genes(reported, settings.data, study.vocabulary.genes)
         panel = site_panel.Panel(scale, assayed, reported, run)
@@ -166,7 +169,7 @@ def train(request: TrainRequest, settings: SiteSettings) -> TrainReply:
         floats(to_arrays(request.model)),
         site=settings.name,
         min_cell_count=_min_cell_count(settings, study),
-        state_dir=_state_dir(settings, study),
+        state_dir=_state_dir(settings, study) / _run_name(request),
         charge=partial(debit.charge, request, settings, cohort.patients),
     )
     report = result.report
@@ -273,6 +276,11 @@ def _state_dir(settings: SiteSettings, study: Study) -> Path:
     return settings.state_dir / study.hash[:16]
 
 
+def _run_name(request: TrainRequest) -> str:
+    """Return the run's name; empty in a simulation, which has none."""
+    return "" if request.run is None else request.run.run
+
+
 def _unchanged_cohort(settings: SiteSettings, study: Study) -> Cohort:
     cohort = _cohort(settings, study)
     _refuse_drift(settings, study, cohort)
@@ -283,9 +291,10 @@ def _cohort(settings: SiteSettings, study: Study, scale: Scale | None = None) ->
     """Return the site's patients; scale: None for the study's."""
     tasks = tuple(task for task in study.phases if task in settings.policy.tasks)
     data = settings.data
-    files = [data.expression, data.clinical, data.opt_outs]
-    changed = tuple(p.stat().st_mtime_ns for p in files if p is not None and p.exists())
-    return _read(settings, scale or study.scale, tasks, changed)
+    named = [value for _, value in data if isinstance(value, Path)]
+    changed = tuple(p.stat().st_mtime_ns if p.exists() else None for p in named)
+    cohort = _read(settings, scale or study.scale, tasks, changed)
+    return replace(cohort, genes=spelt_as(cohort.genes, study.vocabulary.genes))
 
 
 @lru_cache(maxsize=256)
@@ -293,7 +302,7 @@ def _read(
     settings: SiteSettings,
     scale: Scale,
     tasks: tuple[str, ...],
-    changed: tuple[int, ...],
+    changed: tuple[int | None, ...],
 ) -> Cohort:
     """Read and check a site's files; cached until they change."""
     return read_cohort(settings.data, settings.policy.minimum_cohort, scale, tasks)[0]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedgex.common import parsing
+from fedgex.common.data.genes import retired_symbols
 from fedgex.common.system import files
 
 PANEL = "panel.json"
@@ -26,13 +27,12 @@ class Panel:
     """Name of the run; empty in a simulation, which has none."""
 
     def holds(self, scale: str, genes: Collection[str]) -> bool:
-        """Return whether the data still match the panel.
+        """Return whether the data still match the panel, whatever genes are called.
 
         Unreported genes may disappear: their last patient may have opted out.
         """
-        return scale == self.scale and set(self.reported) <= set(genes) <= set(
-            self.genes
-        )
+        reported, now, before = map(_current, (self.reported, genes, self.genes))
+        return scale == self.scale and reported <= now <= before
 
 
 def remember_panel(state_dir: Path, panel: Panel) -> None:
@@ -58,3 +58,8 @@ def read_panel(state_dir: Path) -> Panel | None:
         return None
     kept = files.read_json(path, "the panel", most=parsing.LONG_BYTES)
     return Panel(kept["scale"], tuple(kept["genes"]), tuple(kept["told"]), kept["run"])
+
+
+def _current(genes: Collection[str]) -> set[str]:
+    retired = retired_symbols(genes)
+    return {retired.get(gene, gene) for gene in genes}

@@ -6,7 +6,7 @@ N samples, L labels in the file, G genes kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
@@ -151,6 +151,49 @@ class GeneColumns:
     """Genes that had several columns, of which one was kept."""
     contradictory: tuple[str, ...]
     """Genes that had several columns, none of which could be preferred: left out."""
+
+
+def retired_symbols(genes: Iterable[str]) -> dict[str, str]:
+    """Return the current symbol of each gene that has a retired one.
+
+    By the packaged table; a symbol that several genes once had stays.
+    """
+    table = GeneTable.packaged()
+    owners = {
+        gene: table.by_previous[gene]
+        for gene in genes
+        if gene not in table.symbols and gene in table.by_previous
+    }
+    return {gene: next(iter(own)) for gene, own in owners.items() if len(own) == 1}
+
+
+def spelt_as(genes: Sequence[str], wanted: Collection[str]) -> tuple[str, ...]:
+    """Return genes of a file, those of a study as the study spells them.
+
+    A study may hold symbols that were retired since, and a file those that a newer
+    study no longer does. A gene that is in the file under the study's name stays.
+
+    Parameters
+    ----------
+    genes
+        Symbols of the file's columns, each once.
+    wanted
+        Symbols of the study; none: all genes stay as they are.
+    """
+    missing, others = sorted({*wanted} - {*genes}), {*genes} - {*wanted}
+    if not missing:
+        return tuple(genes)
+    current = retired_symbols([*missing, *others])
+    by_current = {
+        current.get(gene, gene): gene
+        for gene in sorted(others, key=lambda gene: (gene not in current, gene))
+    }  # of several columns the one that bears the current symbol
+    spelt = {
+        by_current[symbol]: gene
+        for gene in missing
+        if (symbol := current.get(gene, gene)) in by_current
+    }
+    return tuple(spelt.get(gene, gene) for gene in genes)
 
 
 def one_column_each(

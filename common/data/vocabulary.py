@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -67,6 +69,15 @@ class Vocabulary:
         return placed
 
 
+def least_count(share: float, n: int) -> int:
+    """Return the fewest of n that are at least a share of them.
+
+    A share as it is written: 7 of 25 are .28 of them, though .28 * 25 is
+    7.000000000000001 in floating point.
+    """
+    return math.ceil(Fraction(str(share)) * n)
+
+
 def agree(panels: Mapping[str, Sequence[str]], min_share: float) -> Vocabulary:
     """Return the genes that at least a share of the sites measure.
 
@@ -86,7 +97,7 @@ def agree(panels: Mapping[str, Sequence[str]], min_share: float) -> Vocabulary:
     for genes in panels.values():
         for gene in set(genes):
             counts[gene] = counts.get(gene, 0) + 1
-    needed = max(1.0, min_share * len(panels))
+    needed = max(1, least_count(min_share, len(panels)))
     kept = sorted(gene for gene, count in counts.items() if count >= needed)
     if not kept:
         raise ConfigError(

@@ -99,6 +99,15 @@ class Checkpoint:
         return dataclasses.replace(self, trained_on=trained_on)
 
     @property
+    def unlike_from(self) -> float | None:
+        """Unlikeness above which a sample is none of the training's kinds.
+
+        From the hold-out; None where nothing is known, as in earlier checkpoints.
+        """
+        found: float | None = self.metrics.get("unlike_from")
+        return found
+
+    @property
     def card(self) -> dict[str, Any]:
         """What every prediction carries: use, origin, hashes."""
         return {

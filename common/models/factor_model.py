@@ -176,11 +176,12 @@ class MixtureOfFactorAnalyzers(nn.Module):
 
     def restore(self, known: Posterior, genes: Tensor) -> Tensor:
         """Return the mean of the genes asked for, (B, Q)."""
-        means = self.means[:, genes].transpose(0, 1)  # (B, K, Q)
-        of_type = (known.log_weights.exp().unsqueeze(1) @ means).squeeze(1)
-        linear = (self.loadings[genes] @ known.factors.unsqueeze(-1)).squeeze(-1)
-        restored: Tensor = of_type + linear
-        return restored
+        with torch.autocast(genes.device.type, enabled=False):
+            means = self.means[:, genes].transpose(0, 1)  # (B, K, Q)
+            of_type = (known.log_weights.exp().unsqueeze(1) @ means).squeeze(1)
+            linear = (self.loadings[genes] @ known.factors.unsqueeze(-1)).squeeze(-1)
+            restored: Tensor = of_type + linear
+            return restored
 
     @torch.no_grad()
     def mnar_gate(self, known: Posterior, genes: Tensor, keep: Tensor | None) -> Tensor:

@@ -77,23 +77,64 @@ def restore_with_uncertainty(
     return torch.cat(means), torch.cat(sds)
 
 
+@torch.no_grad()
+def unlikeness(
+    linear: MixtureOfFactorAnalyzers, values: Tensor, batch_size: int = 32
+) -> Tensor:
+    """Return how far each sample lies from the training patients, shape (B,).
+
+    Squared Mahalanobis distance of the measured genes from their mean under the most
+    probable component k, divided by their number n:
+
+        (x - mean_k)' (W C_k W' + noise)^-1 (x - mean_k) / n
+
+    Its expectation under the model is 1 for any panel, so that one threshold serves
+    all; unseen patients lie below, since the noise is raised for them. Lee et al. 2018
+    (arXiv 1807.03888) detect foreign samples by the same distance, between features.
+
+    Parameters
+    ----------
+    values
+        Standardised expression, shape (B, V); NaN where missing. NaN comes back for a
+        sample without a measured gene.
+    """
+    found = [_unlikeness(linear, rows) for rows in values.split(batch_size)]
+    return torch.cat(found) if found else values.new_empty(0)
+
+
+def _unlikeness(linear: MixtureOfFactorAnalyzers, values: Tensor) -> Tensor:
+    known = _Known(linear, values)
+    best = known.log_joint.argmax(dim=1, keepdim=True)
+    distance = known.distance.gather(1, best).squeeze(1)
+    return distance / (~values.isnan()).sum(dim=1)  # 0 / 0 is NaN
+
+
+class _Known:
+    """What the measured genes say of each component; shapes as in `_variance`."""
+
+    def __init__(self, linear: MixtureOfFactorAnalyzers, values: Tensor) -> None:
+        w = linear.loadings  # (V, R)
+        precise = ~values.isnan() / linear.noise  # (B, V)
+        gram = torch.einsum("vr,bv,vs->brs", w, precise, w)  # (B, R, R)
+        off = values.nan_to_num(0.0).unsqueeze(1) - linear.means  # (B, K, V)
+        weighted = off * precise.unsqueeze(1)
+        target = weighted @ w  # (B, K, R)
+        root, _ = torch.linalg.cholesky_ex(gram.unsqueeze(1) + linear.precisions)
+        self.root = root
+        self.factors = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)
+        distance = (off * weighted).sum(-1) - (target * self.factors).sum(-1)
+        self.distance = distance  # (B, K)
+        prior = torch.linalg.cholesky_ex(linear.precisions)[0]
+        log_joint = linear.log_shares - distance / 2
+        self.log_joint = log_joint + _half_log_det(prior) - _half_log_det(root)
+
+
 def _variance(linear: MixtureOfFactorAnalyzers, values: Tensor) -> Tensor:
     """Return the variance of each gene given the measured ones, shape (B, V)."""
     w = linear.loadings  # (V, R)
-    measured = ~values.isnan()
-    precise = measured / linear.noise  # (B, V)
-    gram = torch.einsum("vr,bv,vs->brs", w, precise, w)  # (B, R, R)
-    off = values.nan_to_num(0.0).unsqueeze(1) - linear.means  # (B, K, V)
-    weighted = off * precise.unsqueeze(1)
-    target = weighted @ w  # (B, K, R)
-    root, _ = torch.linalg.cholesky_ex(gram.unsqueeze(1) + linear.precisions)
-    factors = torch.cholesky_solve(target.unsqueeze(-1), root).squeeze(-1)  # (B, K, R)
-    distance = (off * weighted).sum(-1) - (target * factors).sum(-1)  # (B, K)
-    prior = torch.linalg.cholesky_ex(linear.precisions)[0]
-    log_joint = linear.log_shares - distance / 2
-    log_joint = log_joint + _half_log_det(prior) - _half_log_det(root)
-    weights = log_joint.softmax(-1)  # (B, K)
-    inverses = torch.cholesky_inverse(root)  # (B, K, R, R)
+    known = _Known(linear, values)
+    weights, factors = known.log_joint.softmax(-1), known.factors  # (B, K), (B, K, R)
+    inverses = torch.cholesky_inverse(known.root)  # (B, K, R, R)
     within = torch.einsum("bk,bkrs->brs", weights, inverses)
     of_factors = ((w @ within) * w).sum(-1)  # (B, V)
     means = linear.means + factors @ w.T  # (B, K, V)

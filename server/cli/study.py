@@ -86,6 +86,7 @@ def study_new(
             no_secure_aggregation=no_secure_aggregation,
         )
         write_out(out, text)
+        retired = drafts.retired_genes(genes)
         contract = Contract.from_toml(text, str(out))
         protected, left = protections(contract.study), remaining(contract)
     facts: dict[str, object] = {"contract": str(out), "hash": Signed(text).hash}
@@ -94,6 +95,9 @@ def study_new(
     show(facts, form)
     if form == "text":
         _show_protections(protected, left)
+    if retired:
+        pairs = ", ".join(f"{old} is {new}" for old, new in sorted(retired.items()))
+        note(f"Retired symbols of genes are written as the current ones: {pairs}.")
     note("Read it through; each change until it is signed changes its hash.")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgex.common import parsing
+from fedgex.common.data.genes import retired_symbols
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
 from fedgex.common.study import FEWEST_SUMMED
@@ -42,7 +43,8 @@ def draft(
     study_toml
         A `[study]` section, or a scenario that has one.
     genes
-        One gene symbol a line; blank lines and what follows a # do not count.
+        One gene symbol a line; blank lines and what follows a # do not count. Retired
+        symbols become the current ones, see `retired_genes`.
     administrators
         Number of administrators who must order the release.
     no_secure_aggregation
@@ -58,7 +60,8 @@ def draft(
     if not isinstance(study, Mapping):
         raise ConfigError(f'{study_toml}: "study" is no section; expected [study].')
     added = "secure_aggregation" not in study and not no_secure_aggregation
-    vocabulary = Vocabulary(_genes(genes))
+    retired = retired_genes(genes)
+    vocabulary = Vocabulary(tuple(sorted(retired.get(g, g) for g in _genes(genes))))
     rule = {**study.get("vocabulary", {}), "genes": list(vocabulary.genes)}
     terms = {
         "purpose": purpose,
@@ -96,6 +99,25 @@ def draft(
     text = annotated_toml.render(contract)
     assert Contract.from_toml(text, "the draft") == contract, "what is written is read"
     return text
+
+
+def retired_genes(path: Path) -> dict[str, str]:
+    """Return the current symbol of each gene of a list that has a retired one.
+
+    Raises
+    ------
+    ConfigError
+        If the list cannot be used, or holds a gene under two of its names.
+    """
+    genes = _genes(path)
+    retired = retired_symbols(genes)
+    names = Counter(retired.get(gene, gene) for gene in genes)
+    if twice := [gene for gene in genes if names[retired.get(gene, gene)] > 1]:
+        raise ConfigError(
+            f"{path}: {', '.join(twice)} are retired and current symbols of the same "
+            "genes; expected one symbol a gene. Remove the retired ones."
+        )
+    return retired
 
 
 def _active(consortium: Consortium) -> set[str]:

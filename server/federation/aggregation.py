@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
+
+from fedgex.common.data.vocabulary import least_count
 
 Array = NDArray[np.floating]
 Weight = NDArray[np.float64]
@@ -66,15 +67,18 @@ def trimmed_mean(
 ) -> Array:
     """Return the mean over the sites after cutting off a share at either end.
 
-    The number of sites cut off is rounded down (Yin et al. 2018, definition 2). Sites
-    with weight zero are excluded; other weights do not matter.
+    After Yin et al. 2018, definition 2, but that the number of sites cut off is rounded
+    up, as far as one is left: of few sites, such as those that measure a rare gene, one
+    is cut off at either end, not none. Sites with weight zero are excluded; other
+    weights do not matter.
     """
-    return _order_statistic(
-        arrays,
-        weights,
-        global_parameter,
-        lambda x: np.asarray(trim_mean(x, trim_share, axis=0)),
-    )
+
+    def trimmed(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        n = len(x)
+        cut = min(least_count(trim_share, n), (n - 1) // 2)
+        return np.asarray(np.sort(x, axis=0)[cut : n - cut].mean(axis=0))
+
+    return _order_statistic(arrays, weights, global_parameter, trimmed)
 
 
 def _order_statistic(

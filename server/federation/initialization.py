@@ -18,7 +18,6 @@ from typing import TypeVar
 
 import numpy as np
 from flwr.app import RecordDict
-from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from fedgex.common import federation, keys
@@ -207,17 +206,16 @@ class Initialization:
         moments = {n: each for n, each in moments.items() if n not in foreign}
         scale, names = federation.standardisation(moments), sorted(moments)
         about = {"vocabulary": vocabulary.genes, "sites": names}
-        text = {key: json.dumps(value) for key, value in about.items()}
-        write_atomic(path, save({"mean": scale.mean, "sd": scale.sd}, text))
+        write_atomic(path.with_suffix(".json"), json.dumps(about).encode())
+        write_atomic(path, save({"mean": scale.mean, "sd": scale.sd}))
         return vocabulary, scale, names
 
     def _read_start(self, path: Path) -> tuple[Vocabulary, Standardisation, list[str]]:
         """Read what `_statistics` kept; 0.1.0 kept no names of genes and sites."""
-        with safe_open(path, framework="numpy") as file:
-            scale = Standardisation(
-                mean=file.get_tensor("mean"), sd=file.get_tensor("sd")
-            )
-            about = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+        kept, about = load_file(path), {}
+        scale = Standardisation(mean=kept["mean"], sd=kept["sd"])
+        if (names := path.with_suffix(".json")).exists():
+            about = read_json(names, "the genes and sites of the statistics")
         vocabulary = self._vocabulary()
         if "vocabulary" in about:
             vocabulary = Vocabulary(tuple(about["vocabulary"]))

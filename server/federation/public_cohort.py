@@ -1,4 +1,4 @@
-"""Load the server's public cohort, if a study uses one."""
+"""Load and check the server's cohorts: the public one, and the hold-out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgex.common.errors import ConfigError
-from fedgex.common.study import Study
+from fedgex.common.study import PRETRAINING, SURVIVAL, Study
 
 if TYPE_CHECKING:
     from fedgex.common.data.cohort import Cohort
@@ -48,7 +48,7 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
     if not is_wanted(study) or folder is None:
         return None
 
-    cohort = load_cohort(folder)
+    cohort = load_cohort(folder, study.scale)
     if cohort.n_patients < MIN_PUBLIC_PATIENTS:
         raise ConfigError(
             f"the public cohort in {folder} has {cohort.n_patients} patients; expected "
@@ -56,3 +56,90 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
             "study.public out."
         )
     return cohort
+
+
+def load_both(
+    study: Study, holdout: Path | None, public: Path | None, *, begins: bool = True
+) -> tuple[Cohort | None, Cohort | None]:
+    """Read hold-out and public cohort, before any site is asked anything.
+
+    Each is None if there is none, or the study does not use it.
+
+    Parameters
+    ----------
+    begins
+        Whether anything that begins on the public cohort is to come.
+
+    Raises
+    ------
+    ConfigError
+        With all that is wrong with either, or that both hold the same patients.
+    """
+    from fedgex.common.data.cohort import load_cohort
+
+    problems, judging, known = [], None, None
+    try:
+        if holdout is not None:
+            judging = load_cohort(holdout, study.scale)
+            problems += _strange_holdout(study, judging, holdout)
+    except ConfigError as error:
+        problems.append(str(error))
+    try:
+        known = load(study, public) if begins else None
+        if known is not None and study.public.statistics:
+            _require_genes(study, known)
+    except ConfigError as error:
+        problems.append(str(error))
+    if judging is not None and known is not None:
+        try:
+            require_apart(judging, known)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return judging, known
+
+
+def require_apart(one: Cohort, other: Cohort) -> None:
+    """Raise ConfigError if the hold-out and the public cohort share patients."""
+    if both := len(set(one.keys) & set(other.keys)):
+        raise ConfigError(
+            f"{both} patients are in the hold-out and in the public cohort: who trains "
+            "cannot judge. Make one of them without these patients (data.opt_outs)."
+        )
+
+
+def gaps(study: Study, cohort: Cohort) -> list[str]:
+    """Return what a study asks for and a cohort lacks, one sentence each."""
+    found = []
+    asked = study.vocabulary.genes
+    if lacking := set(asked) - set(cohort.genes):
+        found.append(f"{len(lacking)} of the study's {len(asked)} genes are not there")
+    types = {*study.classification.classes, *study.survival.cancer_types}
+    there = {*cohort.clinical.get("cancer_type", ())}
+    phases = set(study.phases) - {PRETRAINING}
+    if phases and (absent := sorted(types - there)):
+        found.append(f"nobody has the cancer types {', '.join(absent)}")
+    if SURVIVAL in phases and not cohort.with_survival().any():
+        found.append("nobody has a follow-up with duration and event")
+    return found
+
+
+def _strange_holdout(study: Study, cohort: Cohort, folder: Path) -> list[str]:
+    asked = set(study.vocabulary.genes)
+    if not asked or asked & set(cohort.genes):
+        return []
+    return [
+        f"the hold-out in {folder} has none of the study's {len(asked)} genes; "
+        "expected those that it can be judged on. Make it again with "
+        "fedgex-admin cohort build, or take it away to leave judging out."
+    ]
+
+
+def _require_genes(study: Study, cohort: Cohort) -> None:
+    from fedgex.common.data.vocabulary import Vocabulary
+    from fedgex.common.federation import public_standardisation
+
+    if study.vocabulary.genes:
+        genes = tuple(sorted(study.vocabulary.genes))
+        public_standardisation(cohort, Vocabulary(genes))

@@ -24,7 +24,6 @@ from safetensors.numpy import load_file
 
 from fedgex.common import federation, keys
 from fedgex.common.arrays import Arrays
-from fedgex.common.data.cohort import load_cohort
 from fedgex.common.data.dataset import Patients, to_patients
 from fedgex.common.errors import CheckpointError, FederationError
 from fedgex.common.messages.fields import Round
@@ -112,8 +111,8 @@ class _Run:
         found = checkpoint.latest(self.checkpoints)
         last = None if found is None else self._reopened(checkpoint.load(found))
         begins = last is None or self._begins_on_public(last)
-        cohort = (
-            public_cohort.load(self.study, self.settings.public) if begins else None
+        judging, cohort = public_cohort.load_both(
+            self.study, self.settings.holdout, self.settings.public, begins=begins
         )
         initialization = Initialization(
             channel=self.channel, settings=self.settings, public_cohort=cohort
@@ -140,8 +139,10 @@ class _Run:
         )
         self._catch_up(last)
         place = (last.vocabulary, last.standardisation)
-        if self.settings.holdout is not None:
-            self.holdout = to_patients(load_cohort(self.settings.holdout), *place)
+        if judging is not None:
+            for gap in public_cohort.gaps(self.study, judging):
+                logger.warning("hold-out: %s", gap)
+            self.holdout = to_patients(judging, *place)
         if cohort is not None:
             self.public = to_patients(cohort, *place)
         for phase, training in self.study.phases.items():
@@ -152,10 +153,16 @@ class _Run:
             for number in range(first, training.rounds + 1):
                 last = self._round(sites, last, phase, number)
             self.journal.write("phase-finished", phase=phase)
+        unjudged: dict[str, str] = {}
         if self.holdout is not None:
-            self._evaluate(last, self.holdout)
+            try:
+                self._evaluate(last, self.holdout)
+            except Exception as error:  # the model is finished all the same
+                logger.exception("the finished model is not judged")
+                unjudged["holdout_reason"] = f"{type(error).__name__}: {error}"
         self.journal.write(
             "run-finished",
+            **unjudged,
             checkpoint=_name(self.study, last),
             peak_rss_mb=resident_mb("VmHWM"),
         )
@@ -312,6 +319,13 @@ class _Run:
 
         return outcome, aggregate
 
+    def _unlike_from(self, new: Checkpoint) -> float | None:
+        """Return the run's threshold of unlikeness; the factor model is fixed."""
+        if self.holdout is None or "unlike_from" in new.metrics:
+            known: float | None = new.metrics.get("unlike_from")
+            return known
+        return evaluation.unlike_from(self.study, dict(new.parameters), self.holdout)
+
     def _commit(
         self,
         new: Checkpoint,
@@ -321,10 +335,17 @@ class _Run:
     ) -> Checkpoint:
         """Evaluate the new model, and store it with its receipt."""
         holdout: dict[str, Any] = {}
+        unjudged: dict[str, str] = {}
+        unlike_from: float | None = None
         if self.holdout is not None:
-            holdout = evaluation.evaluate_round(
-                self.study, new.phase, dict(new.parameters), self.holdout
-            )
+            try:
+                holdout = evaluation.evaluate_round(
+                    self.study, new.phase, dict(new.parameters), self.holdout
+                )
+                unlike_from = self._unlike_from(new)
+            except Exception as error:  # what hospitals trained is not lost for it
+                logger.exception("%s %d is not judged", new.phase, new.round)
+                unjudged["holdout_reason"] = f"{type(error).__name__}: {error}"
         metrics = {
             "phase": new.phase,
             "round": new.round,
@@ -333,6 +354,8 @@ class _Run:
             "judged_loss": _mean(outcome.sites, "pre_training_loss"),
             "sites": {name: each.to_json() for name, each in outcome.sites.items()},
             "holdout": holdout,
+            **unjudged,
+            "unlike_from": unlike_from,
             "epsilon": central_noise.spent(self.study, new.phase, new.round),
             "bytes_up": outcome.bytes_up,
             "bytes_down": outcome.bytes_down,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import subprocess
 import time
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,9 +47,9 @@ def evaluate(
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     rules = Protocol.load(protocol)
-    split = partial(prepare, rules, data_dir, out, on=on, workers=workers, quick=quick)
+    split = prepare(rules, data_dir, out, on=on, workers=workers, quick=quick)
     module = import_module(f"{__name__}.{question}")
-    results = module.run(lambda number: split(number=number), console)
+    results = module.run(split, console)
     options = [
         *(["--protocol", protocol.name] if protocol else []),
         *(["--on", on] if on != "test" else []),

@@ -69,7 +69,7 @@ Part = tuple[dict[str, Any], dict[str, Any], Figure]
 """Fields of the page, numbers and figure."""
 
 
-def run(splits: Callable[[int], Split], console: Console) -> Results:
+def run(split: Split, console: Console) -> Results:
     """Interpret the federated model of each seed.
 
     Raises
@@ -77,7 +77,6 @@ def run(splits: Callable[[int], Split], console: Console) -> Results:
     ConfigError
         If the study lacks a phase or part that is interpreted.
     """
-    split = splits(0)
     _refuse_unfit(split.study)
     wanted = [a for s in split.seeds for a in arms(split, s, (FEDERATED,))]
     trained = [model for _, model in models(split, wanted, console)]

@@ -59,17 +59,6 @@ class Measure:
         return one < other if self.better == "lower" else one > other
 
 
-class Splits(Settings):
-    """Hold-outs beyond the scenario's own."""
-
-    number: int = Field(ge=0)
-    """Number of further hold-outs."""
-    share: float = Field(gt=0, lt=1)
-    """Approximate share of all patients in each."""
-    seed: int = Field(ge=0)
-    """Seed of the draw."""
-
-
 class Quick(Settings):
     """Limits under --quick."""
 
@@ -80,7 +69,7 @@ class Quick(Settings):
 
 
 class Protocol(Settings):
-    """Seeds, splits and scenario that every question shares."""
+    """Scenario and seeds that every question shares, and who makes choices."""
 
     scenario: str
     """Name of the scenario, or path."""
@@ -88,7 +77,6 @@ class Protocol(Settings):
     """Seeds of the study."""
     validation: tuple[str, ...]
     """Institutions of the training group on which choices are made."""
-    splits: Splits
     quick: Quick
 
     @classmethod
@@ -136,10 +124,6 @@ class Split:
     workers: int
     """Processes side by side."""
     quick: bool
-    number: int = 0
-    """0 for the scenario's hold-out, above for one of the drawn ones."""
-    n_splits: int = 1
-    """Splits that the protocol has for these patients, this one among them."""
 
     @cached_property
     def moments(self) -> dict[str, GeneMoments]:
@@ -176,7 +160,6 @@ def prepare(
     out: Path,
     *,
     on: On = "test",
-    number: int = 0,
     workers: int = 2,
     quick: bool = False,
 ) -> Split:
@@ -186,36 +169,18 @@ def prepare(
     ----------
     on
         Patients that evaluate. With "validation" the scenario's hold-out is not used.
-    number
-        0 for the scenario's hold-out, above for one of the protocol's drawn ones.
 
     Raises
     ------
     ConfigError
-        If the data do not fit, there is no such split, or only the test has others.
+        If the data do not fit.
     """
     chosen = scenario.find(protocol.scenario)
-    if not 0 <= number <= protocol.splits.number:
-        raise ConfigError(
-            f"split {number} was asked for; expected 0 to {protocol.splits.number}."
-        )
     if on == "validation":
-        if number:
-            raise ConfigError(
-                f"split {number} was asked for on validation; expected split 0, since "
-                "the others hold out institutions that judge."
-            )
         apart = Public(institutions=chosen.holdout.institutions)
         held = Holdout(institutions=protocol.validation)
         chosen = chosen.model_copy(update={"holdout": held, "public": apart})
-    elif number:
-        first = prepare(protocol, data_dir, out)
-        cohorts = [*first.sites.values(), first.unseen]
-        patients = [patient for cohort in cohorts for patient in cohort.patients]
-        where = institutions(chosen, data_dir).loc[patients]
-        held = Holdout(institutions=_drawn(where, protocol.splits, number))
-        chosen = chosen.model_copy(update={"holdout": held})
-    folder = out / f"{on}-{number}"
+    folder = out / f"{on}-0"
     study = scenario.shortened(chosen.study, protocol.quick.rounds if quick else None)
     parts = write_split(chosen, data_dir, folder)
     sites = {name: read_cohort(folder / "sites" / name, study) for name in parts.sites}
@@ -236,8 +201,6 @@ def prepare(
         folder=folder,
         workers=workers,
         quick=quick,
-        number=number,
-        n_splits=1 if quick or on == "validation" else 1 + protocol.splits.number,
     )
 
 
@@ -247,19 +210,3 @@ def institutions(chosen: Scenario, data_dir: Path) -> pd.Series:
     table = pd.read_csv(data_dir / chosen.data.clinical, dtype=str)
     of_patient: pd.Series = table.set_index(named)[chosen.sites.column]
     return of_patient
-
-
-def _drawn(where: pd.Series, splits: Splits, number: int) -> tuple[str, ...]:
-    """Draw institutions with about the share of the patients.
-
-    Parameters
-    ----------
-    where
-        Institution of each patient who has expression.
-    """
-    sizes = where.value_counts().sort_index()
-    rng = np.random.default_rng([splits.seed, number])
-    order = rng.permutation(len(sizes))
-    reached = np.cumsum(sizes.to_numpy()[order]) / sizes.sum()
-    taken = order[: int(np.searchsorted(reached, splits.share)) + 1]
-    return tuple(sorted(str(name) for name in sizes.index[taken]))

@@ -272,3 +272,46 @@ def test_patients_added_after_the_start_are_no_change_of_the_data(site: Path) ->
     pd.concat([panel(), more]).to_csv(site / "expression.csv")
 
     assert trained_on(ask_to_train(site)) == 2 * len(PATIENTS)
+
+
+# ---- names of genes ----
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_study"), [("MARCH1", "MARCHF1"), ("MARCHF1", "MARCH1")]
+)
+def test_a_gene_is_reported_under_the_study_s_name_for_it(
+    site: Path, monkeypatch: pytest.MonkeyPatch, in_file: str, in_study: str
+) -> None:
+    panel().rename(columns={"KRAS": in_file}).to_csv(site / "expression.csv")
+
+    rule = {"genes": ["ACTB", in_study, "TP53"]}
+    study = Study.read({**STUDY.model_dump(), "vocabulary": rule}, "test")
+    monkeypatch.setitem(globals(), "STUDY", study)
+
+    genes = ask(site, keys.PREPARE).config_records[keys.SITE]["genes"]
+
+    assert isinstance(genes, list)
+    assert {"ACTB", in_study, "TP53"} <= set(genes)
+    assert in_file not in genes
+
+
+def test_another_gene_table_is_read_without_a_restart(site: Path) -> None:
+    head = "symbol\tstatus\talias_symbol\tprev_symbol\tensembl_gene_id\n"
+    rows = "".join(f"{gene}\tApproved\t\t\t\n" for gene in GENES)
+    table = site / "hgnc.txt"
+    table.write_text(head + rows)
+    settings = site / "site.toml"
+    settings.write_text(settings.read_text() + 'hgnc_table = "hgnc.txt"\n')
+    before = ask(site, keys.PREPARE).config_records[keys.SITE]["genes"]
+    assert isinstance(before, list)
+
+    table.write_text(
+        head + rows.replace("KRAS\tApproved\t\t", "NRAS\tApproved\t\tKRAS")
+    )
+    after = ask(site, keys.PREPARE).config_records[keys.SITE]["genes"]
+    assert isinstance(after, list)
+
+    assert "KRAS" in before
+    assert "KRAS" not in after
+    assert "NRAS" in after

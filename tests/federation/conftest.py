@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,7 @@ class Consortium:
     data: Path
     sites: Path
     holdout: Path
+    """The same rows as of other patients lie in its neighbour `public`."""
     names: tuple[str, ...]
 
     def study(self, **changes: Any) -> Study:
@@ -233,15 +235,12 @@ def write_hospitals(
     holdout = out / "holdout" / "checked"
     settings = SiteSettings.load(out / "holdout" / "site.toml")
     study = scenario.study
-    save_cohort(
-        read_cohort(
-            settings.data,
-            settings.policy.minimum_cohort,
-            study.scale,
-            tuple(study.phases),
-        )[0],
-        holdout,
-    )
+    floor, tasks = settings.policy.minimum_cohort, tuple(study.phases)
+    cohort, _ = read_cohort(settings.data, floor, study.scale, tasks)
+    save_cohort(cohort, holdout, study.scale)
+    others = tuple(f"public-{patient}" for patient in cohort.patients)
+    public = dataclasses.replace(cohort, patients=others)
+    save_cohort(public, holdout.with_name("public"), study.scale)
     return Consortium(
         data=data, sites=out / "sites", holdout=holdout, names=parts.sites
     )

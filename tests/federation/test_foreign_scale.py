@@ -169,7 +169,7 @@ def test_where_a_public_cohort_gives_the_statistics_it_refuses_before_it_trains(
         changes["rounds"] = {"quorum": 3}
     study = wide.study(**SHORT | changes)
 
-    run = wide.conduct(study, tmp_path, public=wide.holdout)
+    run = wide.conduct(study, tmp_path, public=wide.holdout.with_name("public"))
 
     assert reasons(run) == ["FX-SITE-010"] * 2
     asked = {e.message_type for e in run.exchanges if e.site == ODD}

@@ -12,6 +12,7 @@ import pytest
 from fedgex.common import federation, keys
 from fedgex.common.data.cohort import load_cohort
 from fedgex.common.data.dataset import to_patients
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
 from fedgex.common.models import checkpoint
 from fedgex.common.study import Study
@@ -46,7 +47,9 @@ def with_public(consortium: Consortium, **rule: Any) -> Study:
 
 def conduct(consortium: Consortium, study: Study, folder: Path, **how: Any) -> Finished:
     """Conduct with the hold-out's patients as the public cohort."""
-    return consortium.conduct(study, folder, public=consortium.holdout, **how)
+    return consortium.conduct(
+        study, folder, public=consortium.holdout.with_name("public"), **how
+    )
 
 
 def start(run: Finished) -> checkpoint.Checkpoint:
@@ -61,7 +64,7 @@ def test_no_site_is_asked_for_statistics_where_the_public_cohort_gives_them(
 
     assert {e.message_type for e in run.exchanges} == {keys.PREPARE, keys.TRAIN}
     begun = start(run)
-    cohort = load_cohort(consortium.holdout)
+    cohort = load_cohort(consortium.holdout, Scale.LOG2P1)
     values = to_patients(cohort, begun.vocabulary, begun.standardisation).values.numpy()
     np.testing.assert_allclose(values.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(values.std(axis=0), 1, atol=1e-5)

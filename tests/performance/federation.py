@@ -183,6 +183,6 @@ def _federate(size: Federation, workers: int, console: Console) -> list[dict[str
             scenario.study.scale,
             tuple(scenario.study.phases),
         )
-        save_cohort(holdout, out / "holdout" / "checked")
+        save_cohort(holdout, out / "holdout" / "checked", scenario.study.scale)
         run.federate(scenario, parts, out, console)
         return journal.read(out / "run" / "journal.jsonl")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedgex.common.data.dataset import Patients
 from fedgex.common.models import tasks
+from fedgex.common.models.uncertainty import unlikeness
 from fedgex.common.study import Evaluation, Study
 from fedgex.server import evaluation
 from fedgex.server.evaluation import class_scores, evaluate_risk, hidden_cells
@@ -310,3 +311,20 @@ def test_a_round_is_judged_by_what_its_phase_is_about() -> None:
     }
     assert 0 <= classes["accuracy"] <= 1
     assert list(survival) == ["BRCA"]
+
+
+def test_the_threshold_of_unlikeness_is_exceeded_by_one_patient_in_a_hundred() -> None:
+    rules = study(cross_products=True, linear_rank=2)
+    whole = tasks.initial(rules, N_GENES)
+    many, few = patients(200), patients(29)
+    linear = tasks.load_backbone(rules, N_GENES, whole).encoder.linear
+    assert linear is not None
+
+    threshold = evaluation.unlike_from(rules, whole, many)
+
+    scores = unlikeness(linear, many.values)
+    assert int((scores > threshold).sum()) == 1  # place 199 of 200
+    assert evaluation.unlike_from(rules, whole, few) is None
+    without = study()
+    start = tasks.initial(without, N_GENES)
+    assert evaluation.unlike_from(without, start, many) is None

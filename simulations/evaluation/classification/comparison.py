@@ -10,7 +10,6 @@ for comparison, from pooled rows. N unseen patients, V genes, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +147,7 @@ class Scores:
         return [size for size in self.accuracy[POOLED][kind] if size <= FEW]
 
 
-def run(splits: Callable[[int], Split], console: Console) -> Results:
+def run(split: Split, console: Console) -> Results:
     """Compare accuracy from panels of 8 to all genes, on unseen institutions.
 
     Raises
@@ -156,7 +155,6 @@ def run(splits: Callable[[int], Split], console: Console) -> Results:
     ConfigError
         If the study has no classification phase.
     """
-    split = splits(0)
     if CLASSIFICATION not in split.study.phases:
         raise ConfigError(
             f'the study "{split.study.name}" has no classification; expected one that '

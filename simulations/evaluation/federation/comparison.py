@@ -9,7 +9,7 @@ on the same unseen patients, cells and panels. N unseen patients, V genes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,12 +47,12 @@ AMONG = "federated among"
 """The federated model, restricted to the cancers of a site."""
 
 
-def run(splits: Callable[[int], Split], console: Console) -> Results:
+def run(split: Split, console: Console) -> Results:
     """Compare the federation with pooled and local models, and where sites differ.
 
     All seeds for federated and pooled; the first for all others.
     """
-    bench = Bench(splits(0), console)
+    bench = Bench(split, console)
     both, local = bench.central(), bench.local()
     fields: dict[str, Any] = {
         "min_events": MIN_EVENTS,

@@ -10,7 +10,7 @@ methods get the same cells. N patients, V genes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,9 +74,8 @@ GOALS: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
 """Name, other method, highest ratio, and the patterns or settings it is about."""
 
 
-def run(splits: Callable[[int], Split], console: Console) -> Results:
+def run(split: Split, console: Console) -> Results:
     """Evaluate every method on the scenario's hold-out and on other data."""
-    split = splits(0)
     others, notes = other_data(split)
     test_sets = [unseen(split), *others]
     results = collect(split, test_sets, console)

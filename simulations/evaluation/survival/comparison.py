@@ -1,7 +1,6 @@
 """Survival predictions of every method within each cancer, on unseen institutions.
 
-    predictions of each split and seed -> scores, the mean over the seeds of a split
-    -> tables over cancers and splits
+    predictions of each seed -> scores of each seed -> tables over cancers and seeds
 
 N unseen patients, n of one cancer, K ends of intervals. A cancer counts where
 MIN_EVENTS of its unseen patients died.
@@ -10,7 +9,7 @@ MIN_EVENTS of its unseen patients died.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +34,7 @@ from fedgex.simulations.evaluation.survival import predictions as methods
 from fedgex.simulations.evaluation.survival.predictions import Predictions
 from fedgex.simulations.evaluation.survival.tables import (
     CALIBRATED,
+    METHODS,
     OVERALL,
     ByCancer,
     Scores,
@@ -48,38 +48,35 @@ MIN_LEFT = 5
 CALIBRATED_DAY = 3 * DAYS_PER_YEAR
 """Calibration is evaluated at the end of interval nearest to this day."""
 THIRDS = 3
+RESAMPLES = 200
+"""Bootstrap samples of the unseen patients, drawn within each cancer."""
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def run(splits: Callable[[int], Split], console: Console) -> Results:
-    """Evaluate every method on every split.
-
-    The first split has every seed, the others the first of them.
+def run(split: Split, console: Console) -> Results:
+    """Evaluate every method, once a seed.
 
     Raises
     ------
     ConfigError
         If the study has no survival phase.
     """
-    first = splits(0)
-    study = first.study
+    study = split.study
     if SURVIVAL not in study.phases:
         raise ConfigError(
             f'the study "{study.name}" has no survival phase; expected '
             "survival.rounds of 1 or more. Choose another scenario."
         )
     scores = []
-    for number in range(first.n_splits):
-        split = splits(number) if number else first
-        seeds = split.seeds[:1] if number else split.seeds
-        scores.append(average([_evaluate(split, seed, console) for seed in seeds]))
+    for number, seed in enumerate(split.seeds, 1):
+        scores.append(_evaluate(split, seed, console))
         console.print(
-            f"survival on split {number + 1} of {first.n_splits} is evaluated",
+            f"survival with seed {number} of {len(split.seeds)} is evaluated",
             highlight=False,
         )
-    return results(scores, study.survival.cancer_types, quick=first.quick)
+    return results(scores, study.survival.cancer_types, quick=split.quick)
 
 
 def evaluate(
@@ -146,38 +143,35 @@ def evaluate(
         deaths=deaths,
         c_index={method: _means(several) for method, several in c_indices.items()},
         error=errors,
+        resampled=_resampled(unseen, predictions, counted),
         overall=overall,
         thirds=thirds,
         anchors=anchors,
     )
 
 
-def average(seeds: Sequence[Scores]) -> Scores:
-    """Return the mean of several seeds; deaths and anchors are the same for all.
+def _resampled(
+    unseen: Patients, predictions: Predictions, counted: Mapping[str, Rows]
+) -> dict[str, list[float]]:
+    """Return the mean C-index over cancers on resampled patients, by method.
 
-    A method that only some seeds have, such as local models, over those.
+    The draws are the same for every method and seed, so that differences are paired.
     """
-    one = seeds[0]
-    methods = {method: None for each in seeds for method in each.c_index}
-    return Scores(
-        deaths=one.deaths,
-        c_index={
-            method: _means([e.c_index[method] for e in seeds if method in e.c_index])
-            for method in methods
-        },
-        error=_means([each.error for each in seeds]),
-        overall={
-            method: _means([each.overall[method] for each in seeds])
-            for method in one.overall
-        },
-        thirds={
-            name: list(
-                map(tuple, np.mean([e.thirds[name] for e in seeds], axis=0).tolist())
+    rng = np.random.default_rng(0)
+    draws = [
+        {name: rng.choice(rows, len(rows)) for name, rows in counted.items()}
+        for _ in range(RESAMPLES)
+    ]
+    return {
+        method: [
+            mean_known(
+                _c_index(unseen, predictions[method], rows) for rows in draw.values()
             )
-            for name in one.thirds
-        },
-        anchors=one.anchors,
-    )
+            for draw in draws
+        ]
+        for method in METHODS
+        if method in predictions
+    }
 
 
 def _means(several: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -117,8 +117,7 @@ def survival_models(
     Each arm is trained once; a variant of its survival phase starts from the parameters
     before that phase.
     """
-    local = not split.quick and split.number == 0
-    kinds = (FEDERATED, POOLED, LOCAL) if local else (FEDERATED, POOLED)
+    kinds = (FEDERATED, POOLED) if split.quick else (FEDERATED, POOLED, LOCAL)
     jobs: dict[str, Job] = {}
     for arm, model in models(split, arms(split, seed, kinds), console):
         wanted = variants(arm.study)

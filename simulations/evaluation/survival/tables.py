@@ -1,7 +1,8 @@
 """Tables, goals and figures of the survival comparison.
 
-A split's numbers are means over its seeds. Means over cancers are taken within a split,
-SDs over the splits, paired tests over all pairs of split and cancer.
+The seeds train on the same patients and are evaluated on the same others: SDs over them
+are those of training only. What the patients' number leaves open is the interval over
+resampled patients; paired tests are over cancers, whose patients differ.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ ByCancer = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores on one split: of one seed, or the mean over its seeds."""
+    """Scores of one seed."""
 
     deaths: Mapping[str, int]
     """Of unseen patients, by cancer."""
@@ -98,6 +99,8 @@ class Scores:
     """By method, way of hiding and method (`panel/...`), or fate of the anchors."""
     error: ByCancer
     """Jackknife standard error of the C-index from true anchors only."""
+    resampled: Mapping[str, Sequence[float]]
+    """By method, the mean C-index over cancers on each bootstrap sample."""
     overall: Mapping[str, Mapping[str, float]]
     """By method, then by key of MEASURES."""
     thirds: Mapping[str, Sequence[tuple[float, float]]]
@@ -108,22 +111,23 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A method against another on the same pairs of split and cancer."""
+    """A method against another on the same cancers."""
 
     mean: float
-    sd: float
-    """Over the splits' means; NaN of one split."""
+    interval: tuple[float, float] | None
+    """95 % over bootstrap samples of the patients; None where none were drawn."""
     p: float
-    """Of Wilcoxon's signed-rank test over pairs."""
-    n_pairs: int
+    """Of Wilcoxon's signed-rank test over cancers."""
+    n_cancers: int
 
     def __str__(self) -> str:
-        """Return it as `+.012 ± .004 (p .031)`."""
+        """Return it as `+0.012 (-0.010 to +0.034; p 0.031)`."""
         if math.isnan(self.mean):
             return "-"
-        tail = "" if math.isnan(self.sd) else f" ± {self.sd:.3f}"
-        test = "" if math.isnan(self.p) else f" (p {self.p:.3f})"
-        return f"{self.mean:+.3f}{tail}{test}"
+        about = [] if math.isnan(self.p) else [f"p {self.p:.3f}"]
+        if self.interval is not None:
+            about.insert(0, "{:+.3f} to {:+.3f}".format(*self.interval))
+        return f"{self.mean:+.3f}" + (f" ({'; '.join(about)})" if about else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +137,7 @@ class Recovery:
     true: float
     absent: float
     error: float
-    """Standard error of the gap: over splits, or the jackknife's of one split."""
+    """The jackknife's standard error of the C-index from true anchors."""
     ours: float
     """C-index from anchors that the federated model restored."""
     gaussian: float
@@ -148,17 +152,17 @@ class Recovery:
         return (restored - self.absent) / (self.true - self.absent)
 
 
-def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> Results:
-    """Return tables and figures over all splits."""
-    recovered = recoveries(splits, types)
+def results(seeds: Sequence[Scores], types: Sequence[str], *, quick: bool) -> Results:
+    """Return tables and figures over all seeds."""
+    recovered = recoveries(seeds, types)
     goals = {
-        "full_panels": difference(splits, OURS, COX_RIDGE),
-        **{s: difference(splits, f"{s}/{OURS}", f"{s}/{GAUSSIAN}") for s in SCHEMES},
+        "full_panels": difference(seeds, OURS, COX_RIDGE),
+        **{s: difference(seeds, f"{s}/{OURS}", f"{s}/{GAUSSIAN}") for s in SCHEMES},
     }
     numbers = {
         "quick": quick,
         "min_events": MIN_EVENTS,
-        "splits": [asdict(each) for each in splits],
+        "seeds": [asdict(each) for each in seeds],
         "goals": {name: asdict(each) for name, each in goals.items()},
         "anchors": {
             name: asdict(each)
@@ -172,17 +176,17 @@ def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> R
     }
     overall = {
         method: {
-            text: mean_sd([each.overall[method][key] for each in splits])
+            text: mean_sd([each.overall[method][key] for each in seeds])
             for key, text in MEASURES.items()
         }
         for method in OVERALL
-        if all(method in each.overall for each in splits)
+        if all(method in each.overall for each in seeds)
     }
     among_all = {
-        FATES[key]: _by_cancer(splits, key, types) for key in _present(splits, FATES)
+        FATES[key]: _by_cancer(seeds, key, types) for key in _present(seeds, FATES)
     }
     fields: dict[str, Any] = {
-        "splits": f"{len(splits)} split{'s' if len(splits) > 1 else ''}",
+        "seeds": f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}",
         "min_events": MIN_EVENTS,
         "not_estimable": NOT_ESTIMABLE,
         "local": LOCAL,
@@ -190,32 +194,39 @@ def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> R
         "type_alone": TYPE_ONLY,
         "gain": GAIN,
         "schemes": SCHEMES,
-        "within": markdown("method", _within(splits, types)),
+        "within": markdown("method", _within(seeds, types)),
         "goal": f"{_met(goals['full_panels'].mean, 0.0)} ({goals['full_panels']})",
         "overall": markdown("method", overall),
         "anchors": markdown("cancer", _anchors(recovered)),
         "share": SHARE,
-        "error_from": "over splits" if len(splits) > 1 else "jackknife",
         "recovered": _recovered(recovered),
         "first_anchors": "\n".join(
             f"- {name}: {', '.join(list(some)[:N_SHOWN])}"
-            for name, some in splits[0].anchors.items()
+            for name, some in seeds[0].anchors.items()
         ),
         "among_all": markdown("model", among_all),
     }
     for s in SCHEMES:
         clinical = f"{s}/{WITH_CLINICAL}", f"{s}/{CLINICAL_GAUSSIAN}"
-        fields[s] = markdown("method", _partly(splits, s))
+        fields[s] = markdown("method", _partly(seeds, s))
         fields[f"{s}_goal"] = f"{_met(goals[s].mean, GAIN)} ({goals[s]})"
-        fields[f"{s}_clinical"] = difference(splits, *clinical)
+        fields[f"{s}_clinical"] = difference(seeds, *clinical)
     looks = {"everything measured": ("", COX_RIDGE)}
     looks |= {SCHEMES[s]: (f"{s}/", GAUSSIAN) for s in SCHEMES}
     drawn = {
-        title: (other, _pairs(splits, prefix + other, prefix + OURS))
+        title: (
+            other,
+            [
+                (mean_known(theirs), mean_known(mine))
+                for theirs, mine in _values(
+                    seeds, prefix + other, prefix + OURS
+                ).values()
+            ],
+        )
         for title, (prefix, other) in looks.items()
     }
     thirds = {
-        method: [point for each in splits for point in each.thirds.get(method, ())]
+        method: [point for each in seeds for point in each.thirds.get(method, ())]
         for method in CALIBRATED
     }
     return Results(
@@ -229,33 +240,45 @@ def results(splits: Sequence[Scores], types: Sequence[str], *, quick: bool) -> R
     )
 
 
-def difference(splits: Sequence[Scores], one: str, other: str) -> Difference:
-    """Compare two methods where both predict something."""
+def difference(seeds: Sequence[Scores], one: str, other: str) -> Difference:
+    """Compare two methods on the cancers where both predict something."""
     pairs = [
-        [pair for pair in _pairs([each], one, other) if not any(map(math.isnan, pair))]
-        for each in splits
+        (mean_known(mine), mean_known(theirs))
+        for mine, theirs in _values(seeds, one, other).values()
     ]
-    means = [float(np.mean([a - b for a, b in some])) for some in pairs if some]
-    flat = [pair for some in pairs for pair in some]
+    pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    drawn = [
+        np.subtract(each.resampled[one], each.resampled[other])
+        for each in seeds
+        if one in each.resampled and other in each.resampled
+    ]
+    interval = None
+    if drawn:
+        low, high = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
+        interval = float(low), float(high)
     return Difference(
-        mean=float(np.mean(means)) if means else math.nan,
-        sd=float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
-        p=paired_p(*zip(*flat, strict=True)) if flat else math.nan,
-        n_pairs=len(flat),
+        mean=float(np.mean([a - b for a, b in pairs])) if pairs else math.nan,
+        interval=interval,
+        p=paired_p(*zip(*pairs, strict=True)) if pairs else math.nan,
+        n_cancers=len(pairs),
     )
 
 
-def _pairs(splits: Sequence[Scores], one: str, other: str) -> list[tuple[float, float]]:
-    """Return the C-indices of two methods, a pair a split and cancer."""
-    return [
-        (value, each.c_index[other][name])
-        for each in splits
-        for name, value in each.c_index.get(one, {}).items()
-        if name in each.c_index.get(other, {})
-    ]
+def _values(
+    seeds: Sequence[Scores], one: str, other: str
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the C-indices of two methods by cancer, one a seed that has both."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for each in seeds:
+        for name, value in each.c_index.get(one, {}).items():
+            if name in each.c_index.get(other, {}):
+                mine, theirs = found.setdefault(name, ([], []))
+                mine.append(value)
+                theirs.append(each.c_index[other][name])
+    return found
 
 
-def recoveries(splits: Sequence[Scores], types: Iterable[str]) -> dict[str, Recovery]:
+def recoveries(seeds: Sequence[Scores], types: Iterable[str]) -> dict[str, Recovery]:
     """Return the recovery from restored anchors, by estimable cancer.
 
     A model that reads anchors only has C 0.5 without them, as it has with the mean.
@@ -265,7 +288,7 @@ def recoveries(splits: Sequence[Scores], types: Iterable[str]) -> dict[str, Reco
         values = {
             key: [
                 each.c_index[f"anchors/{key}"][name]
-                for each in splits
+                for each in seeds
                 if name in each.c_index.get(f"anchors/{key}", {})
             ]
             for key in ("true", MEAN_FILLED, RESTORED, GAUSSIAN)
@@ -273,46 +296,39 @@ def recoveries(splits: Sequence[Scores], types: Iterable[str]) -> dict[str, Reco
         true = np.asarray(values["true"])
         if len(true) == 0 or np.isnan(true).all():
             continue
-        gap = true - np.asarray(values[MEAN_FILLED])
-        errors = [each.error[name] for each in splits if name in each.error]
+        errors = [each.error[name] for each in seeds if name in each.error]
         found[name] = Recovery(
             true=float(true.mean()),
             absent=float(np.mean(values[MEAN_FILLED])),
-            error=float(gap.std(ddof=1) / math.sqrt(len(gap)))
-            if len(gap) > 1
-            else errors[0],
+            error=float(np.mean(errors)),
             ours=float(np.mean(values[RESTORED])),
             gaussian=float(np.mean(values[GAUSSIAN])),
         )
     return found
 
 
-def _within(splits: Sequence[Scores], types: Sequence[str]) -> Rows:
+def _within(seeds: Sequence[Scores], types: Sequence[str]) -> Rows:
     """Return a row a method, a column a cancer."""
-    rows = {
-        "*unseen deaths*": {
-            name: ", ".join(str(each.deaths[name]) for each in splits) for name in types
-        }
-    }
-    for method in _present(splits, METHODS):
-        rows[method] = _by_cancer(splits, method, types)
+    rows = {"*unseen deaths*": {name: str(seeds[0].deaths[name]) for name in types}}
+    for method in _present(seeds, METHODS):
+        rows[method] = _by_cancer(seeds, method, types)
         if method != COX_RIDGE:
-            against = difference(splits, method, COX_RIDGE)
+            against = difference(seeds, method, COX_RIDGE)
             rows[method][f"against {COX_RIDGE}"] = str(against)
     return rows
 
 
-def _partly(splits: Sequence[Scores], scheme: str) -> Rows:
+def _partly(seeds: Sequence[Scores], scheme: str) -> Rows:
     """Return a row a method, evaluated on partly hidden values."""
     rows = {}
-    for method in _present(splits, PARTLY, f"{scheme}/"):
+    for method in _present(seeds, PARTLY, f"{scheme}/"):
         key = f"{scheme}/{method}"
-        rows[method] = {"C-index": mean_sd(_means(splits, key))}
+        rows[method] = {"C-index": mean_sd(_means(seeds, key))}
         if method != GAUSSIAN:
-            against = difference(splits, key, f"{scheme}/{GAUSSIAN}")
+            against = difference(seeds, key, f"{scheme}/{GAUSSIAN}")
             rows[method]["against Gaussian-imputed"] = str(against)
-    for method in _present(splits, (OURS, COX_RIDGE)):
-        text = mean_sd(_means(splits, method))
+    for method in _present(seeds, (OURS, COX_RIDGE)):
+        text = mean_sd(_means(seeds, method))
         rows[f"{method}, everything measured"] = {"C-index": text}
     return rows
 
@@ -345,25 +361,25 @@ def _recovered(recovered: Mapping[str, Recovery]) -> str:
 
 
 def _by_cancer(
-    splits: Sequence[Scores], key: str, types: Sequence[str]
+    seeds: Sequence[Scores], key: str, types: Sequence[str]
 ) -> dict[str, str]:
     """Return a method's cells: each cancer, and their mean."""
-    found = [each.c_index.get(key, {}) for each in splits]
+    found = [each.c_index.get(key, {}) for each in seeds]
     cells = {name: [each.get(name, math.nan) for each in found] for name in types}
     texts = {name: mean_sd(values) for name, values in cells.items()}
     texts = {n: NOT_ESTIMABLE if text == "-" else text for n, text in texts.items()}
-    return texts | {"mean": mean_sd(_means(splits, key))}
+    return texts | {"mean": mean_sd(_means(seeds, key))}
 
 
-def _means(splits: Sequence[Scores], key: str) -> list[float]:
-    """Return each split's mean over the cancers of a method."""
-    return [mean_known(each.c_index.get(key, {}).values()) for each in splits]
+def _means(seeds: Sequence[Scores], key: str) -> list[float]:
+    """Return each seed's mean over the cancers of a method."""
+    return [mean_known(each.c_index.get(key, {}).values()) for each in seeds]
 
 
 def _present(
-    splits: Sequence[Scores], keys: Iterable[str], prefix: str = ""
+    seeds: Sequence[Scores], keys: Iterable[str], prefix: str = ""
 ) -> list[str]:
-    return [key for key in keys if any(prefix + key in s.c_index for s in splits)]
+    return [key for key in keys if any(prefix + key in s.c_index for s in seeds)]
 
 
 def _met(value: float, goal: float) -> str:

@@ -307,6 +307,76 @@ def test_class_probabilities_are_those_of_the_head() -> None:
     assert table["most_probable"].to_list() == [TYPES[i] for i in logits.argmax(axis=1)]
 
 
+# ---- what the model is not about ----
+
+
+def with_factors(**metrics: Any) -> Checkpoint:
+    """Return a classifier over a factor model of independent genes of variance 1."""
+    phases = {"classification": {"rounds": 1, "classes": TYPES}}
+    start = {"cross_products": True, "linear_rank": 2}
+    made = model(Study.read({"name": "test", **phases, **start}, "test"))
+    ours = "encoder.linear."
+    fixed = {
+        "loadings": np.zeros((len(GENES), 2)),
+        "noise": np.ones(len(GENES)),
+        "means": np.zeros((1, len(GENES))),
+        "precisions": np.eye(2)[None],
+        "log_shares": np.zeros(1),
+    }
+    parameters = {
+        name: fixed[name.split(ours)[1]].astype(np.float32) if ours in name else array
+        for name, array in made.parameters.items()
+    }
+    return replace(made, parameters=parameters, metrics=metrics)
+
+
+def one_foreign() -> pd.DataFrame:
+    """Return a sample at the mean, one far from it, and one of which nothing is known.
+
+    By hand: 0, and 3 SDs in each gene, whose mean square is 9.
+    """
+    rows = [MEAN, MEAN + 3 * SD, np.full(len(GENES), np.nan)]
+    return pd.DataFrame(rows, index=["like", "foreign", "empty"], columns=GENES)
+
+
+def test_none_of_these_is_the_answer_for_a_sample_unlike_the_training() -> None:
+    table = inference.classify(with_factors(unlike_from=2.0), one_foreign())
+
+    assert table["unlike_training"].to_list() == ["no", "yes", None]
+    assert table["most_probable"].to_list()[1:] == ["none of these", None]
+    assert table["most_probable"].iloc[0] in TYPES
+    np.testing.assert_allclose(table["unlikeness"], [0, 9, np.nan], atol=1e-4)
+
+
+def test_the_number_of_unlike_samples_is_a_warning() -> None:
+    found = inference.review_likeness(with_factors(unlike_from=2.0), one_foreign())
+
+    assert [f.code for f in found] == ["FX-PREDICT-008"]
+    assert "1 of 2 samples" in str(found[0])
+    some = one_foreign().loc[["like"]]
+    assert inference.review_likeness(with_factors(unlike_from=2.0), some) == ()
+
+
+@pytest.mark.parametrize("metrics", [{}, {"unlike_from": None}])
+def test_a_model_without_threshold_says_that_likeness_is_unknown(
+    metrics: dict[str, None],
+) -> None:
+    trained = with_factors(**metrics)
+
+    table = inference.classify(trained, one_foreign())
+
+    assert table["unlike_training"].to_list() == ["unknown", "unknown", None]
+    found = inference.review_likeness(trained, one_foreign())
+    assert [f.code for f in found] == ["FX-PREDICT-009"]
+
+
+def test_a_model_without_factor_model_says_that_likeness_is_unknown() -> None:
+    table = inference.classify(model(), samples())
+
+    assert set(table["unlike_training"]) == {"unknown"}
+    assert table["unlikeness"].isna().all()
+
+
 # ---- what a model must have ----
 
 

@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from fedgex.common.data.cohort import Cohort, load_cohort, save_cohort
+from fedgex.common.data.scales import Scale
+from fedgex.common.errors import ConfigError
 
 
 def cohort(clinical: pd.DataFrame) -> Cohort:
@@ -36,8 +38,8 @@ def full() -> pd.DataFrame:
 def test_a_cohort_comes_back_as_it_was_saved(tmp_path):
     saved = cohort(full())
 
-    save_cohort(saved, tmp_path / "new" / "folder")
-    found = load_cohort(tmp_path / "new" / "folder")
+    save_cohort(saved, tmp_path / "new" / "folder", Scale.LOG2P1)
+    found = load_cohort(tmp_path / "new" / "folder", Scale.LOG2P1)
 
     assert (found.patients, found.genes) == (saved.patients, saved.genes)
     assert found.expression.dtype == np.float32
@@ -46,9 +48,9 @@ def test_a_cohort_comes_back_as_it_was_saved(tmp_path):
 
 
 def test_a_cohort_without_clinical_columns_comes_back_too(tmp_path):
-    save_cohort(cohort(pd.DataFrame(index=range(3))), tmp_path)
+    save_cohort(cohort(pd.DataFrame(index=range(3))), tmp_path, Scale.LOG2P1)
 
-    found = load_cohort(tmp_path)
+    found = load_cohort(tmp_path, Scale.LOG2P1)
 
     assert found.patients == ("p1", "p2", "p1")
     assert found.clinical.shape == (3, 0)
@@ -57,7 +59,7 @@ def test_a_cohort_without_clinical_columns_comes_back_too(tmp_path):
 def test_saving_does_not_change_the_cohort(tmp_path):
     saved = cohort(full())
 
-    save_cohort(saved, tmp_path)
+    save_cohort(saved, tmp_path, Scale.LOG2P1)
 
     pd.testing.assert_frame_equal(saved.clinical, full())
 
@@ -100,3 +102,66 @@ def test_a_wide_table_is_read_in_little_memory(tmp_path):
     )
 
     assert float(done.stdout) < 900
+
+
+def rewrite(folder, name, change):
+    table = change(pd.read_parquet(folder / name))
+    table.to_parquet(folder / name)
+
+
+def test_shuffled_clinical_rows_are_refused_with_their_number(tmp_path):
+    save_cohort(cohort(full()), tmp_path, Scale.LOG2P1)
+    rewrite(tmp_path, "clinical.parquet", lambda t: t.iloc[[1, 0, 2]])
+
+    with pytest.raises(ConfigError, match="2 of 3 rows are another patient's"):
+        load_cohort(tmp_path, Scale.LOG2P1)
+
+
+def test_fewer_clinical_rows_than_samples_are_refused(tmp_path):
+    save_cohort(cohort(full()), tmp_path, Scale.LOG2P1)
+    rewrite(tmp_path, "clinical.parquet", lambda t: t.iloc[:1])
+
+    with pytest.raises(ConfigError, match="3 rows of expression, 1 clinical ones"):
+        load_cohort(tmp_path, Scale.LOG2P1)
+
+
+def test_a_folder_of_the_earlier_format_is_refused_with_how_to_remake_it(tmp_path):
+    save_cohort(cohort(full()), tmp_path, Scale.LOG2P1)
+    (tmp_path / "cohort.json").unlink()
+
+    with pytest.raises(ConfigError, match="fedgex-admin cohort build"):
+        load_cohort(tmp_path, Scale.LOG2P1)
+
+
+def test_all_that_is_wrong_is_in_one_message_without_an_identifier(tmp_path):
+    wrong = cohort(full())
+    wrong.expression[0, 0], wrong.expression[1, 1] = -1, np.inf
+    save_cohort(wrong, tmp_path, Scale.LN1P)
+    rewrite(tmp_path, "clinical.parquet", lambda t: t.iloc[[1, 0, 2]])
+
+    with pytest.raises(ConfigError) as refused:
+        load_cohort(tmp_path, Scale.LOG2P1)
+
+    message = str(refused.value)
+    for part in (
+        "clinical.parquet is not the file that was written",
+        "on the scale 'ln1p', and the study on log2p1",
+        "2 of 3 rows",
+        "1 values are infinite",
+        "some values are below 0",
+    ):
+        assert part in message
+    assert "p1" not in message.replace("log2p1", "").replace("ln1p", "")
+    assert "p2" not in message
+
+
+def test_a_manifest_that_a_person_damaged_is_refused(tmp_path):
+    save_cohort(cohort(full()), tmp_path, Scale.LOG2P1)
+    for text, match in (
+        ('{"format": 2}', "format 2"),
+        ('{"format": 1}', "missing"),
+        ("{", "json"),
+    ):
+        (tmp_path / "cohort.json").write_text(text)
+        with pytest.raises(ConfigError, match=match):
+            load_cohort(tmp_path, Scale.LOG2P1)

@@ -11,6 +11,8 @@ from fedgex.common.data.genes import (
     current_symbols,
     is_gene_like,
     one_column_each,
+    retired_symbols,
+    spelt_as,
 )
 from fedgex.common.errors import ConfigError
 
@@ -168,3 +170,26 @@ def test_sure_genes_are_ensembl_ids_and_symbols_that_are_known(
 
     assert count_genes(labels, None) == 2
     assert count_genes(labels, table) == 3
+
+
+def test_a_retired_symbol_finds_the_gene_that_has_it_now() -> None:
+    retired = retired_symbols(["MARCH1", "SEPT2", "TP53", "GENE0001", "MARCHF1"])
+
+    assert retired == {"MARCH1": "MARCHF1", "SEPT2": "SEPTIN2"}
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_study", "spelt"),
+    [
+        (("MARCH1", "TP53"), ("MARCHF1", "TP53"), ("MARCHF1", "TP53")),
+        (("MARCHF1", "TP53"), ("MARCH1", "TP53"), ("MARCH1", "TP53")),
+        (("MARCH1", "MARCHF1"), ("MARCHF1",), ("MARCH1", "MARCHF1")),
+        (("MARCH1", "MARCHF1"), ("MARCH1",), ("MARCH1", "MARCHF1")),
+        (("MARCH1", "SEPT2"), ("SEPTIN2",), ("MARCH1", "SEPTIN2")),
+        (("MARCH1", "SEPT2"), (), ("MARCH1", "SEPT2")),
+    ],
+)
+def test_a_file_s_genes_are_spelt_as_the_study_spells_them(
+    in_file: tuple[str, ...], in_study: tuple[str, ...], spelt: tuple[str, ...]
+) -> None:
+    assert spelt_as(in_file, in_study) == spelt

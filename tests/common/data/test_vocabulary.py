@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from fedgex.common.data.vocabulary import Vocabulary, agree
+from fedgex.common.data.vocabulary import Vocabulary, agree, least_count
 from fedgex.common.errors import ConfigError
 
 PANELS = {"a": ["TP53", "KRAS", "EGFR"], "b": ["KRAS", "EGFR"], "c": ["EGFR", "ALK"]}
@@ -82,3 +82,11 @@ def test_length_and_index_follow_the_list():
 def test_an_empty_unsorted_or_repeating_list_is_refused(genes):
     with pytest.raises(ConfigError, match="expected one or more, sorted, each once"):
         Vocabulary(genes)
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "least"),
+    [(0.28, 25, 7), (0.56, 25, 14), (0.14, 50, 7), (0.5, 5, 3), (0.0, 9, 0), (1, 9, 9)],
+)
+def test_a_share_counts_as_it_is_written(share: float, n: int, least: int) -> None:
+    assert least_count(share, n) == least

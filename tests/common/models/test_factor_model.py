@@ -333,3 +333,19 @@ def test_without_factors_sums_stay_what_the_sites_sent():
     found = factor_model.pool_completed(lambda: sites, TYPES, 0)
 
     assert np.array_equal(found["a"].products, pool_types(sites)["a"].products)
+
+
+def test_restored_values_do_not_depend_on_mixed_precision() -> None:
+    model = MixtureOfFactorAnalyzers(V, R, len(TYPES))
+    fitted = factor_model.fit(groups(), TYPES, R)
+    model.load_state_dict({name: torch.tensor(x) for name, x in fitted.items()})
+    genes = torch.arange(V).expand(5, V)
+    values = torch.tensor(draw("a", 5, 3), dtype=torch.float32)
+
+    known = model(genes, values, None)
+    plain = model.restore(known, genes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model.restore(known, genes)
+
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, plain, rtol=0, atol=0)

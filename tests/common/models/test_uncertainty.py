@@ -11,7 +11,11 @@ from fedgex.common.errors import ConfigError
 from fedgex.common.models import gexbert
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import GexBert
-from fedgex.common.models.uncertainty import VARIANCE_SHARE, restore_with_uncertainty
+from fedgex.common.models.uncertainty import (
+    VARIANCE_SHARE,
+    restore_with_uncertainty,
+    unlikeness,
+)
 
 N_GENES, RANK, TYPES = 12, 3, 2
 
@@ -127,3 +131,49 @@ def test_more_measured_genes_never_widen_the_uncertainty_within_one_type() -> No
 def test_a_model_without_a_factor_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="linear_rank"):
         restore_with_uncertainty(backbone(linear_rank=0), torch.zeros(1, N_GENES))
+
+
+def test_unlikeness_is_the_distance_a_gene_under_the_most_probable_type() -> None:
+    linear = backbone().encoder.linear
+    assert linear is not None
+    values = patients(linear, 6)
+    values[:3, 4:9] = np.nan
+    means, covariances = dense(linear)
+    shares = linear.log_shares.double().numpy()
+
+    found = unlikeness(linear, torch.from_numpy(values)).numpy()
+
+    for row, score in zip(values.astype(np.float64), found, strict=True):
+        there = ~np.isnan(row)
+        joint, distances = [], []
+        for mean, covariance, share in zip(means, covariances, shares, strict=True):
+            own = covariance[np.ix_(there, there)]
+            off = row[there] - mean[there]
+            distances.append(off @ np.linalg.solve(own, off))
+            joint.append(share - distances[-1] / 2 - np.linalg.slogdet(own)[1] / 2)
+        expected = distances[int(np.argmax(joint))] / there.sum()
+        assert score == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("n_genes", [4, N_GENES])
+def test_unlikeness_is_about_one_on_any_panel_and_grows_with_foreign_values(
+    n_genes: int,
+) -> None:
+    linear = backbone().encoder.linear
+    assert linear is not None
+    values = patients(linear, 400)
+    values[:, n_genes:] = np.nan
+
+    own = unlikeness(linear, torch.from_numpy(values)).numpy()
+    foreign = unlikeness(linear, torch.from_numpy(values + 20)).numpy()
+
+    assert own.mean() == pytest.approx(1, abs=0.15)
+    assert foreign.min() > own.max()
+
+
+def test_a_sample_without_a_gene_is_neither_like_nor_unlike() -> None:
+    linear = backbone().encoder.linear
+    assert linear is not None
+
+    assert unlikeness(linear, torch.full((1, N_GENES), torch.nan)).isnan().all()
+    assert unlikeness(linear, torch.empty(0, N_GENES)).shape == (0,)

@@ -15,6 +15,7 @@ from fedgex.client.ledger import debit
 from fedgex.client.ledger.ledger import FILE, Ledger, LedgerError
 from fedgex.client.settings import SiteSettings
 from fedgex.common.data.cohort import Cohort, load_cohort, save_cohort
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import FederationError
 from fedgex.common.privacy import accounting
 from fedgex.common.study import Study
@@ -65,7 +66,7 @@ def founded(
 @pytest.fixture(scope="module")
 def public(consortium: Consortium, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a public cohort: everybody of the hold-out, and again."""
-    cohort = load_cohort(consortium.holdout)
+    cohort = load_cohort(consortium.holdout, Scale.LOG2P1)
     twice = np.concatenate([cohort.expression, cohort.expression])
     names = tuple(f"public-{i}" for i in range(len(twice)))
     clinical = pd.concat([cohort.clinical, cohort.clinical], ignore_index=True)
@@ -73,7 +74,7 @@ def public(consortium: Consortium, tmp_path_factory: pytest.TempPathFactory) -> 
     made = Cohort(
         patients=names, genes=cohort.genes, expression=twice, clinical=clinical
     )
-    save_cohort(made, folder)
+    save_cohort(made, folder, Scale.LOG2P1)
     return folder
 
 

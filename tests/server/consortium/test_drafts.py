@@ -118,3 +118,21 @@ def test_what_remains_names_how_many_must_collude(
 ) -> None:
     # Of three hospitals all three must be left to unmask: 2 * 3 - 3.
     assert "with which 3 or more hospitals" in remaining(new())[0]
+
+
+def test_retired_symbols_are_written_as_the_current_ones(
+    new: Callable[..., Contract], drafted: dict[str, Path]
+) -> None:
+    drafted["genes"].write_text("MARCH1\nTP53\n")
+
+    assert new().study.vocabulary.genes == ("MARCHF1", "TP53")
+    assert drafts.retired_genes(drafted["genes"]) == {"MARCH1": "MARCHF1"}
+
+
+def test_a_gene_under_two_of_its_names_is_refused(
+    new: Callable[..., Contract], drafted: dict[str, Path]
+) -> None:
+    drafted["genes"].write_text("MARCH1\nMARCHF1\nTP53\n")
+
+    with pytest.raises(ConfigError, match="MARCH1, MARCHF1 are retired and current"):
+        new()

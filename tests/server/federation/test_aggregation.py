@@ -1,5 +1,5 @@
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -198,12 +198,23 @@ def test_the_trimmed_mean_leaves_out_the_ends_of_each_number() -> None:
     assert result.tolist() == [3.0, 3.0]
 
 
-def test_a_trimmed_share_of_less_than_one_site_trims_nothing() -> None:
-    arrays: list[Array] = [single(0), single(3), single(6), single(11)]
+@pytest.mark.parametrize(
+    ("values", "share", "expected"),
+    [
+        ((0, 3, 6, 1000), 0.2, 4.5),  # one of four at either end, not none
+        ((0, 3, 1000), 0.2, 3.0),
+        ((0, 3), 0.2, 1.5),  # of two none can go
+        ((0, 3, 6, 1000), 0.0, 252.25),
+        (range(25), 0.28, 12.0),
+    ],
+)
+def test_of_few_sites_one_is_cut_off_at_either_end(
+    values: Sequence[float], share: float, expected: float
+) -> None:
+    arrays: list[Array] = [single(value) for value in values]
+    ones = scalars(*[1] * len(values))
 
-    result = trimmed_mean(arrays, scalars(1, 1, 1, 1), single(0), 0.24)
-
-    assert result.tolist() == [5.0]
+    assert trimmed_mean(arrays, ones, single(0), share).tolist() == [expected]
 
 
 def test_the_trimmed_mean_of_a_gene_counts_the_sites_that_measured_it() -> None:
@@ -211,7 +222,7 @@ def test_the_trimmed_mean_of_a_gene_counts_the_sites_that_measured_it() -> None:
     arrays: list[Array] = [single(*([float(x)] for x in site)) for site in column]
     weights = [np.array([1.0, float(s < 4)]) for s in range(5)]
 
-    result = trimmed_mean(arrays, weights, single([0], [0]), 0.25)
+    result = trimmed_mean(arrays, weights, single([0], [0]), 0.2)
 
     # gene 0, five sites, one cut off at either end: (2 + 3 + 7) / 3
     # gene 1, four sites, one cut off at either end: (2 + 3) / 2

@@ -14,6 +14,7 @@ from fedgex.common.data.cohort import Cohort, save_cohort
 from fedgex.common.data.cross_products import OTHERS, CrossProducts
 from fedgex.common.data.dataset import to_patients
 from fedgex.common.data.moments import Standardisation
+from fedgex.common.data.scales import Scale
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import ConfigError
 from fedgex.common.models import tasks, training
@@ -133,7 +134,9 @@ def test_a_study_that_wants_a_cohort_is_refused_without_one(tmp_path: Path):
 
 
 def test_a_cohort_of_few_patients_is_refused(tmp_path: Path):
-    save_cohort(cohort(29), tmp_path)
+    few = cohort(29)
+    few.expression[:] = few.expression.clip(0, 20)
+    save_cohort(few, tmp_path, Scale.LOG2P1)
 
     with pytest.raises(ConfigError, match="29 patients; expected 30 or more"):
         public_cohort.load(study(), tmp_path)
@@ -232,3 +235,67 @@ def test_a_phase_begins_plainly_with_few_public_patients():
 
     plain = tasks.begin(told, "classification", start)
     assert all(np.array_equal(begun[n], plain[n]) for n in plain)
+
+
+def saved(known: Cohort, folder: Path, scale: Scale = Scale.LOG2P1) -> Path:
+    known.expression[:] = known.expression.clip(0, 20)
+    save_cohort(known, folder, scale)
+    return folder
+
+
+def test_hold_out_and_public_cohort_may_share_no_patient(tmp_path: Path):
+    holdout = saved(cohort(5), tmp_path / "holdout")
+    public = saved(cohort(), tmp_path / "public")
+
+    with pytest.raises(ConfigError, match="5 patients are in the hold-out"):
+        public_cohort.load_both(study(), holdout, public)
+
+
+def test_what_is_wrong_with_either_cohort_is_in_one_message(tmp_path: Path):
+    holdout = saved(cohort(5), tmp_path / "holdout", Scale.LN1P)
+    public = saved(cohort(29), tmp_path / "public")
+
+    with pytest.raises(ConfigError) as refused:
+        public_cohort.load_both(study(), holdout, public)
+
+    assert "on the scale 'ln1p'" in str(refused.value)
+    assert "29 patients; expected 30" in str(refused.value)
+
+
+def test_the_public_cohort_must_have_each_fixed_gene_before_a_site_is_asked(
+    tmp_path: Path,
+):
+    public = saved(cohort(lacking=("B",)), tmp_path)
+    fixed = study().model_copy(
+        update={"vocabulary": study().vocabulary.model_copy(update={"genes": GENES})}
+    )
+
+    with pytest.raises(ConfigError, match=r"1 of the study's 8 genes \(B\)"):
+        public_cohort.load_both(fixed, None, public)
+
+
+def test_a_hold_out_lacks_genes_and_types_with_a_sentence_each():
+    asked = Study.read(
+        {
+            "name": "test",
+            "vocabulary": {"genes": list(GENES)},
+            "pretraining": {"rounds": 1},
+            "classification": {"rounds": 1, "classes": ["x", "z"]},
+        },
+        "test",
+    )
+
+    found = public_cohort.gaps(asked, cohort(lacking=("B",)))
+
+    assert found == [
+        "1 of the study's 8 genes are not there",
+        "nobody has the cancer types z",
+    ]
+
+
+def test_a_hold_out_without_any_gene_of_the_study_is_refused(tmp_path: Path):
+    holdout = saved(cohort(5), tmp_path)
+    other = Study.read({"name": "test", "vocabulary": {"genes": ["Y", "Z"]}}, "test")
+
+    with pytest.raises(ConfigError, match="none of the study's 2 genes"):
+        public_cohort.load_both(other, holdout, None)

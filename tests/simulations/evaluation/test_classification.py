@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("out")
 
 
-def grounds(
-    data: Path, out: Path, *, quick: bool = False, rounds: int = 1
-) -> Callable[[int], Split]:
+def grounds(data: Path, out: Path, *, quick: bool = False, rounds: int = 1) -> Split:
     path = out / f"small-{rounds}.toml"
     path.write_text(SCENARIO.format(rounds=rounds))
     own = {"scenario": str(path), "seeds": [1, 2], "validation": []}
@@ -77,14 +75,12 @@ def grounds(
     rules = Protocol.read(rules.model_dump() | own, "test")
     made = out / f"quick-{quick}-{rounds}"
     made.mkdir(exist_ok=True)
-    return lambda number: prepare(
-        rules, data, made, number=number, workers=1, quick=quick
-    )
+    return prepare(rules, data, made, workers=1, quick=quick)
 
 
 @pytest.fixture(scope="module")
 def ground(data: Path, out: Path) -> Split:
-    return grounds(data, out)(0)
+    return grounds(data, out)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +94,7 @@ def _little() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def outcome(ground: Split) -> Results:
     console = Console(file=StringIO(), width=200)
-    return comparison.run(lambda _: ground, console)
+    return comparison.run(ground, console)
 
 
 def scores(outcome: Results) -> dict[str, Any]:
@@ -182,7 +178,7 @@ def test_a_second_run_reads_what_was_said_and_finds_the_same(
     monkeypatch.setattr(methods, "_answer", refuse)
     monkeypatch.setattr(methods, "share_right", refuse)
 
-    again = comparison.run(lambda _: ground, Console(file=StringIO()))
+    again = comparison.run(ground, Console(file=StringIO()))
 
     assert again.numbers == outcome.numbers
 

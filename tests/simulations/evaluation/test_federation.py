@@ -84,7 +84,6 @@ def ground(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Split:
             "scenario": str(folder / "small.toml"),
             "seeds": SEEDS,
             "validation": [],
-            "splits": {"number": 0, "share": 0.2, "seed": 1},
             "quick": {"rounds": 1, "patients": 500},
         },
         "test",
@@ -94,7 +93,7 @@ def ground(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 
 def ask(ground: Split, said: StringIO) -> Results:
-    return comparison.run(lambda number: ground, Console(file=said, width=200))
+    return comparison.run(ground, Console(file=said, width=200))
 
 
 @pytest.fixture(scope="module")

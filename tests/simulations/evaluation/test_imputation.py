@@ -28,7 +28,6 @@ from fedgex.simulations.evaluation.protocol import (
     Protocol,
     Quick,
     Split,
-    Splits,
     prepare,
 )
 
@@ -42,7 +41,6 @@ def ground(data: Path, out: Path, *, quick: bool = False) -> Split:
         scenario="small",
         seeds=(1, 2),
         validation=(),
-        splits=Splits(number=0, share=0.2, seed=1),
         quick=Quick(rounds=1, patients=20),
     )
     return prepare(protocol, data, out, workers=1, quick=quick)
@@ -98,7 +96,7 @@ def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judge(data: Path, out: Path, said: StringIO) -> Results:
     console = Console(file=said, width=200)
-    return comparison.run(lambda _: ground(data, out), console)
+    return comparison.run(ground(data, out), console)
 
 
 def test_every_method_is_judged_at_every_setting_and_seed(done: Path) -> None:

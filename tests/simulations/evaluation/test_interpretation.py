@@ -97,7 +97,7 @@ def ground(folder: Path, **changes: Any) -> Split:
 def look(folder: Path, said: StringIO | None = None) -> Results:
     on = ground(folder)
     console = Console(file=said or StringIO(), width=200)
-    return interpretation.run(lambda number: on, console)
+    return interpretation.run(on, console)
 
 
 def cut_down(patch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_a_study_that_tells_no_types_apart_is_refused(tmp_path: Path) -> None:
     on = ground(tmp_path, classification={"rounds": 0})
 
     with pytest.raises(ConfigError, match="no classification"):
-        interpretation.run(lambda number: on, Console(file=StringIO()))
+        interpretation.run(on, Console(file=StringIO()))
 
 
 def test_varimax_finds_the_simple_structure_that_was_turned_away() -> None:
@@ -320,7 +320,7 @@ def test_known_markers_come_up_in_another_layer(
     monkeypatch.setattr(interpretation, "CONTEXTS", 2)
     console = Console(file=StringIO(), width=200)
 
-    outcome = interpretation.run(lambda number: layered, console)
+    outcome = interpretation.run(layered, console)
 
     found = outcome.numbers["markers-paired"]["markers"]
     assert {"ESR1, BRCA", "ALB, LIHC"} <= set(found)

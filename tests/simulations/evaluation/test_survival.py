@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -51,14 +50,13 @@ QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
-def grounds(
+def ground(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[list[Split]]:
-    """The scenario's hold-out and a drawn one, of data with 104 genes."""
+) -> Iterator[Split]:
+    """The scenario's hold-out, of data with 104 genes."""
     data = small.new_data(
         tmp_path_factory, n_sites=3, n_holdouts=2, patients_per_site=50, n_genes=104
     )
-    _add_institutions_without_expression(data / "clinical.csv")
     chosen = small.scenario(
         {
             "cross_products": True,
@@ -71,7 +69,6 @@ def grounds(
             "scenario": "small",
             "seeds": [1, 2],  # sites train alone with the first one only
             "validation": [],
-            "splits": {"number": 1, "share": 0.3, "seed": 1},
             "quick": {"rounds": 1, "patients": 40},
         },
         "test",
@@ -81,22 +78,12 @@ def grounds(
         patch.setattr(scenario, "find", lambda name: chosen)
         patch.setattr(predictions, "DRAWS", 1)
         patch.setattr(references, "PENALTIES", (3.0,))
-        yield [prepare(protocol, data, out, number=n, workers=1) for n in (0, 1)]
-
-
-def _add_institutions_without_expression(path: Path) -> None:
-    """Name so many that any drawn hold-out would hold some of them."""
-    known = pd.read_csv(path, dtype=str)
-    others = known.head(40).assign(
-        patient=[f"not-measured-{k}" for k in range(40)],
-        institution=[f"Elsewhere {k}" for k in range(40)],
-    )
-    pd.concat([known, others]).to_csv(path, index=False)
+        yield prepare(protocol, data, out, workers=1)
 
 
 @pytest.fixture(scope="module")
-def found(grounds: list[Split]) -> Results:
-    return comparison.run(grounds.__getitem__, QUIET)
+def found(ground: Split) -> Results:
+    return comparison.run(ground, QUIET)
 
 
 def unseen(n: int, n_dead: int, name: str = "type-1") -> Patients:
@@ -135,6 +122,7 @@ def judged(**c_index: dict[str, float]) -> Scores:
         deaths={"type-1": 20, "type-2": 3},
         c_index={k.replace("__", "/"): v for k, v in c_index.items()},
         error={"type-1": 0.04},
+        resampled={},
         overall={},
         thirds={},
         anchors={},
@@ -144,10 +132,10 @@ def judged(**c_index: dict[str, float]) -> Scores:
 # ---- the whole of it ----
 
 
-def test_every_method_is_judged_on_every_split(found: Results) -> None:
-    assert len(found.numbers["splits"]) == 2
-    for number, each in enumerate(found.numbers["splits"]):
-        alone = () if number else (LOCAL,)  # on the first split only
+def test_every_method_is_evaluated_with_every_seed(found: Results) -> None:
+    assert len(found.numbers["seeds"]) == 2
+    for number, each in enumerate(found.numbers["seeds"]):
+        alone = () if number else (LOCAL,)  # with the first only
         estimable = {n for n, deaths in each["deaths"].items() if deaths >= 10}
         assert estimable
         for method in (*OVERALL, *alone, "panel/" + OURS, "mcar/" + GAUSSIAN):
@@ -159,6 +147,7 @@ def test_every_method_is_judged_on_every_split(found: Results) -> None:
         absent = each["c_index"][f"anchors/{MEAN_FILLED}"]
         assert absent == dict.fromkeys(estimable, 0.5)
         assert 0 < each["overall"][OURS]["brier"] < 0.5
+        assert len(each["resampled"][OURS]) == comparison.RESAMPLES
 
 
 def test_the_page_and_its_pictures_can_be_written(
@@ -173,7 +162,7 @@ def test_the_page_and_its_pictures_can_be_written(
 
 
 def test_a_second_run_trains_and_fits_nothing(
-    grounds: list[Split], found: Results, monkeypatch: pytest.MonkeyPatch
+    ground: Split, found: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("it was there already")
@@ -182,21 +171,20 @@ def test_a_second_run_trains_and_fits_nothing(
     monkeypatch.setattr(predictions, "of_models", refuse)
     monkeypatch.setattr(predictions, "of_references", refuse)
 
-    again = comparison.run(grounds.__getitem__, QUIET)
+    again = comparison.run(ground, QUIET)
 
     assert again.numbers == found.numbers
 
 
 def test_a_variant_is_what_training_it_from_the_start_gives(
-    grounds: list[Split], found: Results
+    ground: Split, found: Results
 ) -> None:
-    first = grounds[0]
-    _, trained = predictions.survival_models(first, 1, QUIET)
-    changed = first.study.survival.model_copy(update={"clinical": True})
-    whole = first.study.model_copy(update={"survival": changed})
+    _, trained = predictions.survival_models(ground, 1, QUIET)
+    changed = ground.study.survival.model_copy(update={"clinical": True})
+    whole = ground.study.model_copy(update={"survival": changed})
 
-    (arm,) = arms.arms(dataclasses.replace(first, study=whole), 1, (arms.FEDERATED,))
-    ((_, model),) = arms.models(first, [arm], QUIET)
+    (arm,) = arms.arms(dataclasses.replace(ground, study=whole), 1, (arms.FEDERATED,))
+    ((_, model),) = arms.models(ground, [arm], QUIET)
 
     variant = trained[WITH_CLINICAL]
     assert variant.study == arm.study
@@ -207,21 +195,21 @@ def test_a_variant_is_what_training_it_from_the_start_gives(
     assert any((model.parameters[n] != trained[OURS].parameters[n]).any() for n in head)
 
 
-def test_a_study_without_survival_is_refused(grounds: list[Split]) -> None:
-    none = grounds[0].study.survival.model_copy(update={"rounds": 0})
-    other = grounds[0].study.model_copy(update={"survival": none})
+def test_a_study_without_survival_is_refused(ground: Split) -> None:
+    none = ground.study.survival.model_copy(update={"rounds": 0})
+    other = ground.study.model_copy(update={"survival": none})
 
     with pytest.raises(ConfigError, match="no survival phase"):
-        comparison.run(lambda _: dataclasses.replace(grounds[0], study=other), QUIET)
+        comparison.run(dataclasses.replace(ground, study=other), QUIET)
 
 
 # ---- what is hidden, and what is found at the sites ----
 
 
 def test_a_panel_is_the_same_for_all_patients_and_missing_values_are_half(
-    grounds: list[Split],
+    ground: Split,
 ) -> None:
-    hidden = predictions.hidden_sets(grounds[0], seed=1)
+    hidden = predictions.hidden_sets(ground, seed=1)
 
     measured = hidden["panel-0"].measured
     assert int(measured[0].sum()) == predictions.PANEL
@@ -232,16 +220,15 @@ def test_a_panel_is_the_same_for_all_patients_and_missing_values_are_half(
 
 
 def test_the_screen_is_the_sum_over_sites_with_the_minimum_cohort(
-    grounds: list[Split],
+    ground: Split,
 ) -> None:
-    first = grounds[0]
-    study = first.study.model_copy(update={"minimum_cohort": 30})
-    strict = dataclasses.replace(first, study=study)
+    study = ground.study.model_copy(update={"minimum_cohort": 30})
+    strict = dataclasses.replace(ground, study=study)
     scores, sizes = [], []
-    for cohort in first.sites.values():
+    for cohort in ground.sites.values():
         rows = cohort.with_survival()
         rows &= (cohort.clinical["cancer_type"] == "type-1").to_numpy()
-        patients = first.patients(cohort.take(rows))
+        patients = ground.patients(cohort.take(rows))
         sizes.append(len(patients))
         if len(patients) >= 30:
             scores.append(
@@ -343,21 +330,52 @@ def test_thirds_hold_what_was_said_beside_what_was_seen() -> None:
 # ---- tables ----
 
 
-def test_a_difference_takes_the_pairs_that_both_methods_have() -> None:
-    splits = [
-        judged(one={"a": 0.7, "b": 0.6}, other={"a": 0.6, "b": math.nan}),
-        judged(one={"a": 0.5}, other={"a": 0.7}),
+def test_a_difference_takes_the_cancers_that_both_methods_have() -> None:
+    seeds = [
+        judged(
+            one={"a": 0.7, "b": 0.6, "c": 0.5},
+            other={"a": 0.6, "b": math.nan, "c": 0.4},
+        ),
+        judged(one={"a": 0.5, "c": 0.5}, other={"a": 0.7, "c": 0.4}),
     ]
 
-    found = difference(splits, "one", "other")
+    found = difference(seeds, "one", "other")
 
-    assert found.n_pairs == 2
-    assert found.mean == pytest.approx(-0.05)
-    assert found.sd == pytest.approx(np.std([0.1, -0.2], ddof=1))
+    assert found.n_cancers == 2
+    assert found.mean == pytest.approx(np.mean([-0.05, 0.1]))  # of means over seeds
+    assert found.interval is None
+
+
+def test_the_interval_of_a_difference_is_over_the_same_patients_of_all_seeds() -> None:
+    one, other = [0.5, 0.6, 0.7], [0.45, 0.5, 0.65]
+    seeds = [
+        dataclasses.replace(
+            judged(one={"a": 0.6}, other={"a": 0.5}),
+            resampled={"one": np.add(one, up), "other": np.add(other, up)},
+        )
+        for up in (0.0, 0.1)
+    ]
+
+    found = difference(seeds, "one", "other")
+
+    assert found.interval == pytest.approx((0.05, 0.0975), abs=0.003)
+    assert str(found).startswith("+0.100 (+0.050 to +0.0")
+
+
+def test_resampled_patients_are_the_same_for_every_method() -> None:
+    patients = unseen(30, 20)
+    right = said(patients, -patients.duration)
+
+    scores = comparison.evaluate(
+        study(), patients, {OURS: right, COX_RIDGE: 2 * right}, {}, {}
+    )
+
+    assert scores.resampled[OURS] == scores.resampled[COX_RIDGE]
+    assert set(scores.resampled[OURS]) == {1.0}
 
 
 def test_the_recovered_share_counts_only_where_the_gap_is_sure() -> None:
-    def split(true: float, restored: float) -> Scores:
+    def seed(true: float, restored: float) -> Scores:
         return judged(
             anchors__true={"type-1": true},
             **{
@@ -367,33 +385,30 @@ def test_the_recovered_share_counts_only_where_the_gap_is_sure() -> None:
             },
         )
 
-    sure = recoveries([split(0.70, 0.64), split(0.72, 0.68)], TYPES)
-    unsure = recoveries([split(0.50, 0.5), split(0.72, 0.6)], TYPES)
-    one = recoveries([split(0.57, 0.5)], TYPES)
+    sure = recoveries([seed(0.70, 0.64), seed(0.72, 0.68)], TYPES)
+    unsure = recoveries([seed(0.50, 0.5), seed(0.62, 0.6)], TYPES)
 
     assert set(sure) == {"type-1"}
     assert sure["type-1"].is_sure
     assert sure["type-1"].share(sure["type-1"].ours) == pytest.approx(0.16 / 0.21)
-    assert sure["type-1"].error == pytest.approx(0.01)
+    assert sure["type-1"].error == pytest.approx(0.04)
     assert not unsure["type-1"].is_sure
-    assert one["type-1"].error == 0.04
-    assert not one["type-1"].is_sure
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(0.63, "met"), (0.62, "not met")])
 def test_goals_say_whether_they_are_met(ours: float, verdict: str) -> None:
     values = {f"mcar__{OURS}": {"type-1": ours}, f"mcar__{GAUSSIAN}": {"type-1": 0.595}}
-    splits = [judged(**values)]
+    seeds = [judged(**values)]
 
-    page = results(splits, TYPES, quick=False).page
+    page = results(seeds, TYPES, quick=False).page
 
     section = page.split("## Unseen patients with 50% of values")[1].split("##")[0]
     assert f"imputed values: {verdict} (" in section
 
 
 def test_a_cancer_without_enough_deaths_says_so_in_the_table() -> None:
-    splits = [judged(**{COX_RIDGE: {"type-1": 0.6}})]
+    seeds = [judged(**{COX_RIDGE: {"type-1": 0.6}})]
 
-    lines = results(splits, TYPES, quick=False).page.splitlines()
+    lines = results(seeds, TYPES, quick=False).page.splitlines()
 
     assert f"| {COX_RIDGE} | 0.600 | {NOT_ESTIMABLE} | 0.600 |" in lines

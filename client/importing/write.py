@@ -114,7 +114,7 @@ def write(
         name=json.dumps(name),
         server='# server = "HOST:PORT"' if server is None else f'server = "{server}"',
         expression=EXPRESSION,
-        origin=download.expression.name,
+        origin=json.dumps(download.expression.name),
     )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for table, file in ((download.clinical, CLINICAL), (download.sheet, SHEET)):

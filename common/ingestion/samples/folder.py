@@ -253,7 +253,7 @@ def _together(
         samples += [sample if alone else _bam(name) for name in values]
         columns += [_rounding(cells, file.format, scale) for cells in values.values()]
     if others:
-        how = f"lists of genes: file {others[0]} of the folder, and file 1"
+        how = f"lists of genes: that of file {others[0]} is not that of file 1"
         findings.add(Code.SAMPLE_FILES_DIFFER, folder.name, how=how)
     fractions = chosen[0][0].format is HTSEQ and scale != Scale.COUNTS
     if fractions and all(map(_are_integers, columns)):

@@ -89,7 +89,10 @@ class SiteSettings(Settings):
             raise ConfigError("\n".join(problems))
         folder = path.resolve().parent
         data = _anchored(
-            settings.data, folder, "expression", "clinical", "hgnc_table", "opt_outs"
+            settings.data,
+            folder,
+            *("expression", "sample_sheet", "platform_table", "clinical"),
+            *("hgnc_table", "opt_outs"),
         )
         settings = settings.model_copy(update={"data": data})
         return _anchored(settings, folder, "state_dir", "server_authority")

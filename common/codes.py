@@ -43,9 +43,15 @@ class Code(StrEnum):
     DECIMAL_COMMA = "FX-DATA-006", "error", "Numbers have a decimal comma", "Export with decimal points"
     GENE_TABLE_UNUSABLE = "FX-DATA-007", "error", "The gene table cannot be read", "Download HGNC's complete set again, or remove `data.hgnc_table`"
     FORMAT_RECOGNISED = "FX-DATA-009", "note", "What was recognised in a file beyond the plain format of its ending: a GEO series matrix, semicolons, decimal commas, another encoding, a packing", "Nothing, unless it is wrong"
-    HEADER_IS_VALUES = "FX-DATA-013", "error", "The first line is no header: a gene and numbers, as HTSeq and STAR write", "Put the samples together under a header that names them"
+    HEADER_IS_VALUES = "FX-DATA-013", "error", "The first line is no header: a gene and numbers, as HTSeq and STAR write", "Name the folder of all samples' files as `data.expression`, or put the samples together under a header that names them"
     PROBES_MAPPED = "FX-DATA-014", "note", "Probes became genes by `data.platform_table`; of several probes of a gene the one with the greatest mean is used", "Nothing"
     PLATFORM_UNUSABLE = "FX-DATA-016", "error", "The platform table lacks a column of probes or of symbols, or lists few of the file's probes", "Name GEO's table of the series' own platform (GPL...)"
+    SAMPLE_FILES_MISSING = "FX-DATA-017", "error", "Files that `data.sample_sheet` names are not in the folder", "Correct the sheet, or complete the folder"
+    SAMPLE_FILES_DIFFER = "FX-DATA-018", "error", "Files of one sample each differ in format, or in the genes that they list", "Leave in the folder, or in the sample sheet, those of one format and one annotation"
+    VALUE_COLUMN_UNFIT = "FX-DATA-019", "error", "Files of one sample each have no such value column, or none on the declared scale", "Set `data.value_column` and `data.scale` together; the message lists the columns with their scales"
+    SAMPLE_FILES_OF_TRANSCRIPTS = "FX-DATA-052", "error", "Files of one sample each list transcripts", "Sum them up to genes (tximport; Salmon's `--geneMap`)"
+    SAMPLE_SHEET_UNUSABLE = "FX-DATA-053", "error", "The sample sheet lacks a column of files or of samples, or leaves open which file is of which sample", "Name the columns `file` and `sample`; write paths"
+    NO_SAMPLE_FILES = "FX-DATA-054", "error", "A folder, or a sample sheet, names no file of a known format", "Name the folder with the files that the tool wrote; the message lists the tools"
     LAYER_MISSING = "FX-DATA-086", "error", "The AnnData file lacks the layer that `data.layer` names", "Name one of those that the message lists"
     THOUSANDS_SEPARATORS = "FX-DATA-008", "error", "Numbers have thousands separators", "Export without them (1234, not 1,234)"
 
@@ -67,7 +73,7 @@ class Code(StrEnum):
     NORMAL_TISSUE = "FX-DATA-082", "warning", "Labels are barcodes of normal tissue (TCGA sample types 10 to 19)", "Remove these samples unless the study is about normal tissue"
     ONE_PERSON = "FX-DATA-083", "warning", "Labels are of one person: barcodes with the same patient, or names that pandas numbered (`P001.1`)", "Add a clinical table that names the patient of each sample"
     ANNOTATION = "FX-DATA-084", "note", "Labels among the samples, or among the genes, are annotation (Entrez id, length, patient) or sums of reads (`N_unmapped`, `__no_feature`), and are left out", "Nothing"
-    RESULT_OF_ONE_SAMPLE = "FX-DATA-085", "error", "All columns are those of one sample's quantification, or of a test's result", "Put the samples together: one column each, TPM or the like"
+    RESULT_OF_ONE_SAMPLE = "FX-DATA-085", "error", "All columns are those of one sample's quantification, or of a test's result", "Name the folder of all samples' files as `data.expression`, or put the samples together: one column each, TPM or the like"
     PATIENT_CONTRADICTORY = "FX-DATA-029", "warning", "Rows of one patient differ in time, event or sex", "Correct the rows"
 
     # expression

@@ -11,6 +11,7 @@ from fedgex.common.system.processes import begin_command
 # fmt: off
 _PLACES = {
     "check-data": ("data:commands", "Check the hospital's data before a study does; nothing leaves the machine."),
+    "import": ("imports:commands", "Make a hospital's files of a download of GDC, cBioPortal, Xena or GEO."),
     "init": ("site:commands", "Write settings, policy, keys and a request; what exists is kept as it is."),
     "join": ("site:commands", "Take the kit that the administrator made from our request."),
     "rotate": ("site:commands", "Make keys that replace ours; the old ones serve until the new kit is joined."),

@@ -55,15 +55,15 @@ scale = "log2p1"                     # CHANGE to what your numbers are: linear, 
 """  # noqa: E501
 
 
-def _is_server(server: str) -> str:
-
+def is_server(server: str) -> str:
+    """Return an option's value that is HOST:PORT."""
     if not re.fullmatch(SERVER_PATTERN, server):
         raise typer.BadParameter(f'"{server}" must be HOST:PORT')
     return server
 
 
-def _is_name(name: str) -> str:
-
+def is_name(name: str) -> str:
+    """Return an option's value that is a hospital's name."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise typer.BadParameter(
             f'"{name}" must be lower-case letters, digits and hyphens'
@@ -81,7 +81,7 @@ def init(
         str,
         typer.Option(
             help="This hospital: lower-case letters, digits, hyphens.",
-            callback=_is_name,
+            callback=is_name,
         ),
     ],
     server: Annotated[
@@ -89,7 +89,7 @@ def init(
         typer.Option(
             metavar="HOST:PORT",
             help="The consortium's server.",
-            callback=_is_server,
+            callback=is_server,
         ),
     ],
 ) -> None:

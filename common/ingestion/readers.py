@@ -21,6 +21,7 @@ from fedgex.common.ingestion.annotated import read_h5ad
 from fedgex.common.ingestion.content import look
 from fedgex.common.ingestion.findings import Advice, Findings, refuse
 from fedgex.common.ingestion.platform import read_platform, to_symbols
+from fedgex.common.ingestion.samples.folder import read_folder
 from fedgex.common.ingestion.settings import DataSettings
 from fedgex.common.ingestion.tables import by_position, labels_first, read_table
 
@@ -77,13 +78,16 @@ def read(data: DataSettings, advice: Advice | None = None) -> RawCohort:
     """
     findings = Findings(advice=advice or Advice())
     notes = Findings()
+    if data.sample_sheet is not None and not data.sample_sheet.is_file():
+        findings.add(Code.FILE_MISSING, str(data.sample_sheet))
+        findings.refuse()
 
     def read_with(
         reader: Callable[[Path, list[str]], _Content], path: Path | None
     ) -> _Content | None:
         if path is None:
             return None
-        if not path.is_file():
+        if not path.is_file() and not (path.is_dir() and path == data.expression):
             findings.add(Code.FILE_MISSING, str(path))
             return None
         seen: list[str] = []
@@ -124,6 +128,8 @@ def _read_expression(
     path: Path, seen: list[str], data: DataSettings
 ) -> tuple[RawExpression, RawClinical | None]:
     """Read an expression file, and the clinical table that AnnData may carry."""
+    if path.is_dir():
+        return _read_samples(path, seen, data), None
     if look(path).kind == "hdf5":
         return _read_anndata(path, seen, data)
     table = labels.symbols_first(labels_first(read_table(path, seen)), seen)
@@ -147,6 +153,18 @@ def _read_expression(
         rows_are_samples=False,
     )
     return expression, None
+
+
+def _read_samples(path: Path, seen: list[str], data: DataSettings) -> RawExpression:
+    """Read a folder with files of one sample each."""
+    matrix = read_folder(path, data.sample_sheet, data.scale, data.value_column, seen)
+    return RawExpression(
+        file=path.name,
+        rows=matrix.genes,
+        columns=matrix.samples,
+        cells=matrix.cells,
+        rows_are_samples=False,
+    )
 
 
 def _read_clinical(path: Path, seen: list[str]) -> RawClinical:

@@ -39,7 +39,13 @@ class DataSettings(Settings):
     """The hospital's files, and what the numbers in them mean."""
 
     expression: Path
-    """Text (CSV, TSV, GCT, GEO series matrix), Parquet, Feather, Excel, or AnnData."""
+    """Text (CSV, TSV, GCT, GEO series matrix), Parquet, Feather, Excel, or AnnData; or
+    a folder with files of one sample each."""
+    sample_sheet: Path | None = None
+    """Files and samples of a folder, with columns such as file and sample; or GDC's."""
+    value_column: str | None = None
+    """Column of values in files of one sample each: tpm_unstranded, FPKM; without it,
+    the first on the declared scale."""
     layer: str | None = None
     """Layer of an .h5ad file in place of X, or `raw` for `raw.X`."""
     platform_table: Path | None = None

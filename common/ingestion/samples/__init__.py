@@ -1,0 +1,1 @@
+"""Read a folder of files of one sample each, as quantification tools write them."""

@@ -248,6 +248,7 @@ def test_a_study_of_cbioportal_becomes_a_hospital(tmp_path: Path) -> None:
     assert list(cohort.clinical["event"]) == [0, 1] * 6
     assert set(cohort.clinical["cancer_type"]) == {"BRCA"}
     assert "cancer_type is CANCER_TYPE_ACRONYM" in output
+    assert "TO DECIDE" not in output  # z-scores are no other choice
     settings = SiteSettings.load(tmp_path / "site/site.toml")
     assert (settings.server, settings.data.time_unit) == ("fedgex.eu:9092", "months")
 

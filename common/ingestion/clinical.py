@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import numpy as np
 import pandas as pd
@@ -28,16 +29,22 @@ SHORT_DAYS, LONG_YEARS = 200, 40
 """Follow-up that is nowhere longer, or somewhere longer, is of another unit."""
 
 EVENTS = {
-    **dict.fromkeys(("deceased", "dead", "died", "true", "1"), "1"),
-    **dict.fromkeys(("living", "alive", "censored", "false", "0"), "0"),
+    **dict.fromkeys(("deceased", "dead", "died", "true", "yes", "1"), "1"),
+    **dict.fromkeys(("living", "alive", "censored", "false", "no", "0"), "0"),
 }
 """Words for events, in any case. Of cBioPortal's 1:DECEASED the number counts."""
 
 OLD_AGE = {"90+": "90", ">89": "90", "> 89": "90", ">=90": "90", "≥90": "90"}
 """Ages that rules on identification (45 CFR 164.514) make of all above 89."""
 
+COLUMNS_NAMED = 20
+"""Columns of the file that a finding names; it counts the others."""
+
 SEXES = {"female": "female", "f": "female", "male": "male", "m": "male"}
 """Accepted spellings, in any case."""
+
+DATES = ("diagnosis_date", "last_contact_date", "death_date")
+"""Columns from which follow-up is counted where the table has no duration."""
 
 _NUMERIC_COLUMNS = ("duration", "event", "age", "library_size")
 
@@ -49,6 +56,7 @@ class Clinical:
     file: str
     names: Mapping[str, str]  # our name of each column: its name in the file
     text: pd.DataFrame
+    from_dates: bool = False  # whether the duration is counted from dates, in days
 
     @property
     def key(self) -> str:
@@ -69,6 +77,7 @@ def name_columns(
 ) -> Clinical | None:
     """Find each column by its configured name, or by our own; None without patients."""
     names = {}
+    here = list(dict.fromkeys(map(str, raw.table.columns)))
     for own, configured in columns.model_dump().items():
         name = configured or own
         occurrences = list(raw.table.columns).count(name)
@@ -80,14 +89,58 @@ def name_columns(
             )
         elif configured or own == "patient":
             missing = findings.advice.missing_column.format(own)
-            findings.add(Code.COLUMN_MISSING, raw.file, name=name, missing=missing)
+            if near := get_close_matches(name.lower(), map(str.lower, here), 1, 0.7):
+                likely = next(each for each in here if each.lower() == near[0])
+                missing = f'Perhaps "{likely}" is meant. {missing}'
+            columns_here = ", ".join(here[:COLUMNS_NAMED])
+            if len(here) > COLUMNS_NAMED:
+                columns_here += f" and {len(here) - COLUMNS_NAMED} more"
+            findings.add(
+                Code.COLUMN_MISSING,
+                raw.file,
+                name=name,
+                columns=columns_here,
+                missing=missing,
+            )
     if "patient" not in names:
         return None
     text = raw.table[list(names.values())].set_axis(list(names), axis=1)
     text = text.apply(lambda column: column.astype("string").str.strip())
     text = text.astype(object).mask(text.isna() | text.isin(MISSING), None)
     text = text.dropna(how="all").reset_index(drop=True)
-    return Clinical(raw.file, names, _in_words(text, findings, raw.file))
+    text = _in_words(text, findings, raw.file)
+    if "duration" not in names and {*DATES[:2]} <= names.keys():
+        return _from_dates(Clinical(raw.file, names, text), findings)
+    return Clinical(raw.file, names, text)
+
+
+def _from_dates(clinical: Clinical, findings: Findings) -> Clinical:
+    """Return the table with follow-up in days from diagnosis to death or last contact.
+
+    A date of death is the event, unless the table has one.
+    """
+    text, names, dates = clinical.text.copy(), dict(clinical.names), {}
+    for name in DATES:
+        if name in names:
+            day = pd.to_datetime(text[name], format="%Y-%m-%d", errors="coerce")
+            unread = int((day.isna() & text[name].notna()).sum())
+            findings.add_if(unread, Code.DATES_UNREADABLE, clinical.where(name))
+            dates[name] = day
+    end = dates["last_contact_date"]
+    if "death_date" in dates:
+        end = dates["death_date"].where(dates["death_date"].notna(), end)
+        if "event" not in names:
+            died = dates["death_date"].notna()
+            text["event"] = died.map({True: "1", False: "0"}).where(end.notna(), None)
+            names["event"] = names["death_date"]
+    days = (end - dates["diagnosis_date"]).dt.days
+    findings.add_if(
+        int((days < 0).sum()), Code.DATES_UNREADABLE, clinical.where("diagnosis_date")
+    )
+    known = days.where(days >= 0)
+    text["duration"] = [None if np.isnan(day) else str(int(day)) for day in known]
+    names["duration"] = names["diagnosis_date"]
+    return Clinical(clinical.file, names, text, from_dates=True)
 
 
 def _in_words(text: pd.DataFrame, findings: Findings, file: str) -> pd.DataFrame:
@@ -152,26 +205,35 @@ def to_values(clinical: Clinical, time_unit: str, findings: Findings) -> pd.Data
     """Return the clinical values under our own names and in our own units."""
     table = pd.DataFrame(index=range(len(clinical.text)))
     where = {name: clinical.where(name) for name in clinical.names}
+    time_unit = "days" if clinical.from_dates else time_unit
     for name in _NUMERIC_COLUMNS:
         if name in where:
             text = pa.array(clinical.text[name], type=pa.string(), from_pandas=True)
             table[name], is_text, commas = parse(text)
             if commas is not None:
                 findings.add(commas, where[name])
-            findings.add_if(is_text.sum(), Code.NOT_A_NUMBER, where[name])
+            else:
+                findings.add_if(is_text.sum(), Code.NOT_A_NUMBER, where[name])
             findings.add_if(np.isinf(table[name]).sum(), Code.INFINITE, where[name])
     if "duration" in table:
         table["duration"] *= DAYS_PER[time_unit]
         _check_duration(where["duration"], table["duration"], time_unit, findings)
-        _doubt_unit(where["duration"], table["duration"], time_unit, findings)
+        if not clinical.from_dates:
+            _doubt_unit(where["duration"], table["duration"], time_unit, findings)
     if "event" in table:
         event = table["event"]
         other = event.notna() & ~event.isin((0, 1))
-        findings.add_if(other.sum(), Code.EVENT_NOT_BINARY, where["event"])
+        of_r = set(event.dropna()) == {1, 2}
+        action = "Subtract 1: R codes 1 ended before, 2 observed." if of_r else None
+        findings.add_if(
+            other.sum(), Code.EVENT_NOT_BINARY, where["event"], action=action
+        )
+        if "censor" in clinical.names["event"].lower():
+            findings.add(Code.EVENT_NAME_DOUBTFUL, where["event"])
         followed = event[table.get("duration", event).notna()].dropna()
         if len(followed) > findings.min_cell_count and (followed == 1).all():
             findings.add(Code.NOBODY_CENSORED, where["event"])
-    if "duration" in table and "event" in table:
+    if "duration" in table and "event" in table and not findings.has_errors:
         missing = table[["duration", "event"]].isna().any(axis=1)
         findings.add_if(missing.sum(), Code.FOLLOW_UP_MISSING, clinical.file)
         zero = table["duration"] == 0

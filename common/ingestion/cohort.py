@@ -192,7 +192,8 @@ def check(
         expression=values,
         clinical=table[[name for name in CLINICAL_COLUMNS if name in table]],
     )
-    _check_cohort(cohort, sheet.file, tasks, findings)
+    file = sheet.file if clinical is None else clinical.file
+    _check_cohort(cohort, sheet.file, file, tasks, findings)
     findings.refuse_errors()
     library_size = None
     if "library_size" in table:
@@ -292,12 +293,22 @@ def _leave_out(
 
 
 def _check_cohort(
-    cohort: Cohort, file: str, tasks: Iterable[str], findings: Findings
+    cohort: Cohort,
+    sheet: str,
+    file: str,
+    tasks: Iterable[str],
+    findings: Findings,
 ) -> None:
-    """Check that there are enough patients, and what each task needs."""
+    """Check that there are enough patients, and what each task needs.
+
+    Parameters
+    ----------
+    sheet, file
+        The expression file, and the file with the clinical columns.
+    """
     n, least = cohort.n_patients, findings.min_cell_count
     if n < least:
-        findings.add(Code.TOO_FEW_PATIENTS, file, n=n, least=least)
+        findings.add(Code.TOO_FEW_PATIENTS, sheet, n=n, least=least)
     for task in tasks:
         lacking = [c for c in NEEDS[task] if c not in cohort.clinical]
         if lacking:
@@ -308,8 +319,9 @@ def _check_cohort(
                 lacking=", ".join(lacking),
                 needed=", ".join(NEEDS[task]),
             )
-        elif task == "survival":
+        elif task == "survival" and not findings.has_errors:
             _check_events(cohort, file, findings)
+            _check_covariates(cohort, file, findings)
 
 
 def _check_events(cohort: Cohort, file: str, findings: Findings) -> None:
@@ -319,3 +331,15 @@ def _check_events(cohort: Cohort, file: str, findings: Findings) -> None:
     least = findings.min_cell_count
     if events < least:
         findings.add(Code.FEW_EVENTS, file, n=events, least=least)
+
+
+def _check_covariates(cohort: Cohort, file: str, findings: Findings) -> None:
+    """Report patients without age or sex, where they are enough to be counted."""
+    one = cohort.take(cohort.first_samples())
+    followed = one.clinical[one.with_survival()]
+    for name, taken in (("age", "60 years"), ("sex", "female")):
+        known = followed[name].notna() if name in followed else pd.Series(dtype=bool)
+        unknown = len(followed) - int(known.sum())
+        if unknown >= findings.min_cell_count:
+            code = Code.COVARIATES_UNKNOWN
+            findings.add(code, file, n=unknown, name=name, taken=taken)

@@ -58,7 +58,7 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.ORIENTATION_UNKNOWN: ("neither rows nor columns are recognised as samples or genes", "labels that occur in the clinical table, or names of genes", "Check the labels on both sides, or set {orientation}."),
     Code.ORIENTATION_CONTRADICTED: ("{other} look like samples {reason}", "samples as {axis}, as declared", 'Correct {orientation} (or set it to "auto"), or transpose the data.'),
 
-    Code.COLUMN_MISSING: ('no column "{name}"', "the columns that site.toml names, and one for the patient", "{missing}"),
+    Code.COLUMN_MISSING: ('no column "{name}"; the file has {columns}', "the columns that site.toml names, and one for the patient", "{missing}"),
     Code.COLUMN_REPEATED: ('column "{name}" occurs {occurrences} times', "each name once", "Rename or remove the others."),
     Code.ID_MISSING: ("{n:row} without an identifier", "one in every row", "Complete the column, or remove the rows."),
     Code.SAMPLE_REPEATED: ("{n:sample} repeat a label", "each sample once", "Keep one of each; for several samples of a patient, label them apart and name a {sample_column}."),
@@ -103,6 +103,9 @@ TEXTS: Mapping[Code, tuple[str, str, str]] = {
     Code.TIME_ZERO: ("{n:sample} with time zero, left out of survival", "times above zero", "Nothing, unless zero stands for unknown or for less than a day."),
     Code.FOLLOW_UP_MISSING: ("{n:sample} without time or event, left out of survival", "both, where they are known", "Nothing, unless they are known."),
     Code.EVENTS_IN_WORDS: ("events in words, taken as 1 observed, 0 ended before", "0 and 1", "Nothing, if they are deaths."),
+    Code.EVENT_NAME_DOUBTFUL: ("a name after censoring, and values in which 1 counts as the event", "1 where the event was observed, 0 where follow-up ended before", "Recode the column if its 1 means censored."),
+    Code.COVARIATES_UNKNOWN: ("{n:patient} without {name}, taken as {taken} where a study uses it", "a clinical column {name}", "Name it in data.columns.{name}, if the table has it."),
+    Code.DATES_UNREADABLE: ("{n:date} that cannot be read, or before the diagnosis", "dates such as 2019-03-31, not before the diagnosis", "Export dates as year-month-day; others can be read in two ways."),
     Code.NOBODY_CENSORED: ("the event in every patient with follow-up", "some whose follow-up ended before", "Check the coding: 1 observed, 0 ended before. R codes them 2 and 1."),
     Code.TIME_UNIT_DOUBTFUL: ("{reason}", "time in {unit}, as declared", "Check data.time_unit."),
     Code.TIMES_ARE_DATES: ("no follow-up below {years} years: dates, as spreadsheets number them, or calendar years", "time in {unit} from diagnosis to death or last contact", "Export the difference of the two dates."),
@@ -198,8 +201,13 @@ class Findings:
 
     def refuse_errors(self) -> None:
         """Raise `DataError` with all findings if any of them refuses the data."""
-        if any(finding.severity == "error" for finding in self.found):
+        if self.has_errors:
             self.refuse()
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether a finding so far refuses the data."""
+        return any(finding.severity == "error" for finding in self.found)
 
     def refuse(self) -> NoReturn:
         """Raise `DataError` with all findings, also the milder ones.

@@ -31,6 +31,13 @@ class DataColumns(Settings):
     """female or male, or f or m, in any case."""
     cancer_type: str | None = None
     """Cancer type, spelt as in the study."""
+    diagnosis_date: str | None = None
+    """Date of diagnosis, such as 2019-03-31, from which time is counted where the table
+    has no duration."""
+    last_contact_date: str | None = None
+    """Date of last contact: the end of follow-up of a patient without a death date."""
+    death_date: str | None = None
+    """Date of death: the event, where the table has no event."""
     library_size: str | None = None
     """All reads of the sample, for raw counts."""
 

@@ -26,7 +26,7 @@ MISSING = (
     *("", "NA", "N/A", "na", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>"),
     *("#N/A", "-", "--", "'--", "not reported", "Not Reported", "not available"),
     *("[Not Available]", "[Not Applicable]", "[Not Evaluated]", "[Unknown]"),
-    "[Discrepancy]",
+    *("[Discrepancy]", "[Completed]", "Unknown", "unknown", "UNKNOWN", ".", "?"),
 )
 """Cells that count as missing: those of R, pandas, spreadsheets, GDC and TCGA."""
 

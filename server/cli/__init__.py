@@ -26,7 +26,7 @@ COMMANDS = {
         ("site", "consortium:site", "Hospitals: admit, renew, rotate, revoke."),
         ("server", "server:server", "The service: SuperLink and runs."),
         ("study", "study:study", "Contracts: draft, sign, publish, read."),
-        ("cohort", "cohort:cohort", "Hold-out and public cohort: make, check."),
+        ("cohort", "cohort:cohort", "Make and check hold-out and public cohort."),
         ("run", "run:run", "Launch, watch, stop and resume runs."),
         ("model", "model:model", "Look at models and release them."),
     )

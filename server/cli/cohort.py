@@ -19,7 +19,9 @@ from fedgex.server.cli.command_line import (
     show,
 )
 
-cohort = typer.Typer(no_args_is_help=True, help="Hold-out and public cohort.")
+cohort = typer.Typer(
+    no_args_is_help=True, help="Make and check hold-out and public cohort."
+)
 
 PLACES = ("holdout", "public")
 """Folders of the state directory; any other `--to` is a folder by itself."""

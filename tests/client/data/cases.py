@@ -190,6 +190,21 @@ CASES: dict[str, Case | Any] = {
     "FX-DATA-064": cell(2, "event", "", table=True),
     "FX-DATA-067": cell(2, "event", "1:DECEASED", table=True),
     "FX-DATA-068": (expression(), clinical().assign(event=1), {}),
+    "FX-DATA-077": (
+        expression(),
+        clinical().rename(columns={"event": "censor"}),
+        {"columns": {"event": "censor"}},
+    ),
+    "FX-DATA-078": (
+        expression(),
+        clinical().drop(columns="age"),
+        {"tasks": ("survival",)},
+    ),
+    "FX-DATA-079": (
+        expression(),
+        clinical().drop(columns="duration").assign(a="2015-01-01", b="1/2/16"),
+        {"columns": {"diagnosis_date": "a", "last_contact_date": "b"}},
+    ),
     "FX-DATA-069": (expression(), clinical().assign(duration=range(1, 21)), {}),
     "FX-DATA-080": (expression(), clinical().assign(duration=range(41000, 41020)), {}),
     "FX-DATA-081": cell(2, "age", "90+", table=True),

@@ -1,6 +1,7 @@
 """What a checked cohort holds, what is put right, and who is left out."""
 
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -366,3 +367,105 @@ def test_a_column_of_patients_is_no_gene(tmp_path: Path) -> None:
     cohort, _ = load(tmp_path, sheet)
 
     assert cohort.genes == tuple(sorted(GENES))
+
+
+# ---- follow-up from dates, and columns that are not there ----
+
+
+def dated(**dates: Any) -> pd.DataFrame:
+    table = clinical().drop(columns=["duration", "event"])
+    return table.assign(
+        diagnosed="2015-03-01", seen="2017-02-28", died=[""] * 5 + ["2016-03-01"] * 15
+    ).assign(**dates)
+
+
+DATED = DataColumns(
+    diagnosis_date="diagnosed", last_contact_date="seen", death_date="died"
+)
+
+
+def test_follow_up_is_counted_from_dates_to_death_or_last_contact(
+    tmp_path: Path,
+) -> None:
+    cohort, _ = load(tmp_path, expression(), dated(), columns=DATED, time_unit="months")
+
+    assert cohort.clinical["duration"].tolist() == [730.0] * 5 + [366.0] * 15
+    assert cohort.clinical["event"].tolist() == [0.0] * 5 + [1.0] * 15
+
+
+@pytest.mark.parametrize("wrong", ["03/04/2016", "1.2.2016", "2014-12-31", "42430"])
+def test_a_date_that_can_be_read_in_two_ways_or_is_too_early_is_refused(
+    tmp_path: Path, wrong: str
+) -> None:
+    died = ["2016-03-01"] * 19 + [wrong]
+
+    codes = reported(tmp_path, expression(), dated(died=died), columns=DATED)
+
+    assert codes["FX-DATA-079"].severity == "error"
+    assert wrong not in str(codes["FX-DATA-079"])
+
+
+def test_a_missing_column_is_answered_with_those_that_are_there(
+    tmp_path: Path,
+) -> None:
+    table = clinical().rename(columns={"duration": "OS_DAYS"})
+
+    codes = reported(
+        tmp_path,
+        expression(),
+        table,
+        tasks=("survival",),
+        columns=DataColumns(duration="OS_DAY"),
+    )
+
+    assert "patient, OS_DAYS, event, age" in codes["FX-DATA-020"].found
+    assert '"OS_DAYS" is meant' in codes["FX-DATA-020"].action
+
+
+def test_what_a_task_lacks_is_reported_of_the_clinical_file(tmp_path: Path) -> None:
+    table = clinical().drop(columns="event")
+
+    codes = reported(tmp_path, expression(), table, tasks=("survival",))
+
+    assert codes["FX-DATA-072"].where == "c.csv"
+
+
+def test_rs_coding_of_events_is_named(tmp_path: Path) -> None:
+    table = clinical().assign(event=[2] * 19 + [1])
+
+    finding = reported(tmp_path, expression(), table)["FX-DATA-060"]
+
+    assert "R codes 1 ended before" in finding.action
+
+
+def test_events_named_after_censoring_are_doubted(tmp_path: Path) -> None:
+    table = clinical().rename(columns={"event": "Censored"})
+    columns = DataColumns(event="Censored")
+
+    codes = reported(tmp_path, expression(), table, columns=columns)
+
+    assert codes["FX-DATA-077"].severity == "warning"
+
+
+def test_yes_and_no_are_events(tmp_path: Path) -> None:
+    table = clinical().assign(event=["Yes"] * 12 + ["no"] * 8)
+
+    cohort, _ = load(tmp_path, expression(), table)
+
+    assert cohort.clinical["event"].tolist() == [1.0] * 12 + [0.0] * 8
+
+
+def test_what_survival_takes_for_unknown_age_and_sex_is_reported(
+    tmp_path: Path,
+) -> None:
+    few = clinical().astype({"age": object})
+    few.loc[:8, "age"] = ""
+    none = clinical().drop(columns=["age", "sex"])
+
+    _, of_few = load(tmp_path, expression(), few, tasks=("survival",))
+    _, of_none = load(tmp_path, expression(), none, tasks=("survival",))
+
+    assert not [f for f in of_few if f.code == "FX-DATA-078"]
+    found = [f.found for f in of_none if f.code == "FX-DATA-078"]
+    assert len(found) == 2
+    assert "20 patients without age, taken as 60 years" in found[0]

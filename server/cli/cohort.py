@@ -19,7 +19,9 @@ from fedgex.server.cli.command_line import (
     show,
 )
 
-cohort = typer.Typer(no_args_is_help=True, help="Hold-out and public cohort.")
+cohort = typer.Typer(
+    no_args_is_help=True, help="Hold-out and public cohort: make, check."
+)
 
 PLACES = ("holdout", "public")
 """Folders of the state directory; any other `--to` is a folder by itself."""

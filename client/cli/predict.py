@@ -170,7 +170,7 @@ def impute(options: _Options, genes: Genes = None) -> None:
         known = table.notna().to_numpy()
         known[:, : frame.shape[1]] &= frame.isna().to_numpy()
         job.write(
-            table,
+            job.samples.with_integers(table, frame),
             genes_restored=int(known.any(axis=0).sum()),
             genes_added=table.shape[1] - frame.shape[1],
             cells_restored=int(known.sum()),

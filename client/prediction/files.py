@@ -69,6 +69,8 @@ class Samples:
     study_scale: Scale
     is_float32: bool
     """Whether the file holds float32."""
+    is_integer: bool
+    """Whether every number of the file is an integer, and none is declared a float."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -103,6 +105,22 @@ class Samples:
         if self.is_float32:
             values = values.astype(np.float32)  # as exact as the file, half the size
         return pd.DataFrame(values, index=list(self.labels), columns=columns)
+
+    def with_integers(self, table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+        """Make integers of the columns of a file of integers that were measured.
+
+        Parameters
+        ----------
+        table
+            Filled, with the columns of `frame` and others.
+        frame
+            The file as it is.
+        """
+        if not self.is_integer:
+            return table
+        own = table.columns.isin(frame.columns[frame.notna().all().to_numpy()])
+        parts = [table.loc[:, own].astype(np.int64), table.loc[:, ~own]]
+        return pd.concat(parts, axis=1)[list(table.columns)]
 
     def on_file_scale(self, restored: pd.DataFrame) -> pd.DataFrame:
         """Convert values from the study's scale to the file's, one row a sample of it.
@@ -160,7 +178,7 @@ def read_samples(
     columns_of = {names[gene]: column for gene, column in checked.columns.items()}
     checked, cohort = replace(checked, columns=columns_of), checked.cohort
     index = list(cohort.patients)
-    kinds = raw.expression.cells.schema.types
+    kinds, numbers = raw.expression.cells.schema.types, checked.sheet.values
     return Samples(
         expression=pd.DataFrame(
             cohort.expression, index, [names[gene] for gene in cohort.genes]
@@ -171,6 +189,8 @@ def read_samples(
         scale=data.scale,
         study_scale=model.study.scale,
         is_float32=all(pa.types.is_float32(kind) for kind in kinds),
+        is_integer=not any(pa.types.is_floating(kind) for kind in kinds)
+        and bool((np.isnan(numbers) | (numbers % 1 == 0)).all()),
     )
 
 

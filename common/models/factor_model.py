@@ -246,7 +246,8 @@ def pool_completed(
     has = [sums.counts > 0 for groups in sites() for sums in groups.values()]
     groups = pool_types(sites())
     known = np.logical_or.reduce(has)
-    if not rank or all((own == known).all() for own in has):
+    # A group of which nothing is known, all its sums being suppressed, is as it is.
+    if not rank or all((own == known).all() for own in has if own.any()):
         return groups
     for _ in range(COMPLETIONS):
         model = fit(groups, types, rank, COMPLETING_STEPS)

@@ -480,6 +480,16 @@ def test_restored_counts_are_those_expected_of_the_samples_reads(
     assert card(tmp_path)["prediction"]["cells_restored"] == 9
 
 
+def test_counts_that_were_all_measured_come_back_as_integers(tmp_path: Path) -> None:
+    model(tmp_path / "model")
+    counts(tmp_path)
+
+    result = predict("impute", tmp_path, scale="counts", clinical=tmp_path / "c.csv")
+
+    assert result.exit_code == 0, result.output
+    assert list(table(tmp_path / "out.csv")["AAA1"]) == ["10", "300", "5"]
+
+
 def test_the_uncertainty_of_counts_is_on_the_studys_scale(tmp_path: Path) -> None:
     linear = {"cross_products": True, "linear_rank": 2}
     trained = model(tmp_path / "model", study=linear)

@@ -265,6 +265,21 @@ def test_where_all_have_all_genes_nothing_is_completed():
         assert np.array_equal(sums.pair_counts, expected[name].pair_counts)
 
 
+def test_groups_whose_sums_are_suppressed_do_not_ask_for_completion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sites = [site_sums(1), site_sums(2)]
+    few = CrossProducts.of(draw("a", 2, 5) - centre()).suppressed(9)
+    sites[1][OTHERS] = few
+    asked: list[str] = []
+    monkeypatch.setattr(factor_model, "fit", lambda *_: asked.append("fit"))
+
+    found = factor_model.pool_completed(lambda: sites, TYPES, RANK)
+
+    assert asked == []
+    assert np.array_equal(found["a"].products, pool_types(sites)["a"].products)
+
+
 def test_sums_are_completed_as_each_patient_of_the_group_would_be():
     genes = [g for g in range(V) if g % 3]
     seen, lacked = genes, [g for g in range(V) if g not in genes]

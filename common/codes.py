@@ -130,7 +130,7 @@ class Code(StrEnum):
     # what a site answers instead of an update
     FAILED = "FX-SITE-001", "error", "Something unforeseen failed at the site", "Read the service's log of that time; report it if the fault is in fedgex"
     STUDY_REFUSED = "FX-SITE-002", "error", "The site refuses the study: another version, a changed document, or something that `policy.toml` does not permit (a task, cross-products, no privacy, weights by withheld numbers)", "The log says which; install the same version, or permit it"
-    TOO_FEW_FOR_PHASE = "FX-SITE-003", "error", "Fewer patients than the minimum are eligible for this phase; with the Cox loss, fewer deaths", "Nothing; the site does not participate in the phase"
+    TOO_FEW_FOR_PHASE = "FX-SITE-003", "error", "Fewer patients than the minimum are eligible for this phase; with the Cox loss, fewer deaths", "Compare the spelling of the cancer types with the study's; else nothing, the site does not participate in the phase"
     PAUSED = "FX-SITE-004", "error", "The operator paused the site", "`fedgex-site resume` when it suits; the run waits"
     OUTSIDE_HOURS = "FX-SITE-005", "error", "It is outside the `hours` of `policy.toml`", "Nothing; the run waits"
     OUT_OF_MEMORY = "FX-SITE-006", "error", "Memory was exhausted: the machine's, the GPU's, or what `memory_mb` permits", "Raise `memory_mb` in `policy.toml`, or give the site more memory"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 import typer
 
+from fedgex.client.admission.approvals import ApprovalStore
+from fedgex.client.admission.coverage import coverage
 from fedgex.client.cli.options import Form, Format, SiteToml, load, refusing
+from fedgex.client.settings import SiteSettings
 from fedgex.common.codes import Code
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.scales import Scale
-from fedgex.common.errors import DataError, Finding
+from fedgex.common.errors import ConfigError, DataError, Finding
 from fedgex.common.ingestion.cohort import read_cohort
 
 commands = typer.Typer()
@@ -25,6 +29,7 @@ def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         settings = load(site_toml)
 
     cohort: Cohort | None = None
+    contracts: dict[str, list[str]] = {}
     try:
         # Studies are on log2(x + 1) by default, or on relative values throughout.
         relative = settings.data.scale == Scale.RELATIVE
@@ -32,12 +37,14 @@ def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         cohort, findings = read_cohort(
             settings.data, settings.policy.minimum_cohort, target, settings.policy.tasks
         )
+        contracts = _against_contracts(cohort, settings)
     except DataError as error:
         findings = error.findings
+    floor = settings.policy.minimum_cohort
     if form == Format.JSON:
-        typer.echo(_as_json(cohort, findings, settings.policy.minimum_cohort))
+        typer.echo(_as_json(cohort, findings, floor, contracts))
     else:
-        typer.echo(_as_text(cohort, findings, settings.policy.minimum_cohort))
+        typer.echo(_as_text(cohort, findings, floor, contracts))
     if cohort is None:
         typer.echo(
             "Error: the data cannot be used; correct every error and run check-data "
@@ -47,8 +54,26 @@ def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         raise typer.Exit(1)
 
 
+def _against_contracts(cohort: Cohort, settings: SiteSettings) -> dict[str, list[str]]:
+    """Return what each contract that may still run finds in the data, by its hash."""
+    try:
+        approvals = ApprovalStore.of(settings)
+    except ConfigError:  # it has not joined a consortium yet
+        return {}
+    return {
+        each.hash: list(
+            coverage(cohort, each.contract.study, settings.policy.minimum_cohort)
+        )
+        for each in approvals.contracts()
+        if not each.contract.expired(datetime.now(UTC))
+    }
+
+
 def _as_text(
-    cohort: Cohort | None, findings: Sequence[Finding], min_cell_count: int
+    cohort: Cohort | None,
+    findings: Sequence[Finding],
+    min_cell_count: int,
+    contracts: Mapping[str, Sequence[str]],
 ) -> str:
     """Return one line a finding, what the cohort holds, and one line for all."""
     severities = [finding.severity for finding in findings]
@@ -62,6 +87,8 @@ def _as_text(
         sizes = f"{_count(patients, 'patient')}, {_count(genes, 'gene')}"
         summary = f"ok: {sizes}; {tally}"
     held = [] if cohort is None else _held(cohort, min_cell_count)
+    for hash, sentences in contracts.items():
+        held += [f"contract {hash[:16]}: {each}" for each in sentences]
     return "\n".join([*map(str, findings), *held, summary])
 
 
@@ -96,7 +123,10 @@ def _count(n: int, noun: str) -> str:
 
 
 def _as_json(
-    cohort: Cohort | None, findings: Sequence[Finding], min_cell_count: int
+    cohort: Cohort | None,
+    findings: Sequence[Finding],
+    min_cell_count: int,
+    contracts: Mapping[str, Sequence[str]],
 ) -> str:
     """Return the findings and sizes; null where the data were refused before."""
     patients: int | str | None = None
@@ -111,6 +141,7 @@ def _as_json(
         "cancer_types": None
         if cohort is None
         else _types(cohort.take(cohort.first_samples()), min_cell_count),
+        "contracts": dict(contracts),
         "findings": [asdict(finding) for finding in findings],
     }
     return json.dumps(report, indent=2, ensure_ascii=False)

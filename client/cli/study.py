@@ -72,6 +72,7 @@ def show(site_toml: SiteToml, hash: Prefix, form: Form = Format.TEXT) -> None:
         settings, approvals = _open(site_toml)
         received = approvals.contract(_find(approvals, hash))
         facts = _facts(approvals, received, settings)
+        facts["data"] = _coverage(settings, received)
     if form == Format.JSON:
         text = {"text": received.text}
         typer.echo(json.dumps(facts | text, indent=2, ensure_ascii=False))
@@ -107,10 +108,14 @@ def approve(
         made = approvals.decide(
             full, "approved", by=by, expires=expires.date(), runs=runs
         )
-        against = settings.policy.objections(approvals.contract(full).contract.study)
+        received = approvals.contract(full)
+        against = settings.policy.objections(received.contract.study)
+        data = _coverage(settings, received)
     typer.echo(f"approved {full} until {made.expires} for {runs_of(made)} by {made.by}")
     for each in against:
         typer.echo(f"Warning: it will be refused all the same: {each}", err=True)
+    for each in data:
+        typer.echo(f"our data: {each}", err=True)
 
 
 @study.command()
@@ -166,6 +171,13 @@ def _open(site_toml: Path) -> tuple[SiteSettings, ApprovalStore]:
 
     settings = load(site_toml)
     return settings, ApprovalStore.of(settings)
+
+
+def _coverage(settings: SiteSettings, received: Received) -> list[str]:
+    """Return what of a contract the hospital's data can take part in."""
+    from fedgex.client.admission import coverage  # pandas, which most commands need not
+
+    return coverage.of_site(settings, received.contract.study)
 
 
 def _find(approvals: ApprovalStore, prefix: str) -> str:
@@ -251,6 +263,7 @@ def _as_text(facts: dict[str, Any], text: str) -> str:
         + (f", by {decided['by']} on {decided['at'][:10]}" if decided else ""),
     ]
     lines += [f"runs         {_runs(facts)}"]
+    lines += [f"our data     {each}" for each in facts["data"]]
     if facts["refused"]:
         lines += ["our policy   refuses it:"]
         lines += [f"  - {each}" for each in facts["refused"]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from fedgex.common.models.parameters import load_parameters
 from fedgex.common.models.tasks import Parameters, PhaseModel
 from fedgex.common.models.training import round_learning_rate
 from fedgex.common.privacy import accounting
-from fedgex.common.study import SURVIVAL, Study
+from fedgex.common.study import CLASSIFICATION, SURVIVAL, Study
 from fedgex.common.system import malloc
+
+logger = logging.getLogger(__name__)
 
 
 def train_round(
@@ -112,9 +115,16 @@ def require_min_patients(
     DataError
         If they are fewer than `min_cell_count`; with the Cox loss, their deaths.
     """
-    fitting = eligible(study, phase, patients)
+    fitting, types = eligible(study, phase, patients), _types(study, phase)
+    other = sum(t is not None and t not in types for t in patients.cancer_type)
+    if types and other:
+        n = other if other >= min_cell_count else f"fewer than {min_cell_count}"
+        text = (
+            "%s patients are of a cancer type that the study does not know for %s: %s"
+        )
+        logger.warning(text, n, phase, ", ".join(types))
     if _unit_count(study, phase, fitting) < min_cell_count:
-        raise DataError([_too_few(phase, min_cell_count)])
+        raise DataError([_too_few(phase, types, min_cell_count)])
     return fitting
 
 
@@ -152,10 +162,19 @@ def _unit_count(study: Study, phase: str, patients: Patients) -> int:
     return len(patients)
 
 
-def _too_few(phase: str, least: int) -> Finding:
+def _types(study: Study, phase: str) -> tuple[str, ...]:
+    """Return the cancer types of which a phase learns; of pretraining, none named."""
+    if phase == CLASSIFICATION:
+        return study.classification.classes
+    return study.survival.cancer_types if phase == SURVIVAL else ()
+
+
+def _too_few(phase: str, types: Sequence[str], least: int) -> Finding:
+    named = f", spelt as the study does: {', '.join(types)}" if types else ""
     return Code.TOO_FEW_FOR_PHASE.finding(
         where=phase,
         found=f"fewer than {least} patients (with the Cox loss: deaths) to learn from",
-        expected=f"{least} or more, with the cancer types and follow-up of the study",
-        action="The site takes no part in this phase; nothing is to be done.",
+        expected=f"{least} or more, with the study's cancer types and follow-up{named}",
+        action="Compare the cancer types with those of check-data. If they are right, "
+        "nothing is to be done: the site takes no part in this phase.",
     )

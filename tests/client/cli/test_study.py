@@ -102,6 +102,7 @@ code         fedgex 0.1
 patients     10 or more here, or we take no part (the stricter of contract and policy)
 state        undecided
 runs         one if approved, more with approve --runs, 0 begun
+our data     they cannot be used now; fedgex-site check-data says why
 our policy   refuses nothing of it
 
 --- text that was signed
@@ -233,3 +234,24 @@ def test_before_joining_there_is_nothing_to_decide(folder: Path) -> None:
 
     assert result.exit_code == 1
     assert "this hospital has not joined a consortium" in result.stderr
+
+
+def test_show_and_check_data_compare_the_contract_with_the_hospitals_data(
+    site_toml: Path, contract: Signed
+) -> None:
+    absent = site("study", "show", site_toml, contract.hash).stdout
+    assert "our data     they cannot be used now" in absent
+
+    rows = "".join(f"P{i},{5 + i % 7},{4 + i % 5}\n" for i in range(12))
+    expression = SiteSettings.load(site_toml).data.expression
+    expression.write_text("patient,TP53,EGFR\n" + rows)
+
+    shown = site("study", "show", site_toml, contract.hash)
+    checked = site("check-data", site_toml)
+    approved = approve(site_toml, contract.hash)
+
+    assert "our data     of its 2 genes you measure 1\n" in shown.stdout
+    assert f"contract {contract.hash[:16]}: of its 2 genes you measure 1\n" in (
+        checked.stdout
+    )
+    assert "our data: of its 2 genes you measure 1\n" in approved.stderr

@@ -1,7 +1,10 @@
-"""What no hospital measured stays unknown, and a model names who it was trained on."""
+"""What no hospital measured stays unknown, a model names who it was trained on, and a
+hold-out that cannot judge ends no run.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,8 @@ from fedgex.client.prediction import inference
 from fedgex.client.prediction.review import review
 from fedgex.common import federation, keys
 from fedgex.common.codes import Code
+from fedgex.common.data.cohort import load_cohort, save_cohort
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import ConfigError
 from fedgex.common.models import checkpoint
 from fedgex.common.models.checkpoint import Checkpoint
@@ -181,3 +186,21 @@ def test_a_run_that_begins_again_keeps_its_genes_whoever_is_there(
     np.testing.assert_array_equal(
         again.final.standardisation.mean, undisturbed.final.standardisation.mean
     )
+
+
+def test_a_hold_out_that_cannot_judge_leaves_the_run_its_end(
+    consortium: Consortium, tmp_path: Path
+) -> None:
+    """It has one gene of the study, of which none can be hidden and restored."""
+    cohort = load_cohort(consortium.holdout, Scale.LOG2P1)
+    one = dataclasses.replace(
+        cohort, genes=cohort.genes[:1], expression=cohort.expression[:, :1]
+    )
+    save_cohort(one, tmp_path / "holdout", Scale.LOG2P1)
+    few = dataclasses.replace(consortium, holdout=tmp_path / "holdout")
+
+    run = few.conduct(consortium.study(**STUDY), tmp_path / "run")
+
+    assert [e["holdout"] for e in run.events("round")] == [{}, {}]
+    assert all("hidden" in e["holdout_reason"] for e in run.events("round"))
+    assert len(run.events("run-finished")) == 1

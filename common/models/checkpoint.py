@@ -33,6 +33,7 @@ from fedgex.common import parsing
 from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import CheckpointError, ConfigError
+from fedgex.common.models.constants import deciding
 from fedgex.common.settings import Digest, Settings
 from fedgex.common.study import Study
 from fedgex.common.system import failpoints, files
@@ -134,6 +135,10 @@ class Manifest(Settings):
     round: int = Field(ge=0)
     metrics: dict[str, Any]
     trained_on: dict[str, Any]
+    constants: dict[str, float] = Field(default_factory=deciding)
+    """See `constants`; 0.1.0, which wrote none, had those of now."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Packages that made the checkpoint."""
     files: dict[
         Literal["model.safetensors", "server.safetensors", "receipt.json"], Digest
     ]
@@ -177,9 +182,11 @@ def load(folder: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If a file is missing or differs from its hash, or the format is unknown.
+        If a file is missing or differs from its hash, the format is unknown, or the
+        model was made with other constants.
     """
     manifest = read_manifest(folder)
+    _refuse_other_constants(folder, manifest)
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file() or digest(path) != expected:
@@ -210,6 +217,18 @@ def load(folder: Path) -> Checkpoint:
             f"{folder} cannot be read ({error!s:.300}); expected a checkpoint that "
             "fedgex wrote. Fetch it again."
         ) from error
+
+
+def _refuse_other_constants(folder: Path, manifest: Manifest) -> None:
+    ours, theirs = deciding(), manifest.constants
+    if differing := sorted(
+        name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)
+    ):
+        raise CheckpointError(
+            f"{folder} was made with other numbers than this fedgex predicts with "
+            f"({', '.join(differing)}), so that it would predict otherwise. Use it "
+            f"with fedgex {manifest.versions.get('fedgex', 'of its time')}."
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -303,6 +322,7 @@ def _write(checkpoint: Checkpoint, receipt: str | None, partial: Path) -> None:
         "round": checkpoint.round,
         "metrics": checkpoint.metrics,
         "trained_on": checkpoint.trained_on,
+        "constants": deciding(),
         "versions": {name: version(name) for name in PACKAGES},
         "files": {path.name: digest(path) for path in sorted(partial.iterdir())},
     }

@@ -29,18 +29,14 @@ from torch import Tensor, nn
 from fedgex.common.data.cross_products import CrossProducts, pool_types
 from fedgex.common.data.moments import pool
 from fedgex.common.evaluation.imputers import factor_analysis
-
-LEAST_LOG_WEIGHT = -20.0
-"""Lower bound of the log responsibilities in the network's input."""
-
-TYPE_NOISE = 0.5
-"""Share of the noise in `evidence`: restoration of unseen patients needs more noise
-than classification. Chosen by cross-validation over training institutions."""
-
-GATE_LOW, GATE_HIGH = 0.4, 0.8
-"""Gap between measured and restored genes, in SDs, at which the gate opens and is
-fully open. On validation institutions 98 of 100 patients with cells missing at random
-or by panel are below .5 at all rates, those with low expression missing above .7."""
+from fedgex.common.models.constants import (
+    GATE_HIGH,
+    GATE_LOW,
+    LEAST_LOADING_SCALE,
+    LEAST_LOG_WEIGHT,
+    NEVER,
+    TYPE_NOISE,
+)
 
 OWN_FROM = 12
 """Patients at which half of a type's variance along the factor of the largest loading
@@ -56,10 +52,6 @@ COMPLETED_NOISE = 1.4
 """Noise of completed sums over that of the patients of the fit."""
 LEAST_VARIANCE = 1e-3
 """Least variance of a factor within a type, as a share of its variance over all."""
-LEAST_LOADING_SCALE = 1e-9
-"""Least loading scale that divides; factors that the data do not support have 0."""
-NEVER = -1e6
-"""Log share of a type without patients."""
 
 
 class Posterior(NamedTuple):

@@ -21,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader kn
 from torch import Tensor, nn
 
 from fedgex.common.errors import ConfigError
+from fedgex.common.models.constants import GATED_OUTPUT_SCALE
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers, Posterior
 
 
@@ -194,10 +195,6 @@ class GeneTokens(nn.Module):
         curve = self.curve_out(F.gelu(self.curve_in(value)))
         tokens: Tensor = self.identity(genes) + value * self.direction(genes) + curve
         return tokens
-
-
-GATED_OUTPUT_SCALE = 4.0
-"""Scale of the gated output; acts as a learning-rate multiplier."""
 
 
 class Encoder(nn.Module):

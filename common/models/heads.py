@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fedgex.common.models.constants import BASELINE_SCALE, CLINICAL_SHARE, OWN_SHARE
 from fedgex.common.models.gexbert import ModelConfig
 
 
@@ -108,13 +109,7 @@ class SurvivalHead(nn.Module):
         return BASELINE_START + BASELINE_SCALE * scaled
 
 
-OWN_SHARE, CLINICAL_SHARE = 0.6, 0.2
-"""Scale of a type's own weights over the shared ones: of expression, of age and sex.
-Chosen by cross-validation over training institutions (docs/decisions/0006)."""
 BASELINE_START = -2.0
 """Logit of the hazard of an interval before training: about one in eight."""
-BASELINE_SCALE = 3.0
-"""Learning-rate multiplier of the baseline over the weights."""
-
 CLINICAL = ("age", "sex")
 """Clinical covariates of the survival head: (age - 60) / 10 years, and male = 1."""

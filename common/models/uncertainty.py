@@ -18,14 +18,10 @@ import torch
 from torch import Tensor
 
 from fedgex.common.errors import ConfigError
+from fedgex.common.models.constants import VARIANCE_SHARE
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.restoration import restore
-
-VARIANCE_SHARE = 0.85
-"""Mean squared error of unseen patients over the variance that the factor model
-predicts: .82 to .88 for .1 to .95 missing, by cross-validation over training
-institutions (decision 6)."""
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ import pytest
 from flwr.app import ConfigRecord, Message
 
 from fedgex.common import federation, keys
+from fedgex.common.data.cohort import load_cohort, save_cohort
 from fedgex.common.data.moments import GeneMoments, foreign_scale, foreign_scales
+from fedgex.common.data.scales import Scale
 from fedgex.common.errors import FederationError
 from fedgex.simulations.data.split import split
 from fedgex.simulations.scenario import find
@@ -106,7 +108,14 @@ def test_without_it_the_quorum_may_be_missed_and_the_run_says_who_is_out(
 def test_on_a_scale_that_is_no_logarithm_nobody_is_compared(
     wide: Consortium, tmp_path: Path
 ) -> None:
-    run = wide.conduct(wide.study(**SHORT, scale="linear"), tmp_path)
+    log = load_cohort(wide.holdout, Scale.LOG2P1)
+    linear = dataclasses.replace(log, expression=np.exp2(log.expression) - 1)
+    save_cohort(linear, tmp_path / "holdout", Scale.LINEAR)
+    study = wide.study(**SHORT, scale="linear")
+
+    run = dataclasses.replace(wide, holdout=tmp_path / "holdout").conduct(
+        study, tmp_path / "run"
+    )
 
     assert not run.events("not-answered")
     assert run.events("run-started")[0]["sites"] == list(wide.names)

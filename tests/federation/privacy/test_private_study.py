@@ -67,7 +67,7 @@ def run(consortium: Consortium, folder: Path, of: Study, sites: Path) -> Finishe
         study=folder / "study.json",
         run_dir=folder,
         holdout=consortium.holdout,
-        public=consortium.holdout,
+        public=consortium.holdout.with_name("public"),
         n_sites=len(grid.names),
         poll_s=0.001,
     )

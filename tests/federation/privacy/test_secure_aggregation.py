@@ -363,7 +363,7 @@ def with_public(
     settings = ServerSettings(
         study=run_dir / "study.json",
         run_dir=run_dir,
-        public=consortium.holdout,
+        public=consortium.holdout.with_name("public"),
         n_sites=N_SITES,
         poll_s=0.001,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from fedgex.common.errors import UpdateError
 
 Arrays = Mapping[str, NDArray[np.generic]]
 """Named arrays."""
+CHUNK = 1 << 20
+"""Numbers that are converted to float64 at a time."""
 PER_GENE = (
     "tokens.identity.weight",
     "tokens.direction.weight",
@@ -57,3 +60,25 @@ def check(
             wrong.append(f"{name} holds NaN or infinity")
     if wrong:
         raise UpdateError("; ".join(wrong))
+
+
+def clipped(
+    change: Mapping[str, NDArray[np.float32]], norm: float
+) -> dict[str, NDArray[np.float32]]:
+    """Return a change of the model, scaled down to a Euclidean norm if it is longer."""
+    squares = (np.square(array, dtype=np.float64).sum() for array in change.values())
+    length = float(np.sqrt(sum(squares)))
+    factor = np.float32(norm / length if length > norm else 1.0)
+    return {name: factor * array for name, array in change.items()}
+
+
+def square_norm(array: NDArray[Any], start: NDArray[Any] | None) -> float:
+    """Return the squared norm of an array, or of its difference from another."""
+    flat = array.reshape(-1)
+    total = 0.0
+    for i in range(0, flat.size, CHUNK):
+        part = flat[i : i + CHUNK].astype(np.float64)
+        if start is not None:
+            part -= start.reshape(-1)[i : i + CHUNK]
+        total += float(part @ part)
+    return total

@@ -15,13 +15,12 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgex.common.arrays import Arrays, check
+from fedgex.common.arrays import Arrays, check, clipped, square_norm
 from fedgex.common.data.cohort import Cohort
 from fedgex.common.data.cross_products import CrossProducts, by_type
 from fedgex.common.data.dataset import Patients, to_patients
@@ -54,8 +53,6 @@ MIN_PUBLIC_PATIENTS = 30
 """Fewest public patients behind a mean, a sum or a head that is fitted."""
 MAX_GENES_NAMED = 5
 """Genes that an error names; it counts the others."""
-CHUNK = 1 << 20
-"""Numbers of a tensor that are converted to float64 at a time."""
 ROUNDING = 1e-3
 """Share by which a change may be longer than the clip: what rounding can add."""
 
@@ -400,14 +397,6 @@ def round_update(
     )
 
 
-def clipped(change: Parameters, norm: float) -> dict[str, NDArray[np.float32]]:
-    """Return a change of the model, scaled down to a Euclidean norm if it is longer."""
-    squares = (np.square(array, dtype=np.float64).sum() for array in change.values())
-    length = float(np.sqrt(sum(squares)))
-    factor = np.float32(norm / length if length > norm else 1.0)
-    return {name: factor * array for name, array in change.items()}
-
-
 def update_norm(
     study: Study, global_parameters: Mapping[str, Array], arrays: Mapping[str, Array]
 ) -> float:
@@ -429,7 +418,7 @@ def update_norm(
     check({name: a.shape for name, a in global_parameters.items()}, arrays, exact=True)
     start = global_parameters if study.strategy.update == "parameters" else None
     squares = sum(
-        _square_norm(arrays[name], None if start is None else start[name])
+        square_norm(arrays[name], None if start is None else start[name])
         for name in arrays
     )
     norm, site = float(np.sqrt(squares)), study.privacy.site
@@ -509,15 +498,3 @@ def _to_upload(
     if study.strategy.update == "delta":
         form = {name: array - global_parameters[name] for name, array in form.items()}
     return form if site is None else clipped(form, site.clip)
-
-
-def _square_norm(array: NDArray[Any], start: Array | None) -> float:
-    """Return the squared norm of an array, or of its difference from another."""
-    flat = array.reshape(-1)
-    total = 0.0
-    for i in range(0, flat.size, CHUNK):
-        part = flat[i : i + CHUNK].astype(np.float64)
-        if start is not None:
-            part -= start.reshape(-1)[i : i + CHUNK]
-        total += float(part @ part)
-    return total

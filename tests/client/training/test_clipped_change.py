@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedgex.client.training.local_round import train_round
+from fedgex.common.arrays import clipped
 from fedgex.common.data.dataset import Patients
-from fedgex.common.federation import clipped
 from fedgex.common.models import tasks
 from fedgex.common.study import Study
 

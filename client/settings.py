@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field
 
@@ -18,8 +18,6 @@ SERVER_PATTERN = r"^[A-Za-z0-9.-]+:[0-9]{1,5}$"
 """host:port."""
 
 PROXY_PATTERN = r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}"
-
-Anchored = TypeVar("Anchored", bound=Settings)
 
 
 def _without_login(proxy: str) -> str:
@@ -88,18 +86,5 @@ class SiteSettings(Settings):
         if problems:
             raise ConfigError("\n".join(problems))
         folder = path.resolve().parent
-        data = _anchored(
-            settings.data,
-            folder,
-            *("expression", "sample_sheet", "platform_table", "clinical"),
-            *("hgnc_table", "opt_outs"),
-        )
-        settings = settings.model_copy(update={"data": data})
-        return _anchored(settings, folder, "state_dir", "server_authority")
-
-
-def _anchored(settings: Anchored, folder: Path, *names: str) -> Anchored:
-    """Return settings in which the relative paths of some keys start at a folder."""
-    named = {name: getattr(settings, name) for name in names}
-    paths = {name: folder / path for name, path in named.items() if path is not None}
-    return settings.model_copy(update=paths)
+        data = settings.data.anchored(folder)
+        return settings.model_copy(update={"data": data}).anchored(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -67,6 +68,11 @@ class Settings(BaseModel):
         """Whether an error's value is absent, or may be a secret (`repr=False`)."""
         field = cls.model_fields.get(str(error["loc"][0])) if error["loc"] else None
         return error["type"] == "missing" or (field is not None and not field.repr)
+
+    def anchored(self, folder: Path) -> Self:
+        """Return the settings with relative paths that start at a folder."""
+        paths = {k: folder / path for k, path in self if isinstance(path, Path)}
+        return self.model_copy(update=paths)
 
     def to_json(self) -> str:
         """Return the canonical form, which is hashed and signed."""

@@ -37,7 +37,8 @@ def check_data(site_toml: SiteToml, form: Form = Format.TEXT) -> None:
         cohort, findings = read_cohort(
             settings.data, settings.policy.minimum_cohort, target, settings.policy.tasks
         )
-        contracts = _against_contracts(cohort, settings)
+        with refusing():
+            contracts = _against_contracts(cohort, settings)
     except DataError as error:
         findings = error.findings
     floor = settings.policy.minimum_cohort

@@ -30,10 +30,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedgex.common import parsing
+from fedgex.common.constants import deciding
 from fedgex.common.data.moments import Standardisation
 from fedgex.common.data.vocabulary import Vocabulary
 from fedgex.common.errors import CheckpointError, ConfigError
-from fedgex.common.models.constants import deciding
 from fedgex.common.settings import Digest, Settings
 from fedgex.common.study import Study
 from fedgex.common.system import failpoints, files

@@ -26,10 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedgex.common.data.cross_products import CrossProducts, pool_types
-from fedgex.common.data.moments import pool
-from fedgex.common.evaluation.imputers import factor_analysis
-from fedgex.common.models.constants import (
+from fedgex.common.constants import (
     GATE_HIGH,
     GATE_LOW,
     LEAST_LOADING_SCALE,
@@ -37,6 +34,9 @@ from fedgex.common.models.constants import (
     NEVER,
     TYPE_NOISE,
 )
+from fedgex.common.data.cross_products import CrossProducts, pool_types
+from fedgex.common.data.moments import pool
+from fedgex.common.evaluation.imputers import factor_analysis
 
 OWN_FROM = 12
 """Patients at which half of a type's variance along the factor of the largest loading

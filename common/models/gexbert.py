@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name every PyTorch reader knows
 from torch import Tensor, nn
 
+from fedgex.common.constants import GATED_OUTPUT_SCALE
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.constants import GATED_OUTPUT_SCALE
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers, Posterior
 
 

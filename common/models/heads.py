@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedgex.common.models.constants import BASELINE_SCALE, CLINICAL_SHARE, OWN_SHARE
+from fedgex.common.constants import BASELINE_SCALE, CLINICAL_SHARE, OWN_SHARE
 from fedgex.common.models.gexbert import ModelConfig
 
 

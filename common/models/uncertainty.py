@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedgex.common.constants import VARIANCE_SHARE
 from fedgex.common.errors import ConfigError
-from fedgex.common.models.constants import VARIANCE_SHARE
 from fedgex.common.models.factor_model import MixtureOfFactorAnalyzers
 from fedgex.common.models.gexbert import GexBert
 from fedgex.common.models.restoration import restore

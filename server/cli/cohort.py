@@ -133,10 +133,7 @@ def _data(path: Path) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: no section [data]; expected that of a site.toml.")
     data = DataSettings.read(values, f"{path.name}: data")
-    names = ("expression", "clinical", "hgnc_table", "opt_outs")
-    found = {name: getattr(data, name) for name in names}
-    places = {n: path.resolve().parent / p for n, p in found.items() if p is not None}
-    return data.model_copy(update=places)
+    return data.anchored(path.resolve().parent)
 
 
 def _toml(path: Path) -> dict[str, Any]:

@@ -170,3 +170,17 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
     assert load(tmp_path, "\ufeff" + MINIMAL).name == "north"
+
+
+def test_every_path_of_the_data_starts_at_its_folder() -> None:
+    """A new one too: nobody has to name it."""
+    paths = {
+        name: Path(name)
+        for name, field in DataSettings.model_fields.items()
+        if "Path" in str(field.annotation)
+    }
+    assert {"expression", "sample_sheet", "platform_table", "opt_outs"} <= set(paths)
+
+    found = DataSettings(scale=Scale.LOG2P1, **paths).anchored(Path("/srv"))
+
+    assert all(getattr(found, name) == Path("/srv") / name for name in paths)

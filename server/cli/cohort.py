@@ -74,7 +74,8 @@ def cohort_build(
         made, findings = read_cohort(_data(data_toml), 1, target, tasks)
         for finding in findings:
             note(str(finding))
-        gaps = [] if asked is None else public_cohort.gaps(asked, made)
+        compared = made if asked is None else public_cohort.under_names_of(asked, made)
+        gaps = [] if asked is None else public_cohort.gaps(asked, compared)
         if to in PLACES and state is not None:
             other = state / PLACES[1 - PLACES.index(to)]
             if (other / MANIFEST).exists():
@@ -94,7 +95,7 @@ def cohort_build(
         "cancer_types": types,
     }
     if asked is not None and asked.vocabulary.genes:
-        shared = len(set(asked.vocabulary.genes) & set(made.genes))
+        shared = len(set(asked.vocabulary.genes) & set(compared.genes))
         facts["genes_of_the_study"] = f"{shared} of {len(asked.vocabulary.genes)}"
     show(facts | {"gaps": gaps}, form)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +41,14 @@ def load(study: Study, folder: Path | None) -> Cohort | None:
     ConfigError
         If it is missing, or has too few patients.
     """
-    # pandas and torch, which most callers do not need
-    from fedgex.common.data.cohort import load_cohort
+    # torch, which most callers do not need
     from fedgex.common.federation import MIN_PUBLIC_PATIENTS
 
     require(study, folder)
     if not is_wanted(study) or folder is None:
         return None
 
-    cohort = load_cohort(folder, study.scale)
+    cohort = _read(study, folder)
     if cohort.n_patients < MIN_PUBLIC_PATIENTS:
         raise ConfigError(
             f"the public cohort in {folder} has {cohort.n_patients} patients; expected "
@@ -75,12 +75,10 @@ def load_both(
     ConfigError
         With all that is wrong with either, or that both hold the same patients.
     """
-    from fedgex.common.data.cohort import load_cohort
-
     problems, judging, known = [], None, None
     try:
         if holdout is not None:
-            judging = load_cohort(holdout, study.scale)
+            judging = _read(study, holdout)
             problems += _strange_holdout(study, judging, holdout)
     except ConfigError as error:
         problems.append(str(error))
@@ -98,6 +96,20 @@ def load_both(
     if problems:
         raise ConfigError("\n".join(problems))
     return judging, known
+
+
+def _read(study: Study, folder: Path) -> Cohort:
+    # pandas, which most callers do not need
+    from fedgex.common.data.cohort import load_cohort
+
+    return under_names_of(study, load_cohort(folder, study.scale))
+
+
+def under_names_of(study: Study, cohort: Cohort) -> Cohort:
+    """Return a cohort whose genes have the study's names, be these retired or not."""
+    from fedgex.common.data.genes import spelt_as
+
+    return replace(cohort, genes=spelt_as(cohort.genes, study.vocabulary.genes))
 
 
 def require_apart(one: Cohort, other: Cohort) -> None:

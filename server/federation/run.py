@@ -321,8 +321,8 @@ class _Run:
 
     def _unlike_from(self, new: Checkpoint) -> float | None:
         """Return the run's threshold of unlikeness; the factor model is fixed."""
-        if self.holdout is None or "unlike_from" in new.metrics:
-            known: float | None = new.metrics.get("unlike_from")
+        known: float | None = new.metrics.get("unlike_from")
+        if self.holdout is None or known is not None:
             return known
         return evaluation.unlike_from(self.study, dict(new.parameters), self.holdout)
 

@@ -1,6 +1,7 @@
 """What the public cohort gives, against plain NumPy."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,3 +300,15 @@ def test_a_hold_out_without_any_gene_of_the_study_is_refused(tmp_path: Path):
 
     with pytest.raises(ConfigError, match="none of the study's 2 genes"):
         public_cohort.load_both(other, holdout, None)
+
+
+def test_a_cohort_is_compared_under_the_studys_names_of_its_genes(tmp_path: Path):
+    named = replace(cohort(), genes=(*GENES[:-1], "MARCHF1"))
+    holdout = saved(named, tmp_path)
+    other = Study.read({"name": "test", "vocabulary": {"genes": ["MARCH1"]}}, "test")
+
+    found, _ = public_cohort.load_both(other, holdout, None)
+
+    assert found is not None
+    assert found.genes[-1] == "MARCH1"
+    assert public_cohort.gaps(other, found) == []
